@@ -1,0 +1,76 @@
+# make demo, make test: one set-up for both, kept in VENV. A second run sets nothing up again, and
+# compiles only if the sources or the settings have changed. README.md says more.
+
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+ARGS ?=
+
+python = $(VENV)/bin/python
+pip = $(python) -m pip --disable-pip-version-check
+supported_torch = $(shell grep -oE -m 1 'torch>=[0-9.,<>=]+' pyproject.toml)
+
+.PHONY: demo test bench lint format debug torch clean FORCE
+.DELETE_ON_ERROR:
+
+demo: build/installed
+	$(python) examples/digits.py $(ARGS)
+
+test: build/installed
+	$(python) -m pytest $(ARGS)
+
+bench: build/installed
+	$(python) -m benchmarks $(ARGS)
+
+lint: build/installed
+	PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files --show-diff-on-failure
+
+format: build/installed
+	git ls-files -co --exclude-standard '*.h' '*.cuh' '*.cpp' '*.cu' \
+	  | xargs -r $(VENV)/bin/clang-format -i
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# A build of its own with warnings as errors and sanitizers, and all tests on it. libstdc++ is
+# loaded early too: without it the address sanitizer finds no exceptions to intercept.
+debug: build/installed
+	SOFTMAX_EXT_DEBUG=1 $(python) setup.py -q build --build-base build/debug --build-lib build/debug/lib
+	cd build/debug/lib && \
+	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(abspath $(VENV))/bin/python -m pytest $(CURDIR)/tests $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info compile_commands.json softmax_ext/_C.*.so softmax_ext/_build.json
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Only the virtual environment, with torch and what a build needs.
+torch: $(VENV)/.torch
+
+# $(call record,TEXT): rewrites the target, and so makes it newer than what depends on it, only if
+# the text is not what it was.
+record = @mkdir -p $(@D); echo '$(1)' | cmp -s - $@ || echo '$(1)' > $@
+
+$(VENV)/.wanted: FORCE
+	$(call record,$(PYTHON) $(TORCH))
+
+build/settings: FORCE
+	$(call record,$(abspath $(VENV)) $(FORCE_CUDA)/$(FORCE_CPU)/$(TORCH_CUDA_ARCH_LIST)/$(CUDA_HOME))
+
+# Where Debian's python3-venv is missing, the pip of PYTHON stands in for it.
+$(VENV)/.torch: export WANTED = $(TORCH)
+$(VENV)/.torch: $(VENV)/.wanted
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
+	  "softmax_ext needs Python 3.10 or newer; $(PYTHON) is " + sys.version.split()[0])'
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || { \
+	  $(PYTHON) -m venv --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(python) install pip; }
+	@test "$$($(python) -V)" = "$$($(PYTHON) -V)" || { \
+	  echo "$(VENV) has $$($(python) -V), $(PYTHON) is $$($(PYTHON) -V): remove $(VENV), or name another VENV="; \
+	  exit 1; }
+	$(pip) install $$WANTED "$(supported_torch)" "setuptools>=77" wheel ninja pybind11
+	@touch $@
+
+build/installed: $(VENV)/.torch build/settings setup.py pyproject.toml $(shell find csrc)
+	$(pip) install -v --no-build-isolation -e ".[test,demo,dev]"
+	@touch $@

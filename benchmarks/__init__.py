@@ -1,0 +1,1 @@
+"""Speed against torch, measured: ``python -m benchmarks``."""

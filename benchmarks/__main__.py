@@ -1,0 +1,212 @@
+"""softmax_ext against torch, on one device: ``python -m benchmarks --help``.
+
+Each case is verified first, then timed in pairs: one run of torch, one of softmax_ext, in an order
+that alternates, in the same process. The figures are medians of the pairs; the speed-up is the
+median of the pairs' ratios, which a slow moment of the machine leaves alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import softmax_ext
+
+Run = Callable[[], torch.Tensor]
+
+# (shape, dim); each stands for a kind of row.
+SHAPES: list[tuple[tuple[int, ...], int]] = [
+    ((8, 64), -1),  # the cost of a call
+    ((4096, 16), -1),  # short rows: routers, classifiers
+    ((4096, 128), -1),
+    ((1024, 1024), -1),  # in cache
+    ((64, 50257), -1),  # a vocabulary
+    ((1, 4194304), -1),  # one long row
+    ((32, 1000, 196), 1),  # another dim, between others
+    ((4096, 512), 0),  # the first dim
+]
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+OPS = {
+    "softmax": (torch.softmax, softmax_ext.softmax),
+    "log_softmax": (torch.log_softmax, softmax_ext.log_softmax),
+}
+MODES = ("forward", "backward", "both")
+TOLERANCE = {
+    torch.float16: 2e-3,
+    torch.bfloat16: 2e-2,
+    torch.float32: 2e-5,
+    torch.float64: 1e-12,
+}
+
+
+@dataclass
+class Result:
+    op: str
+    mode: str
+    shape: tuple[int, ...]
+    dim: int
+    dtype: str
+    threads: int
+    torch_us: float
+    softmax_ext_us: float
+    speedup: float
+
+
+def runs(
+    op: str, mode: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: str
+) -> tuple[Run, Run]:
+    """The same work by torch and by softmax_ext.
+
+    forward: a new output. backward: the input's gradient from a saved graph. both: the two, as in
+    a training step.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(shape, generator=generator, device=device).to(dtype)
+    grad = torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def make(function: Callable[..., torch.Tensor]) -> Run:
+        if mode == "forward":
+            return lambda: function(x, dim)
+        leaf = x.clone().requires_grad_()
+        if mode == "both":
+            return lambda: torch.autograd.grad(function(leaf, dim), leaf, grad)[0]
+        output = function(leaf, dim)
+        return lambda: torch.autograd.grad(output, leaf, grad, retain_graph=True)[0]
+
+    theirs, ours = OPS[op]
+    return make(theirs), make(ours)
+
+
+def verify(theirs: Run, ours: Run, dtype: torch.dtype) -> None:
+    expected, actual = theirs().double(), ours().double()
+    error = (actual - expected).abs().max().item()
+    # One step of the smallest size besides: results of a long row may be subnormal.
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    if not error <= TOLERANCE[dtype] * expected.abs().max().item() + step:
+        raise AssertionError(f"results differ by up to {error:.3g}")
+
+
+def seconds(run: Run, repeats: int, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def compare(theirs: Run, ours: Run, device: str, budget: float) -> tuple[float, float, float]:
+    """Median seconds of each, and the median of the ratios of paired runs."""
+    once = max(seconds(theirs, 3, device), seconds(ours, 3, device))
+    # A timed run is long enough for the clock, and there are enough pairs for a median.
+    repeats = max(1, round(0.002 / once))
+    pairs = max(11, min(301, round(budget / (2 * repeats * once))))
+    times: list[tuple[float, float]] = []
+    for k in range(pairs):
+        if k % 2 == 0:
+            first = seconds(theirs, repeats, device)
+            times.append((first, seconds(ours, repeats, device)))
+        else:
+            first = seconds(ours, repeats, device)
+            times.append((seconds(theirs, repeats, device), first))
+    return (
+        statistics.median(t for t, _ in times),
+        statistics.median(o for _, o in times),
+        statistics.median(t / o for t, o in times),
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "backward"])
+    parser.add_argument("--shapes", nargs="+", help="only these, as 4096x16", default=[])
+    parser.add_argument("--budget", type=float, default=0.4, help="seconds a case")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--at-least", type=float, help="fail if a speed-up is below this")
+    return parser.parse_args()
+
+
+def machine(device: str) -> dict[str, object]:
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if device == "cpu" else []:
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "build": softmax_ext.build_info(),
+    }
+
+
+def main() -> int:
+    options = arguments()
+    results: list[Result] = []
+    print("| op | mode | shape | dim | dtype | threads | torch, us | softmax_ext, us | speed-up |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for shape, dim in SHAPES:
+            label = "x".join(map(str, shape))
+            if options.shapes and label not in options.shapes:
+                continue
+            for dtype in options.dtypes:
+                for op in options.ops:
+                    for mode in options.modes:
+                        theirs, ours = runs(op, mode, shape, dim, DTYPES[dtype], options.device)
+                        verify(theirs, ours, DTYPES[dtype])
+                        t, o, ratio = compare(theirs, ours, options.device, options.budget)
+                        results.append(
+                            Result(op, mode, shape, dim, dtype, threads, t * 1e6, o * 1e6, ratio)
+                        )
+                        print(
+                            f"| {op} | {mode} | {label} | {dim} | {dtype} | {threads} "
+                            f"| {t * 1e6:.2f} | {o * 1e6:.2f} | {ratio:.2f} |",
+                            flush=True,
+                        )
+    if not results:
+        print("no such case", file=sys.stderr)
+        return 2
+    worst = min(results, key=lambda result: result.speedup)
+    mean = math.exp(statistics.fmean(math.log(result.speedup) for result in results))
+    print(
+        f"\n{len(results)} cases; geometric mean of the speed-ups {mean:.2f}, least "
+        f"{worst.speedup:.2f} ({worst.op} {worst.mode} {worst.shape} {worst.dtype})"
+    )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        document = {
+            "machine": machine(options.device),
+            "results": [asdict(result) for result in results],
+        }
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.at_least is not None and worst.speedup < options.at_least:
+        print(f"a speed-up is below {options.at_least}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+// Which of the compiled instruction sets this processor runs.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+
+namespace softmax_ext::cpu {
+
+extern const Kernels kernels_baseline;
+#if defined(SOFTMAX_EXT_X86)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+namespace {
+
+KernelList find_usable() {
+  KernelList list{};
+#if defined(SOFTMAX_EXT_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512) list.items[list.size++] = &kernels_avx512;
+  if (avx2) list.items[list.size++] = &kernels_avx2;
+#endif
+  list.items[list.size++] = &kernels_baseline;
+  return list;
+}
+
+const Kernels* choose() {
+  const KernelList& usable = usable_kernels();
+  const char* forced = std::getenv("SOFTMAX_EXT_ISA");
+  if (forced == nullptr || *forced == '\0') return usable.items[0];
+  std::string names;
+  for (int k = 0; k < usable.size; ++k) {
+    if (std::strcmp(forced, usable.items[k]->isa) == 0) return usable.items[k];
+    names += std::string(k == 0 ? "" : ", ") + usable.items[k]->isa;
+  }
+  throw std::runtime_error(std::string("SOFTMAX_EXT_ISA is \"") + forced +
+                           "\"; this build on this processor can use: " + names);
+}
+
+}  // namespace
+
+const KernelList& usable_kernels() {
+  static const KernelList list = find_usable();
+  return list;
+}
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = choose();
+  return *chosen;
+}
+
+}  // namespace softmax_ext::cpu

@@ -1,0 +1,489 @@
+// The CPU schedules. Compiled once for each instruction set, which SOFTMAX_EXT_ISA names.
+//
+//   rows         inner == 1: a thread takes whole rows. A row of one chunk is read once into cache;
+//                a longer one is read twice, first for its state, then for the output.
+//   split rows   inner == 1, fewer long rows than threads: the chunks of a row are shared out.
+//   columns      inner > 1: a thread takes tiles of neighbouring columns, in blocks along dim.
+//
+// A row is always reduced by the same chunks (blocks) in the same order, so its result depends
+// neither on the batch it is in nor on the number of threads. Input of another type is first
+// rounded to the output's, in the output's memory, one row or tile at a time.
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <type_traits>
+
+#include "launch.h"
+#include "softmax_ext/formula.h"
+#include "softmax_ext/online_state.h"
+#include "vec.h"
+
+namespace softmax_ext::cpu {
+namespace {
+
+// Of a row: small enough to stay in the first-level cache between two looks.
+template <class A>
+constexpr int64_t kChunk = 16384 / static_cast<int64_t>(sizeof(A));
+
+// Along dim, in the columns schedule: as many cache lines are open at a time.
+constexpr int64_t kBlock = 32;
+
+// Columns of a tile: their states and formulas stay in the first-level cache.
+template <class A>
+constexpr int64_t kTile = 2048 / static_cast<int64_t>(sizeof(A));
+
+// Elements that are worth waking a thread for.
+constexpr int64_t kGrain = 16384;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class F>
+void parallel_for(const Threads& threads, int64_t size, int64_t grain, F body) {
+  threads.parallel_for(
+      size, grain,
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
+      &body);
+}
+
+#define SOFTMAX_EXT_LAMBDA __attribute__((always_inline))
+
+// step(i, lanes) for each vector of [0, n); the last may be partial.
+template <int kSize, class Step>
+SOFTMAX_EXT_INLINE void for_each_vector(int64_t n, Step step) {
+  int64_t i = 0;
+  for (; i + kSize <= n; i += kSize) step(i, All{});
+  if (i < n) step(i, First{n - i});
+}
+
+// Folds [0, n) into one vector: step(accumulator, i, lanes) returns the accumulator's new value.
+// Four accumulators hide the latency of a step.
+template <class V, class Step, class Merge>
+SOFTMAX_EXT_INLINE V fold(int64_t n, V identity, Step step, Merge merge) {
+  constexpr int kSize = V::kSize;
+  V a0 = identity, a1 = identity, a2 = identity, a3 = identity;
+  int64_t i = 0;
+  for (; i + 4 * kSize <= n; i += 4 * kSize) {
+    a0 = step(a0, i, All{});
+    a1 = step(a1, i + kSize, All{});
+    a2 = step(a2, i + 2 * kSize, All{});
+    a3 = step(a3, i + 3 * kSize, All{});
+  }
+  for (; i + kSize <= n; i += kSize) a0 = step(a0, i, All{});
+  if (i < n) a1 = step(a1, i, First{n - i});
+  return merge(merge(a0, a1), merge(a2, a3));
+}
+
+template <class V, class Step>
+SOFTMAX_EXT_INLINE V fold_sum(int64_t n, Step step) {
+  return fold(n, V(0), step, [](V a, V b) SOFTMAX_EXT_LAMBDA { return a + b; });
+}
+
+// ---- forward, over the last dim -----------------------------------------------------------------
+
+// The state of one chunk. With kKeep, exp(x - max) is left in y.
+template <bool kKeep, class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE OnlineState<A> chunk_state(const T* x, T* y, int64_t n) {
+  using V = Vec<A>;
+  constexpr A kLowest = -static_cast<A>(INFINITY);
+  const V lane_max = fold(
+      n, V(kLowest),
+      [=](V max, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+        return max_of(load(x + i, lanes, kLowest), max);
+      },
+      [](V a, V b) SOFTMAX_EXT_LAMBDA { return max_of(a, b); });
+  const A max = max_over_lanes(lane_max);
+  const V shift = shift_of(V(max));
+  const V sum = fold_sum<V>(n, [=](V sum, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    const V e = exp_of(load(x + i, lanes, kLowest) - shift);
+    if constexpr (kKeep) store(y + i, lanes, e);
+    return sum + e;
+  });
+  return {max, sum_over_lanes(sum)};
+}
+
+template <class T, class Formula>
+SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formula) {
+  using A = compute_t<T>;
+  for_each_vector<Vec<A>::kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    store(y + i, lanes, formula.of(load(x + i, lanes, A(0))));
+  });
+}
+
+// A row of at most one chunk.
+template <Op op, class T>
+void forward_short_row(const T* x, T* y, int64_t n) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  constexpr bool kKeep = op == Op::kSoftmax && std::is_same_v<T, A>;
+  const auto state = chunk_state<kKeep>(x, y, n);
+  const Forward<op, V> formula(state.max, state.sum);
+  if constexpr (kKeep) {
+    for_each_vector<V::kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+      store(y + i, lanes, formula.of_exp(load(y + i, lanes, A(0))));
+    });
+  } else {
+    store_output(x, y, n, formula);
+  }
+}
+
+struct Sum {
+  double sum;
+
+  static Sum empty() { return {0}; }
+};
+
+SOFTMAX_EXT_INLINE Sum combine(Sum a, Sum b) { return {a.sum + b.sum}; }
+
+// For each row: state = reduce(row, begin, size) combined over its chunks in order, then
+// store(row, begin, size, state) for all of it. States are kept in double.
+template <class State, class Reduce, class Store>
+void reduce_and_store(int64_t rows, int64_t dim, int64_t chunk, const Threads& threads,
+                      Reduce reduce, Store store) {
+  using softmax_ext::combine;
+  if (rows >= threads.count || dim <= chunk) {
+    parallel_for(threads, rows, ceil_div(kGrain, dim), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        State state = reduce(row, 0, std::min(chunk, dim));
+        for (int64_t i = chunk; i < dim; i += chunk) {
+          state = combine(state, reduce(row, i, std::min(chunk, dim - i)));
+        }
+        store(row, 0, dim, state);
+      }
+    });
+    return;
+  }
+  const int64_t chunks = ceil_div(dim, chunk);
+  const int64_t grain = ceil_div(kGrain, chunk);
+  State* states = static_cast<State*>(std::malloc(sizeof(State) * rows * chunks));
+  if (states == nullptr) throw std::bad_alloc();
+  parallel_for(threads, rows * chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t % chunks * chunk;
+      states[t] = reduce(t / chunks, i, std::min(chunk, dim - i));
+    }
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    State* of_row = states + row * chunks;
+    for (int64_t k = 1; k < chunks; ++k) of_row[0] = combine(of_row[0], of_row[k]);
+  }
+  parallel_for(threads, rows * chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t % chunks * chunk;
+      store(t / chunks, i, std::min(chunk, dim - i), states[t / chunks * chunks]);
+    }
+  });
+  std::free(states);
+}
+
+// ---- input of another type ----------------------------------------------------------------------
+
+template <class T, class From>
+void convert(const From* x, T* y, int64_t n) {
+  using A = compute_t<T>;
+  constexpr int kSize = Vec<A>::kSize;
+  for_each_vector<kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    if constexpr (std::is_same_v<compute_t<From>, A> && !std::is_integral_v<From>) {
+      store(y + i, lanes, load(x + i, lanes, A(0)));
+    } else {
+      Vec<A> values(A(0));
+      int64_t count = kSize;
+      if constexpr (std::is_same_v<decltype(lanes), First>) count = lanes.count;
+      for (int64_t k = 0; k < count; ++k) values.raw[k] = static_cast<A>(to_float(x[i + k]));
+      store(y + i, lanes, values);
+    }
+  });
+}
+
+// Rounds n elements of the input, from `offset` on, to T.
+template <class T>
+void convert(const void* input, DType dtype, int64_t offset, T* y, int64_t n) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return convert(static_cast<const Float16*>(input) + offset, y, n);
+    case DType::kBFloat16:
+      return convert(static_cast<const BFloat16*>(input) + offset, y, n);
+    case DType::kFloat32:
+      return convert(static_cast<const float*>(input) + offset, y, n);
+    case DType::kFloat64:
+      return convert(static_cast<const double*>(input) + offset, y, n);
+    case DType::kBool:
+      return convert(static_cast<const bool*>(input) + offset, y, n);
+    case DType::kUInt8:
+      return convert(static_cast<const uint8_t*>(input) + offset, y, n);
+    case DType::kInt8:
+      return convert(static_cast<const int8_t*>(input) + offset, y, n);
+    case DType::kInt16:
+      return convert(static_cast<const int16_t*>(input) + offset, y, n);
+    case DType::kInt32:
+      return convert(static_cast<const int32_t*>(input) + offset, y, n);
+    case DType::kInt64:
+      return convert(static_cast<const int64_t*>(input) + offset, y, n);
+  }
+}
+
+// The input as elements of T: itself, or the output's memory once that has been converted to.
+template <class T>
+class Input {
+ public:
+  Input(const ForwardArgs& args)
+      : args_(args),
+        y_(static_cast<T*>(args.output)),
+        x_(args.input_dtype == args.output_dtype ? static_cast<const T*>(args.input) : y_) {}
+
+  // The n elements from `offset` on, ready to read.
+  const T* at(int64_t offset, int64_t n) const {
+    if (x_ == y_ && args_.input != args_.output) {
+      convert(args_.input, args_.input_dtype, offset, y_ + offset, n);
+    }
+    return x_ + offset;
+  }
+
+  // Elements that have been made ready.
+  const T* again(int64_t offset) const { return x_ + offset; }
+
+ private:
+  const ForwardArgs& args_;
+  T* y_;
+  const T* x_;
+};
+
+template <Op op, class T>
+void forward_rows(const ForwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  const int64_t rows = args.shape.rows(), dim = args.shape.dim;
+  T* y = static_cast<T*>(args.output);
+  const Input<T> input(args);
+  if (dim <= kChunk<A>) {
+    parallel_for(threads, rows, ceil_div(kGrain, dim), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        forward_short_row<op>(input.at(row * dim, dim), y + row * dim, dim);
+      }
+    });
+    return;
+  }
+  reduce_and_store<OnlineState<double>>(
+      rows, dim, kChunk<A>, threads,
+      [&](int64_t row, int64_t i, int64_t n) {
+        const T* x = input.at(row * dim + i, n);
+        const auto state = chunk_state<false>(x, static_cast<T*>(nullptr), n);
+        return OnlineState<double>{state.max, state.sum};
+      },
+      [&](int64_t row, int64_t i, int64_t n, OnlineState<double> state) {
+        const int64_t offset = row * dim + i;
+        store_output(input.again(offset), y + offset, n,
+                     Forward<op, Vec<A>>(static_cast<A>(state.max), state.sum));
+      });
+}
+
+template <Op op, class T, class G>
+void backward_rows(const BackwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  const int64_t dim = args.shape.dim;
+  const T* grads = static_cast<const T*>(args.grad_output);
+  const T* outputs = static_cast<const T*>(args.output);
+  G* grad_inputs = static_cast<G*>(args.grad_input);
+  reduce_and_store<Sum>(
+      args.shape.rows(), dim, kChunk<A>, threads,
+      [=](int64_t row, int64_t i, int64_t n) {
+        const T* grad = grads + row * dim + i;
+        const T* y = outputs + row * dim + i;
+        const V sum = fold_sum<V>(n, [=](V sum, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+          return sum +
+                 Backward<op, V>::term(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
+        });
+        return Sum{sum_over_lanes(sum)};
+      },
+      [=](int64_t row, int64_t i, int64_t n, Sum state) {
+        const T* grad = grads + row * dim + i;
+        const T* y = outputs + row * dim + i;
+        G* grad_input = grad_inputs + row * dim + i;
+        const Backward<op, V> formula{static_cast<A>(state.sum)};
+        for_each_vector<V::kSize>(n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+          store_as<G>(grad_input + k, lanes,
+                      formula.of(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0))));
+        });
+      });
+}
+
+// ---- over another dim ---------------------------------------------------------------------------
+
+// tile(offset of its first element, width) for each tile of columns.
+template <class A, class Tile>
+void for_each_tile(const Shape& shape, const Threads& threads, Tile tile) {
+  constexpr int64_t kSize = Vec<A>::kSize;
+  const int64_t wanted = ceil_div(threads.count, shape.outer);
+  const int64_t share = ceil_div(ceil_div(shape.inner, wanted), kSize) * kSize;
+  const int64_t width = std::min(share, kTile<A>);
+  const int64_t tiles = ceil_div(shape.inner, width);
+  parallel_for(threads, shape.outer * tiles, ceil_div(kGrain, shape.dim * width),
+               [=](int64_t begin, int64_t end) {
+                 for (int64_t t = begin; t < end; ++t) {
+                   const int64_t column = t % tiles * width;
+                   tile(t / tiles * shape.dim * shape.inner + column,
+                        std::min(width, shape.inner - column));
+                 }
+               });
+}
+
+// block(d, size) for each block of steps along dim.
+template <class Block>
+SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
+  for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(kBlock, dim - d));
+}
+
+template <Op op, class T>
+void forward_columns(const ForwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  constexpr A kLowest = -static_cast<A>(INFINITY);
+  constexpr int kSize = V::kSize;
+  const int64_t dim = args.shape.dim, inner = args.shape.inner;
+  T* output = static_cast<T*>(args.output);
+  const Input<T> input(args);
+  for_each_tile<A>(args.shape, threads, [&](int64_t offset, int64_t width) {
+    V maxes[kTile<A> / kSize], sums[kTile<A> / kSize];
+    std::fill_n(maxes, ceil_div(width, kSize), V(kLowest));
+    std::fill_n(sums, ceil_div(width, kSize), V(A(0)));
+    for_each_block(dim, [&](int64_t d, int64_t size) SOFTMAX_EXT_LAMBDA {
+      const int64_t first = offset + d * inner;
+      for (int64_t k = 0; k < size; ++k) input.at(first + k * inner, width);
+      for_each_vector<kSize>(width, [&](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+        const T* x = input.again(first + c);
+        const V old = maxes[c / kSize];
+        V max = old;
+        for (int64_t k = 0; k < size; ++k) max = max_of(load(x + k * inner, lanes, kLowest), max);
+        const V shift = shift_of(max);
+        V sum(A(0));
+        for (int64_t k = 0; k < size; ++k) {
+          sum = sum + exp_of(load(x + k * inner, lanes, kLowest) - shift);
+        }
+        sums[c / kSize] = sums[c / kSize] * exp_of(old - shift) + sum;
+        maxes[c / kSize] = max;
+      });
+    });
+    Forward<op, V> formulas[kTile<A> / kSize];
+    for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
+      formulas[v] = Forward<op, V>(maxes[v], sums[v]);
+    }
+    for_each_block(dim, [&](int64_t d, int64_t size) SOFTMAX_EXT_LAMBDA {
+      const int64_t first = offset + d * inner;
+      for_each_vector<kSize>(width, [&](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+        const T* x = input.again(first + c);
+        T* y = output + first + c;
+        const Forward<op, V> formula = formulas[c / kSize];
+        for (int64_t k = 0; k < size; ++k) {
+          store(y + k * inner, lanes, formula.of(load(x + k * inner, lanes, A(0))));
+        }
+      });
+    });
+  });
+}
+
+template <Op op, class T, class G>
+void backward_columns(const BackwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  constexpr int kSize = V::kSize;
+  const int64_t dim = args.shape.dim, inner = args.shape.inner;
+  const T* grads = static_cast<const T*>(args.grad_output);
+  const T* outputs = static_cast<const T*>(args.output);
+  G* grad_inputs = static_cast<G*>(args.grad_input);
+  for_each_tile<A>(args.shape, threads, [=](int64_t offset, int64_t width) {
+    V sums[kTile<A> / kSize];
+    std::fill_n(sums, ceil_div(width, kSize), V(A(0)));
+    for_each_block(dim, [&](int64_t d, int64_t size) SOFTMAX_EXT_LAMBDA {
+      for_each_vector<kSize>(width, [&](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+        const T* grad = grads + offset + d * inner + c;
+        const T* y = outputs + offset + d * inner + c;
+        V sum(A(0));
+        for (int64_t k = 0; k < size; ++k) {
+          sum = sum + Backward<op, V>::term(load(grad + k * inner, lanes, A(0)),
+                                            load(y + k * inner, lanes, A(0)));
+        }
+        sums[c / kSize] = sums[c / kSize] + sum;
+      });
+    });
+    for_each_block(dim, [&](int64_t d, int64_t size) SOFTMAX_EXT_LAMBDA {
+      for_each_vector<kSize>(width, [&](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+        const T* grad = grads + offset + d * inner + c;
+        const T* y = outputs + offset + d * inner + c;
+        G* grad_input = grad_inputs + offset + d * inner + c;
+        const Backward<op, V> formula{sums[c / kSize]};
+        for (int64_t k = 0; k < size; ++k) {
+          store_as<G>(grad_input + k * inner, lanes,
+                      formula.of(load(grad + k * inner, lanes, A(0)),
+                                 load(y + k * inner, lanes, A(0))));
+        }
+      });
+    });
+  });
+}
+
+// ---- launchers ----------------------------------------------------------------------------------
+
+// f(T{}) for the element type T of a floating dtype.
+template <class F>
+void visit(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return f(Float16{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat32:
+      return f(float{});
+    default:
+      return f(double{});
+  }
+}
+
+template <Op op>
+void launch_forward(const ForwardArgs& args, const Threads& threads) {
+  visit(args.output_dtype, [&](auto element) {
+    using T = decltype(element);
+    if (args.shape.inner == 1) {
+      forward_rows<op, T>(args, threads);
+    } else {
+      forward_columns<op, T>(args, threads);
+    }
+  });
+}
+
+void launch_forward(const ForwardArgs& args, const Threads& threads) {
+  args.op == Op::kSoftmax ? launch_forward<Op::kSoftmax>(args, threads)
+                          : launch_forward<Op::kLogSoftmax>(args, threads);
+}
+
+template <Op op>
+void launch_backward(const BackwardArgs& args, const Threads& threads) {
+  visit(args.output_dtype, [&](auto element) {
+    visit(args.grad_input_dtype, [&](auto grad_element) {
+      using T = decltype(element);
+      using G = decltype(grad_element);
+      if (args.shape.inner == 1) {
+        backward_rows<op, T, G>(args, threads);
+      } else {
+        backward_columns<op, T, G>(args, threads);
+      }
+    });
+  });
+}
+
+void launch_backward(const BackwardArgs& args, const Threads& threads) {
+  args.op == Op::kSoftmax ? launch_backward<Op::kSoftmax>(args, threads)
+                          : launch_backward<Op::kLogSoftmax>(args, threads);
+}
+
+#define SOFTMAX_EXT_STRING_(x) #x
+#define SOFTMAX_EXT_STRING(x) SOFTMAX_EXT_STRING_(x)
+#define SOFTMAX_EXT_CONCAT_(a, b) a##b
+#define SOFTMAX_EXT_CONCAT(a, b) SOFTMAX_EXT_CONCAT_(a, b)
+
+}  // namespace
+
+// kernels_baseline, kernels_avx2 or kernels_avx512.
+extern const Kernels SOFTMAX_EXT_CONCAT(kernels_, SOFTMAX_EXT_ISA);
+const Kernels SOFTMAX_EXT_CONCAT(kernels_, SOFTMAX_EXT_ISA) = {
+    SOFTMAX_EXT_STRING(SOFTMAX_EXT_ISA), launch_forward, launch_backward};
+
+}  // namespace softmax_ext::cpu

@@ -1,0 +1,446 @@
+// One register of floats or doubles, for the instruction set that this file is compiled for.
+//
+// Arithmetic is that of the compiler's vector extension, so the portable version is the same code
+// with 16-byte registers (SSE2, NEON, ...). AVX2 and AVX-512 replace what the extension cannot say:
+// fused multiply-add, max, 16-bit conversions, partial loads and stores, scaling by 2^n.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "softmax_ext/math.h"
+#include "softmax_ext/portability.h"
+
+#define SOFTMAX_EXT_INLINE inline __attribute__((always_inline))
+
+namespace softmax_ext::cpu {
+// Everything is local to the translation unit: the linker must not share it between instruction
+// sets.
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define SOFTMAX_EXT_AVX512 1
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define SOFTMAX_EXT_AVX2 1
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+// 16-bit elements are read into floats and rounded from floats, in registers.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The type that an element is computed in.
+template <class T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The lanes of a register that stand for elements: all of them, or the first few.
+struct All {};
+struct First {
+  int64_t count;
+};
+
+template <class To, class From>
+SOFTMAX_EXT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+typedef float RawFloat __attribute__((vector_size(kRegisterBytes)));
+typedef double RawDouble __attribute__((vector_size(kRegisterBytes)));
+typedef int32_t RawInt32 __attribute__((vector_size(kRegisterBytes)));
+typedef int64_t RawInt64 __attribute__((vector_size(kRegisterBytes)));
+
+template <class T>
+struct Vec {
+  static constexpr int kSize = kRegisterBytes / static_cast<int>(sizeof(T));
+  using Raw = std::conditional_t<sizeof(T) == 4, RawFloat, RawDouble>;
+  using RawInt = std::conditional_t<sizeof(T) == 4, RawInt32, RawInt64>;
+
+  Raw raw;
+
+  Vec() = default;
+  SOFTMAX_EXT_INLINE Vec(Raw raw) : raw(raw) {}
+  SOFTMAX_EXT_INLINE Vec(T value) : raw(value - Raw{}) {}
+
+  SOFTMAX_EXT_INLINE Vec operator-() const { return -raw; }
+  friend SOFTMAX_EXT_INLINE Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
+  friend SOFTMAX_EXT_INLINE Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
+  friend SOFTMAX_EXT_INLINE Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
+  friend SOFTMAX_EXT_INLINE Vec operator/(Vec a, Vec b) { return a.raw / b.raw; }
+};
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+
+// ---- scalar conversions of 16-bit elements ------------------------------------------------------
+
+template <class T>
+SOFTMAX_EXT_INLINE T to_float(T x) {
+  return x;
+}
+
+SOFTMAX_EXT_INLINE float to_float(BFloat16 x) {
+  return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+SOFTMAX_EXT_INLINE float to_float(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) {  // infinite or NaN
+    return bit_cast<float>(sign | 0x7f800000 | (magnitude << 13));
+  }
+  // 2^-24 for subnormals; else the exponent is moved from bias 15 to bias 127.
+  const float value = magnitude < 0x0400 ? static_cast<float>(magnitude) * 0x1p-24f
+                                         : bit_cast<float>((magnitude << 13) + 0x38000000);
+  return bit_cast<float>(sign | bit_cast<uint32_t>(value));
+}
+
+SOFTMAX_EXT_INLINE void round_to(float x, BFloat16* to) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  to->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+SOFTMAX_EXT_INLINE void round_to(float x, Float16* to) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t result;
+  if (magnitude > 0x7f800000) {
+    result = 0x7e00;                      // NaN
+  } else if (magnitude >= 0x47800000) {   // 2^16 and above
+    result = 0x7c00;
+  } else if (magnitude < 0x38800000) {    // below 2^-14: adding 0.5 rounds to multiples of 2^-24
+    result = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    result = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(((bits >> 16) & 0x8000) | result);
+}
+
+SOFTMAX_EXT_INLINE void round_to(double x, float* to) { *to = static_cast<float>(x); }
+SOFTMAX_EXT_INLINE void round_to(float x, double* to) { *to = x; }
+
+// To 16 bits by way of a float rounded to odd, so that the second rounding sees what the first cut
+// off (Boldo and Melquiond, "When double rounding is odd", 2005).
+template <class T>
+SOFTMAX_EXT_INLINE void round_to(double x, T* to) {
+  const float nearest = static_cast<float>(x);
+  uint32_t bits = bit_cast<uint32_t>(nearest);
+  if (nearest != x && x == x) {
+    if (std::fabs(nearest) > std::fabs(x)) --bits;
+    bits |= 1;
+  }
+  round_to(bit_cast<float>(bits), to);
+}
+
+// ---- loads and stores: lanes without an element hold `fill` -------------------------------------
+
+#if defined(SOFTMAX_EXT_AVX512)
+
+SOFTMAX_EXT_INLINE __mmask16 mask_of(First lanes) {
+  return static_cast<__mmask16>((1u << lanes.count) - 1);
+}
+
+SOFTMAX_EXT_INLINE VecF widen(const Float16*, __m256i bits) { return _mm512_cvtph_ps(bits); }
+SOFTMAX_EXT_INLINE VecF widen(const BFloat16*, __m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+SOFTMAX_EXT_INLINE __m256i narrow(const Float16*, VecF x) {
+  return _mm512_cvtps_ph(x.raw, _MM_FROUND_TO_NEAREST_INT);
+}
+SOFTMAX_EXT_INLINE __m256i narrow(const BFloat16*, VecF x) {
+  const __m512i bits = _mm512_castps_si512(x.raw);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.raw, x.raw, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+SOFTMAX_EXT_INLINE VecF load(const float* p, All, float) { return _mm512_loadu_ps(p); }
+SOFTMAX_EXT_INLINE VecF load(const float* p, First lanes, float fill) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask_of(lanes), p);
+}
+SOFTMAX_EXT_INLINE VecD load(const double* p, All, double) { return _mm512_loadu_pd(p); }
+SOFTMAX_EXT_INLINE VecD load(const double* p, First lanes, double fill) {
+  return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(mask_of(lanes)), p);
+}
+template <class T>
+SOFTMAX_EXT_INLINE VecF load(const T* p, All, float) {
+  return widen(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <class T>
+SOFTMAX_EXT_INLINE VecF load(const T* p, First lanes, float fill) {
+  const __mmask16 mask = mask_of(lanes);
+  const VecF x = widen(p, _mm256_maskz_loadu_epi16(mask, p));
+  return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, x.raw);
+}
+
+SOFTMAX_EXT_INLINE void store(float* p, All, VecF x) { _mm512_storeu_ps(p, x.raw); }
+SOFTMAX_EXT_INLINE void store(float* p, First lanes, VecF x) {
+  _mm512_mask_storeu_ps(p, mask_of(lanes), x.raw);
+}
+SOFTMAX_EXT_INLINE void store(double* p, All, VecD x) { _mm512_storeu_pd(p, x.raw); }
+SOFTMAX_EXT_INLINE void store(double* p, First lanes, VecD x) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask_of(lanes)), x.raw);
+}
+template <class T>
+SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, x));
+}
+template <class T>
+SOFTMAX_EXT_INLINE void store(T* p, First lanes, VecF x) {
+  _mm256_mask_storeu_epi16(p, mask_of(lanes), narrow(p, x));
+}
+
+#else
+
+// What memory at p holds, whatever its alignment.
+template <class To, class T>
+SOFTMAX_EXT_INLINE To read(const T* p) {
+  To to;
+  std::memcpy(&to, p, sizeof(to));
+  return to;
+}
+
+SOFTMAX_EXT_INLINE VecF load(const float* p, All, float) { return read<RawFloat>(p); }
+SOFTMAX_EXT_INLINE VecD load(const double* p, All, double) { return read<RawDouble>(p); }
+SOFTMAX_EXT_INLINE void store(float* p, All, VecF x) { std::memcpy(p, &x.raw, sizeof(x.raw)); }
+SOFTMAX_EXT_INLINE void store(double* p, All, VecD x) { std::memcpy(p, &x.raw, sizeof(x.raw)); }
+
+#if defined(SOFTMAX_EXT_AVX2)
+
+SOFTMAX_EXT_INLINE VecF widen(const Float16*, __m128i bits) { return _mm256_cvtph_ps(bits); }
+SOFTMAX_EXT_INLINE VecF widen(const BFloat16*, __m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+SOFTMAX_EXT_INLINE __m128i narrow(const Float16*, VecF x) {
+  return _mm256_cvtps_ph(x.raw, _MM_FROUND_TO_NEAREST_INT);
+}
+SOFTMAX_EXT_INLINE __m128i narrow(const BFloat16*, VecF x) {
+  const __m256i bits = _mm256_castps_si256(x.raw);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.raw, x.raw, _CMP_UNORD_Q));
+  const __m256i wide =
+      _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+}
+template <class T>
+SOFTMAX_EXT_INLINE VecF load(const T* p, All, float) {
+  return widen(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <class T>
+SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, x));
+}
+
+#else
+
+template <class T>
+SOFTMAX_EXT_INLINE VecF load(const T* p, All, float) {
+  VecF x;
+  for (int k = 0; k < VecF::kSize; ++k) x.raw[k] = to_float(p[k]);
+  return x;
+}
+template <class T>
+SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
+  for (int k = 0; k < VecF::kSize; ++k) round_to(x.raw[k], p + k);
+}
+
+#endif
+
+template <class T>
+SOFTMAX_EXT_INLINE Vec<compute_t<T>> load(const T* p, First lanes, compute_t<T> fill) {
+  Vec<compute_t<T>> x(fill);
+  for (int64_t k = 0; k < lanes.count; ++k) x.raw[k] = to_float(p[k]);
+  return x;
+}
+template <class T>
+SOFTMAX_EXT_INLINE void store(T* p, First lanes, Vec<compute_t<T>> x) {
+  T all[Vec<compute_t<T>>::kSize];
+  store(all, All{}, x);
+  for (int64_t k = 0; k < lanes.count; ++k) p[k] = all[k];
+}
+
+#endif
+
+// Rounds each lane once, from the type computed in to the one stored.
+template <class T, class Lanes, class A>
+SOFTMAX_EXT_INLINE void store_as(T* p, Lanes lanes, Vec<A> x) {
+  if constexpr (std::is_same_v<compute_t<T>, A>) {
+    store(p, lanes, x);
+  } else {
+    int64_t count = Vec<A>::kSize;
+    if constexpr (std::is_same_v<Lanes, First>) count = lanes.count;
+    for (int64_t k = 0; k < count; ++k) round_to(x.raw[k], p + k);
+  }
+}
+
+// ---- the functions that formula.h uses ----------------------------------------------------------
+
+#if defined(SOFTMAX_EXT_AVX512)
+// b where the two cannot be ordered, as max_of for scalars.
+SOFTMAX_EXT_INLINE VecF max_of(VecF a, VecF b) { return _mm512_max_ps(a.raw, b.raw); }
+SOFTMAX_EXT_INLINE VecF min_of(VecF a, VecF b) { return _mm512_min_ps(a.raw, b.raw); }
+SOFTMAX_EXT_INLINE VecD max_of(VecD a, VecD b) { return _mm512_max_pd(a.raw, b.raw); }
+SOFTMAX_EXT_INLINE VecD min_of(VecD a, VecD b) { return _mm512_min_pd(a.raw, b.raw); }
+SOFTMAX_EXT_INLINE VecF fma_of(VecF a, VecF b, VecF c) {
+  return _mm512_fmadd_ps(a.raw, b.raw, c.raw);
+}
+SOFTMAX_EXT_INLINE VecD fma_of(VecD a, VecD b, VecD c) {
+  return _mm512_fmadd_pd(a.raw, b.raw, c.raw);
+}
+#elif defined(SOFTMAX_EXT_AVX2)
+SOFTMAX_EXT_INLINE VecF max_of(VecF a, VecF b) { return _mm256_max_ps(a.raw, b.raw); }
+SOFTMAX_EXT_INLINE VecF min_of(VecF a, VecF b) { return _mm256_min_ps(a.raw, b.raw); }
+SOFTMAX_EXT_INLINE VecD max_of(VecD a, VecD b) { return _mm256_max_pd(a.raw, b.raw); }
+SOFTMAX_EXT_INLINE VecD min_of(VecD a, VecD b) { return _mm256_min_pd(a.raw, b.raw); }
+SOFTMAX_EXT_INLINE VecF fma_of(VecF a, VecF b, VecF c) {
+  return _mm256_fmadd_ps(a.raw, b.raw, c.raw);
+}
+SOFTMAX_EXT_INLINE VecD fma_of(VecD a, VecD b, VecD c) {
+  return _mm256_fmadd_pd(a.raw, b.raw, c.raw);
+}
+#else
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> max_of(Vec<T> a, Vec<T> b) {
+  return a.raw > b.raw ? a.raw : b.raw;
+}
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> min_of(Vec<T> a, Vec<T> b) {
+  return a.raw < b.raw ? a.raw : b.raw;
+}
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> fma_of(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return a * b + c;
+}
+#endif
+
+// exp(x) is 2^n * exp(r) with n = round(x / ln 2) and r = x - n ln 2 in [-ln 2 / 2, ln 2 / 2].
+// ln 2 is taken in two parts, the first short enough that its product with n is exact (Cody and
+// Waite, 1980); exp(r) is 1 + r + r^2 q(r) with q a minimax polynomial for the relative error
+// (2^-28 for float, 2^-57 for double).
+template <class T>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  static constexpr float kLowest = -104.0f;  // exp is 0 there, and 2^n below stays in range
+  static constexpr float kHighest = 89.0f;   // exp overflows
+  static constexpr float kLn2High = 0x1.63p-1f;
+  static constexpr float kLn2Low = -0x1.bd0106p-13f;
+  static constexpr float kRound = 0x1.8p23f;  // added and taken away, it rounds to an integer
+  static constexpr int kMantissaBits = 23;
+  static constexpr int kBias = 127;
+  static constexpr float kPolynomial[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f4p-5f,
+                                          0x1.123a20p-7f, 0x1.6a23c8p-10f};
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr double kLowest = -746.0;
+  static constexpr double kHighest = 710.0;
+  static constexpr double kLn2High = 0x1.62e4p-1;
+  static constexpr double kLn2Low = 0x1.7f7d1cf79abcap-20;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr int kMantissaBits = 52;
+  static constexpr int kBias = 1023;
+  static constexpr double kPolynomial[] = {
+      0x1.000000000000ap-1,  0x1.55555555554f9p-3,  0x1.555555555083fp-5,  0x1.1111111127d05p-7,
+      0x1.6c16c18438ab3p-10, 0x1.a01a012a11caep-13, 0x1.a01999e26baabp-16, 0x1.71df25ae6b8eap-19,
+      0x1.28ad9b8387350p-22, 0x1.ad7f44a01e787p-26};
+};
+
+// x * 2^n for an integral n, with one rounding also where the result is subnormal.
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> scale(Vec<T> x, Vec<T> n) {
+#if defined(SOFTMAX_EXT_AVX512)
+  if constexpr (sizeof(T) == 4) return _mm512_scalef_ps(x.raw, n.raw);
+  if constexpr (sizeof(T) == 8) return _mm512_scalef_pd(x.raw, n.raw);
+#else
+  // Two factors, as 2^n itself may be too small for a normal number. Adding kRound and the bias
+  // leaves the biased exponent in the lowest bits.
+  using C = ExpConstants<T>;
+  const auto power = [](Vec<T> exponent) __attribute__((always_inline)) {
+    const auto bits = bit_cast<typename Vec<T>::RawInt>(exponent + Vec<T>(C::kRound + C::kBias));
+    return Vec<T>(bit_cast<typename Vec<T>::Raw>(bits << C::kMantissaBits));
+  };
+  const Vec<T> half = (n * Vec<T>(T(0.5)) + Vec<T>(C::kRound)) - Vec<T>(C::kRound);
+  return (x * power(half)) * power(n - half);
+#endif
+}
+
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> exp_of(Vec<T> x) {
+  using C = ExpConstants<T>;
+  // The bounds come first: a NaN passes through both.
+  x = min_of(Vec<T>(C::kHighest), max_of(Vec<T>(C::kLowest), x));
+  const Vec<T> n = fma_of(x, Vec<T>(T(1.44269504088896340736)), Vec<T>(C::kRound)) -
+                   Vec<T>(C::kRound);
+  Vec<T> r = fma_of(n, Vec<T>(-C::kLn2High), x);
+  r = fma_of(n, Vec<T>(-C::kLn2Low), r);
+  constexpr int kDegree = static_cast<int>(sizeof(C::kPolynomial) / sizeof(T)) - 1;
+  Vec<T> q(C::kPolynomial[kDegree]);
+  for (int k = kDegree - 1; k >= 0; --k) q = fma_of(q, r, Vec<T>(C::kPolynomial[k]));
+  return scale(fma_of(r * r, q, r) + Vec<T>(T(1)), n);
+}
+
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> log_of(Vec<T> x) {
+  for (int k = 0; k < Vec<T>::kSize; ++k) x.raw[k] = softmax_ext::log_of(x.raw[k]);
+  return x;
+}
+
+// x, or 0 where x is -inf: what to subtract from elements of which it is the largest.
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> shift_of(Vec<T> max) {
+  const typename Vec<T>::Raw infinity = Vec<T>(-static_cast<T>(INFINITY)).raw;
+  return max.raw == infinity ? typename Vec<T>::Raw{} : max.raw;
+}
+
+// ---- over the lanes -------------------------------------------------------------------------------
+
+// Halves are combined, then quarters, and so on.
+template <class T, class Combine>
+SOFTMAX_EXT_INLINE T over_lanes(Vec<T> x, Combine combine) {
+  T lanes[Vec<T>::kSize];
+  std::memcpy(lanes, &x.raw, sizeof(lanes));
+  for (int width = Vec<T>::kSize / 2; width > 0; width /= 2) {
+    for (int k = 0; k < width; ++k) lanes[k] = combine(lanes[k], lanes[k + width]);
+  }
+  return lanes[0];
+}
+
+#if defined(SOFTMAX_EXT_AVX512)
+SOFTMAX_EXT_INLINE float max_over_lanes(VecF x) { return _mm512_reduce_max_ps(x.raw); }
+SOFTMAX_EXT_INLINE double max_over_lanes(VecD x) { return _mm512_reduce_max_pd(x.raw); }
+SOFTMAX_EXT_INLINE float sum_over_lanes(VecF x) { return _mm512_reduce_add_ps(x.raw); }
+SOFTMAX_EXT_INLINE double sum_over_lanes(VecD x) { return _mm512_reduce_add_pd(x.raw); }
+#else
+template <class T>
+SOFTMAX_EXT_INLINE T max_over_lanes(Vec<T> x) {
+  return over_lanes(x, [](T a, T b) { return softmax_ext::max_of(a, b); });
+}
+template <class T>
+SOFTMAX_EXT_INLINE T sum_over_lanes(Vec<T> x) {
+  return over_lanes(x, [](T a, T b) { return a + b; });
+}
+#endif
+
+}  // namespace
+}  // namespace softmax_ext::cpu

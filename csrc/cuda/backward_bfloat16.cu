@@ -1,0 +1,8 @@
+#include "launch_typed.cuh"
+
+namespace softmax_ext::cuda {
+
+template cudaError_t launch_backward_typed<__nv_bfloat16>(const BackwardArgs&, const Plan&,
+                                                          cudaStream_t);
+
+}  // namespace softmax_ext::cuda

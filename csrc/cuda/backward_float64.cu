@@ -1,0 +1,7 @@
+#include "launch_typed.cuh"
+
+namespace softmax_ext::cuda {
+
+template cudaError_t launch_backward_typed<double>(const BackwardArgs&, const Plan&, cudaStream_t);
+
+}  // namespace softmax_ext::cuda

@@ -1,0 +1,8 @@
+#include "launch_typed.cuh"
+
+namespace softmax_ext::cuda {
+
+template cudaError_t launch_forward_typed<__nv_bfloat16>(const ForwardArgs&, const Plan&,
+                                                         cudaStream_t);
+
+}  // namespace softmax_ext::cuda

@@ -1,0 +1,7 @@
+#include "launch_typed.cuh"
+
+namespace softmax_ext::cuda {
+
+template cudaError_t launch_forward_typed<float>(const ForwardArgs&, const Plan&, cudaStream_t);
+
+}  // namespace softmax_ext::cuda

@@ -1,0 +1,19 @@
+// Launches on a CUDA device, on torch's current stream; only to be called if kBuiltWithCuda.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include "softmax_ext/problem.h"
+
+namespace softmax_ext {
+
+#if defined(SOFTMAX_EXT_CUDA)
+constexpr bool kBuiltWithCuda = true;
+#else
+constexpr bool kBuiltWithCuda = false;
+#endif
+
+void launch_on_cuda(const ForwardArgs& args, c10::Device device);
+void launch_on_cuda(const BackwardArgs& args, c10::Device device);
+
+}  // namespace softmax_ext

@@ -1,0 +1,78 @@
+// softmax_ext._C: the Python bindings.
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_numbers.h>
+
+#include "../cpu/launch.h"
+#include "autograd.h"
+#include "cuda.h"
+
+namespace softmax_ext {
+namespace {
+
+[[noreturn]] void raise_type_error(Op op, const char* argument, const char* expected,
+                                   py::handle value) {
+  PyErr_Format(PyExc_TypeError, "%s(): argument '%s' must be %s, not %s", name(op), argument,
+               expected, Py_TYPE(value.ptr())->tp_name);
+  throw py::error_already_set();
+}
+
+const at::Tensor& to_tensor(Op op, const char* argument, py::handle value) {
+  if (!THPVariable_Check(value.ptr())) raise_type_error(op, argument, "Tensor", value);
+  return THPVariable_Unpack(value.ptr());
+}
+
+// softmax(input, dim, dtype, out): the arguments are taken as they are, since an overload's
+// conversion would cost as much as a small call.
+template <Op op>
+py::object bind(py::handle input, py::handle dim, py::handle dtype, py::handle out) {
+  HANDLE_TH_ERRORS
+  const at::Tensor& tensor = to_tensor(op, "input", input);
+  if (!THPUtils_checkLong(dim.ptr())) raise_type_error(op, "dim", "int", dim);
+  const int64_t wrapped = THPUtils_unpackLong(dim.ptr());
+  std::optional<at::ScalarType> result_dtype;
+  if (!dtype.is_none()) {
+    if (!THPDtype_Check(dtype.ptr())) raise_type_error(op, "dtype", "torch.dtype", dtype);
+    result_dtype = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+  }
+  if (out.is_none()) {
+    at::Tensor result;
+    {
+      const py::gil_scoped_release no_gil;
+      result = softmax(tensor, wrapped, result_dtype, op);
+    }
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(result)));
+  }
+  at::Tensor result = to_tensor(op, "out", out);
+  {
+    const py::gil_scoped_release no_gil;
+    softmax_out(tensor, wrapped, result_dtype, op, result);
+  }
+  return py::reinterpret_borrow<py::object>(out);
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+py::dict build_info() {
+  py::dict info;
+  py::list isas;
+  const cpu::KernelList& usable = cpu::usable_kernels();
+  for (int k = 0; k < usable.size; ++k) isas.append(usable.items[k]->isa);
+  info["cpu_isa"] = cpu::kernels().isa;
+  info["cpu_isas"] = isas;
+  return info;
+}
+
+PYBIND11_MODULE(_C, module) {
+  // A forced instruction set that cannot be had is an error at import, not at the first call.
+  cpu::kernels();
+  module.def("softmax", bind<Op::kSoftmax>, py::arg("input"), py::arg("dim"), py::arg("dtype"),
+             py::arg("out"));
+  module.def("log_softmax", bind<Op::kLogSoftmax>, py::arg("input"), py::arg("dim"),
+             py::arg("dtype"), py::arg("out"));
+  module.def("build_info", build_info);
+}
+
+}  // namespace
+}  // namespace softmax_ext

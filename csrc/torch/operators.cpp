@@ -1,0 +1,155 @@
+#include "operators.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/MemoryOverlap.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/native/Resize.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include "../cpu/launch.h"
+#include "cuda.h"
+
+namespace softmax_ext {
+namespace {
+
+constexpr c10::DispatchKeySet kTakenKeys =
+    c10::DispatchKeySet({c10::DispatchKey::Dense, c10::DispatchKey::AutogradFunctionality,
+                         c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect,
+                         c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
+
+DType to_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBool:
+      return DType::kBool;
+    case at::kByte:
+      return DType::kUInt8;
+    case at::kChar:
+      return DType::kInt8;
+    case at::kShort:
+      return DType::kInt16;
+    case at::kInt:
+      return DType::kInt32;
+    case at::kLong:
+      return DType::kInt64;
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no kernel for ", dtype);
+  }
+}
+
+Shape to_shape(const at::Tensor& tensor, int64_t dim) {
+  const at::IntArrayRef sizes = tensor.sizes();
+  if (sizes.empty()) return {1, 1, 1};
+  return {c10::multiply_integers(sizes.slice(0, dim)), sizes[dim],
+          c10::multiply_integers(sizes.slice(dim + 1))};
+}
+
+at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device) {
+  // On the CPU, what at::empty ends in, without its dispatch.
+  if (device.is_cpu()) return at::detail::empty_cpu(sizes, dtype);
+  return at::empty(sizes, at::TensorOptions(device).dtype(dtype));
+}
+
+cpu::Threads threads() {
+  return {at::in_parallel_region() ? 1 : at::get_num_threads(),
+          [](int64_t size, int64_t grain, cpu::Threads::Body body, void* context) {
+            at::parallel_for(0, size, grain,
+                             [=](int64_t begin, int64_t end) { body(context, begin, end); });
+          }};
+}
+
+void launch(const ForwardArgs& args, at::Device device) {
+  if (device.is_cpu()) {
+    cpu::kernels().launch_forward(args, threads());
+  } else {
+    launch_on_cuda(args, device);
+  }
+}
+
+void launch(const BackwardArgs& args, at::Device device) {
+  if (device.is_cpu()) {
+    cpu::kernels().launch_backward(args, threads());
+  } else {
+    launch_on_cuda(args, device);
+  }
+}
+
+// `output` is contiguous.
+void run_forward(const at::Tensor& input, int64_t dim, Op op, const at::Tensor& output) {
+  if (input.numel() == 0) return;
+  const at::Tensor contiguous = input.contiguous();
+  launch(ForwardArgs{contiguous.const_data_ptr(), output.mutable_data_ptr(),
+                     to_dtype(input.scalar_type()), to_dtype(output.scalar_type()),
+                     to_shape(input, dim), op},
+         input.device());
+}
+
+}  // namespace
+
+bool kernels_take(const at::Tensor& tensor) {
+  const at::Device device = tensor.device();
+  if (!device.is_cpu() && !(kBuiltWithCuda && device.is_cuda())) return false;
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  const auto others = (tensor.key_set() | local.included_) - kTakenKeys;
+  if ((others.raw_repr() & ~c10::full_backend_mask) != 0) return false;
+  const auto autocast =
+      device.is_cpu() ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::AutocastCUDA;
+  if (!local.excluded_.has(autocast)) return false;
+  return !tensor._fw_grad(/*level=*/0).defined();
+}
+
+bool is_kernel_output_dtype(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 ||
+         dtype == at::kDouble;
+}
+
+bool is_kernel_dtype(at::ScalarType dtype) {
+  return is_kernel_output_dtype(dtype) || dtype == at::kBool || dtype == at::kByte ||
+         dtype == at::kChar || dtype == at::kShort || dtype == at::kInt || dtype == at::kLong;
+}
+
+at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op) {
+  const at::Tensor output = empty(input.sizes(), dtype, input.device());
+  run_forward(input, dim, op, output);
+  return output;
+}
+
+void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op,
+                 const at::Tensor& out) {
+  TORCH_CHECK(out.scalar_type() == dtype, name(op), "(): expected argument 'out' to have dtype ",
+              dtype, ", but got ", out.scalar_type());
+  TORCH_CHECK(out.device() == input.device(), name(op), "(): expected argument 'out' on ",
+              input.device(), " like 'input', but got ", out.device());
+  at::native::resize_output(out, input.sizes());
+  at::assert_no_internal_overlap(out);
+  at::assert_no_partial_overlap(out, input);
+  if (out.is_contiguous()) {
+    run_forward(input, dim, op, out);
+  } else {
+    out.copy_(forward(input, dim, dtype, op));
+  }
+}
+
+at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
+                    at::ScalarType dtype, Op op) {
+  const at::Tensor grad_input = empty(output.sizes(), dtype, output.device());
+  if (output.numel() == 0) return grad_input;
+  const at::Tensor grad_contiguous = grad_output.contiguous();
+  const at::Tensor contiguous = output.contiguous();
+  launch(BackwardArgs{grad_contiguous.const_data_ptr(), contiguous.const_data_ptr(),
+                      grad_input.mutable_data_ptr(), to_dtype(output.scalar_type()),
+                      to_dtype(dtype), to_shape(output, dim), op},
+         output.device());
+  return grad_input;
+}
+
+}  // namespace softmax_ext

@@ -1,0 +1,32 @@
+// The operators on torch tensors. Without autograd; autograd.h adds that.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "softmax_ext/problem.h"
+
+namespace softmax_ext {
+
+// Whether the kernels take a call on this tensor, here and now. They do not take what is not plain
+// strided memory on the CPU (or on a GPU, where built for it), nor a call that something else must
+// see: functorch transforms, forward-mode tangents, fake tensors and other modes, tracing,
+// autocast. Such a call goes to torch's own operator.
+bool kernels_take(const at::Tensor& tensor);
+
+// A conversion to one of the kernels' output types can be part of the kernel.
+bool is_kernel_dtype(at::ScalarType dtype);        // as input
+bool is_kernel_output_dtype(at::ScalarType dtype);  // as output: floating
+
+// softmax or log-softmax of `input`, as `dtype`, over `dim` (already wrapped), into a new
+// contiguous tensor.
+at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op);
+
+// The same into `out`, resized if need be. Raises as torch.softmax(out=) does.
+void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op,
+                 const at::Tensor& out);
+
+// The gradient of the input, as `dtype`, from the output and its gradient (same type and shape).
+at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
+                    at::ScalarType dtype, Op op);
+
+}  // namespace softmax_ext

@@ -1,0 +1,23 @@
+"""Fused softmax and log-softmax for PyTorch, on CPU and CUDA.
+
+``from softmax_ext import softmax`` (or ``import softmax_ext as F``) where
+torch.nn.functional.softmax stood: the same values, gradients, dtypes and errors.
+"""
+
+from __future__ import annotations
+
+from softmax_ext._info import __version__, build_info
+from softmax_ext.functional import log_softmax, softmax, softmin
+from softmax_ext.modules import LogSoftmax, Softmax, Softmax2d, Softmin
+
+__all__ = [
+    "LogSoftmax",
+    "Softmax",
+    "Softmax2d",
+    "Softmin",
+    "__version__",
+    "build_info",
+    "log_softmax",
+    "softmax",
+    "softmin",
+]

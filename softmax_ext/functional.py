@@ -1,0 +1,128 @@
+"""softmax, log_softmax and softmin with the signatures of torch.nn.functional."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from softmax_ext._loader import load
+
+_C = load()
+
+__all__ = ["log_softmax", "softmax", "softmin"]
+
+
+def _implicit_dim(name: str, ndim: int, stacklevel: int) -> int:
+    """The dim that torch.nn.functional takes where none is given, with its warning."""
+    warnings.warn(
+        f"Implicit dimension choice for {name} has been deprecated. "
+        "Change the call to include dim=X as an argument.",
+        stacklevel=stacklevel,
+    )
+    return 0 if ndim in (0, 1, 3) else 1
+
+
+def softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""exp(x) / sum(exp(x)) over `dim`: torch.nn.functional.softmax by a fused kernel.
+
+    Every slice along `dim` is scaled to sum to 1. It is computed as exp(x - max(x)) / sum, in
+    float32 (float64 for float64), and rounded once.
+
+    Args:
+        input: of any shape; float16, bfloat16, float32 or float64, or another dtype together with
+            the argument `dtype`. On the CPU, or on a CUDA device where the build has kernels for
+            it; a tensor that the kernels do not take goes to torch's own operator.
+        dim: of which the slices sum to 1, from -input.ndim to input.ndim - 1. Without it, torch's
+            implicit choice, with its warning.
+        dtype: of the result, floating. The input is rounded to it first, within the kernel.
+        out: where to write the result, as in torch.softmax; resized if its shape is another.
+
+    Returns:
+        A contiguous tensor of the input's shape, on its device; `out` if that is given.
+
+    Raises:
+        IndexError: `dim` is out of range.
+        NotImplementedError: the result's dtype is not one of the four.
+        TypeError: an argument is of the wrong type.
+        RuntimeError: `out` has another dtype or device, overlaps the input in part, or a gradient
+            is asked for.
+
+    Source: torch.nn.functional.softmax and torch.softmax; Milakov and Gimelshein, "Online
+    normalizer calculation for softmax", arXiv 1805.02867.
+
+    Example:
+        >>> softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
+        tensor([0.0900, 0.2447, 0.6652])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype, out=out
+        )
+    if dim is None:
+        dim = _implicit_dim("softmax", input.dim(), _stacklevel)
+    return _C.softmax(input, dim, dtype, out)  # type: ignore[no-any-return]
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""x - log(sum(exp(x))) over `dim`: torch.nn.functional.log_softmax by a fused kernel.
+
+    It is computed as (x - max(x)) - log(sum(exp(x - max(x)))), in float32 (float64 for float64),
+    and rounded once. Arguments, result and errors are those of :func:`softmax`.
+
+    Source: torch.nn.functional.log_softmax and torch.log_softmax.
+
+    Example:
+        >>> log_softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
+        tensor([-2.4076, -1.4076, -0.4076])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype, out=out
+        )
+    if dim is None:
+        dim = _implicit_dim("log_softmax", input.dim(), _stacklevel)
+    return _C.log_softmax(input, dim, dtype, out)  # type: ignore[no-any-return]
+
+
+def softmin(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""exp(-x) / sum(exp(-x)) over `dim`: torch.nn.functional.softmin by a fused kernel.
+
+    It is ``softmax(-input)``. Arguments, result and errors are those of :func:`softmax`.
+
+    Source: torch.nn.functional.softmin.
+
+    Example:
+        >>> softmin(torch.tensor([1.0, 2.0, 3.0]), dim=0)
+        tensor([0.6652, 0.2447, 0.0900])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            softmin, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype, out=out
+        )
+    if dim is None:
+        dim = _implicit_dim("softmin", input.dim(), _stacklevel)
+    return _C.softmax(-input, dim, dtype, out)  # type: ignore[no-any-return]

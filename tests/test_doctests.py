@@ -1,0 +1,46 @@
+"""The examples in the docstrings of all public modules and of every public name."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import softmax_ext
+
+MODULES = [
+    "softmax_ext",
+    *(
+        f"softmax_ext.{module.name}"
+        for module in pkgutil.iter_modules(softmax_ext.__path__)
+        if not module.name.startswith("_")
+    ),
+]
+PUBLIC = (
+    "softmax",
+    "log_softmax",
+    "softmin",
+    "Softmax",
+    "LogSoftmax",
+    "Softmin",
+    "Softmax2d",
+    "build_info",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    result = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_an_example(name: str) -> None:
+    public = getattr(softmax_ext, name)
+    assert name in softmax_ext.__all__
+    examples = [
+        example for test in doctest.DocTestFinder().find(public, name) for example in test.examples
+    ]
+    assert examples, f"softmax_ext.{name} has no example in its docstring"

@@ -1,0 +1,292 @@
+"""Memory: the layouts an input may have, those a result has, out=, and what must stay untouched."""
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from tolerances import FLOATING, OPS, OURS, TORCH, assert_close_to_reference
+
+
+def unaligned(device: str, *shape: int) -> torch.Tensor:
+    """Contiguous, but one element past an aligned address."""
+    return torch.randn(torch.Size(shape).numel() + 1, device=device)[1:].view(shape)
+
+
+LAYOUTS: dict[str, Callable[[str], torch.Tensor]] = {
+    "contiguous": lambda d: torch.randn(9, 37, device=d),
+    "transposed": lambda d: torch.randn(37, 9, device=d).t(),
+    "permuted": lambda d: torch.randn(4, 5, 37, device=d).permute(2, 0, 1),
+    "channels last": lambda d: torch.randn(2, 5, 3, 4, device=d).to(
+        memory_format=torch.channels_last
+    ),
+    "channels last 3d": lambda d: torch.randn(2, 5, 3, 4, 2, device=d).to(
+        memory_format=torch.channels_last_3d
+    ),
+    "every other element": lambda d: torch.randn(9, 74, device=d)[:, ::2],
+    "every other row": lambda d: torch.randn(18, 37, device=d)[::2],
+    "narrowed": lambda d: torch.randn(9, 50, device=d).narrow(1, 5, 37),
+    "first rows": lambda d: torch.randn(20, 37, device=d)[:9],
+    "expanded rows": lambda d: torch.randn(37, device=d).expand(9, 37),
+    "expanded dim": lambda d: torch.randn(9, 1, device=d).expand(9, 37),
+    "expanded from one element": lambda d: torch.randn((), device=d).expand(9, 37),
+    "unaligned": lambda d: unaligned(d, 9, 37),
+    "unaligned, long row": lambda d: unaligned(d, 2, 4100),
+    "flipped": lambda d: torch.randn(9, 37, device=d).flip(0, 1),
+    "overlapping": lambda d: torch.randn(60, device=d).as_strided((9, 37), (2, 1)),
+    "sizes of 1": lambda d: torch.randn(1, 37, 1, device=d).transpose(0, 2),
+    "negated view": lambda d: torch.randn(9, 37, device=d, dtype=torch.complex64).conj().imag,
+    "0-d view": lambda d: torch.randn(9, device=d)[4],
+}
+
+
+def cases() -> list[tuple[str, int]]:
+    return [
+        (name, dim)
+        for name, make in LAYOUTS.items()
+        for dim in range(max(make("cpu").dim(), 1))
+    ]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["same dtype", "cast"])
+@pytest.mark.parametrize("op", [*OPS, "softmin"])
+@pytest.mark.parametrize("layout, dim", cases())
+def test_layout(
+    layout: str, dim: int, op: str, dtype: torch.dtype | None, device: str
+) -> None:
+    """Right values, torch's metadata, and an input that is neither changed nor shared."""
+    input = LAYOUTS[layout](device)
+    before = input.clone()
+    version = input._version
+    actual = OURS[op](input, dim, dtype=dtype)
+    expected = TORCH[op](input, dim, dtype=dtype)
+
+    assert_close_to_reference(actual, op, input, dim, dtype)
+    assert type(actual) is torch.Tensor
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    assert actual.device == expected.device
+    assert actual.layout == expected.layout
+    assert actual.stride() == expected.stride()
+    assert actual.storage_offset() == expected.storage_offset()
+    assert actual.is_contiguous() == expected.is_contiguous()
+    assert not actual.is_neg()
+
+    assert torch.equal(input, before)
+    assert input._version == version
+    assert actual.untyped_storage().data_ptr() != input.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("offset", range(1, 8))
+def test_every_alignment(offset: int, op: str, dtype: torch.dtype, device: str) -> None:
+    """16-byte access must not assume an aligned input, whatever the element size."""
+    for shape, dim in (((3, 64), 1), ((64, 24), 0)):
+        numel = torch.Size(shape).numel()
+        input = torch.randn(numel + offset, device=device).to(dtype)[offset:].view(shape)
+        assert_close_to_reference(OURS[op](input, dim), op, input, dim)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape, dim", [((0, 5), 0), ((5, 0), 0), ((2, 0, 3), 1)], ids=str)
+def test_empty_has_torchs_strides(
+    op: str, shape: tuple[int, ...], dim: int, device: str
+) -> None:
+    for input in (torch.empty(shape, device=device), torch.empty(shape[::-1], device=device).mT):
+        assert OURS[op](input, dim).stride() == TORCH[op](input, dim).stride()
+
+
+TORCH_OUT: dict[str, Callable[..., torch.Tensor]] = {
+    "softmax": torch.softmax,
+    "log_softmax": torch.log_softmax,
+    "softmin": lambda x, *args, **kwargs: torch.softmax(-x, *args, **kwargs),
+}
+WITH_OUT = [*OPS, "softmin"]
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", WITH_OUT)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_out(dim: int, op: str, dtype: torch.dtype, device: str) -> None:
+    input = torch.randn(9, 37, device=device).to(dtype)
+    out = torch.full_like(input, torch.nan)
+    version = out._version
+    assert OURS[op](input, dim, out=out) is out
+    assert torch.equal(out, OURS[op](input, dim))
+    assert out._version > version
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64], ids=str)
+@pytest.mark.parametrize("op", WITH_OUT)
+def test_out_with_a_cast(op: str, dtype: torch.dtype, device: str) -> None:
+    input = torch.randint(-5, 6, (9, 37), device=device).to(dtype)
+    out = torch.empty(9, 37, device=device)
+    assert OURS[op](input, 1, dtype=torch.float32, out=out) is out
+    assert_close_to_reference(out, op, input, 1, torch.float32)
+
+
+@pytest.mark.parametrize("op", WITH_OUT)
+@pytest.mark.parametrize("shape, dim", [((), 0), ((0, 5), 1), ((2, 0, 3), 1)], ids=str)
+def test_out_of_0d_and_empty(
+    op: str, shape: tuple[int, ...], dim: int, device: str
+) -> None:
+    input = torch.zeros(shape, device=device)
+    out = torch.empty(shape, device=device)
+    assert OURS[op](input, dim, out=out) is out
+    assert torch.equal(out, TORCH[op](input, dim))
+
+
+NON_CONTIGUOUS_OUT: dict[str, Callable[[str], torch.Tensor]] = {
+    "transposed": lambda d: torch.zeros(37, 9, device=d).t(),
+    "every other element": lambda d: torch.zeros(9, 74, device=d)[:, ::2],
+    "narrowed": lambda d: torch.zeros(9, 50, device=d)[:, 5:42],
+    "unaligned": lambda d: torch.zeros(9 * 37 + 1, device=d)[1:].view(9, 37),
+}
+
+
+@pytest.mark.parametrize("op", WITH_OUT)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("layout", NON_CONTIGUOUS_OUT)
+def test_out_keeps_its_layout(layout: str, dim: int, op: str, device: str) -> None:
+    """Written through out's own strides, and nothing beside it."""
+    input = torch.randn(9, 37, device=device)
+    out = NON_CONTIGUOUS_OUT[layout](device)
+    stride, address = out.stride(), out.data_ptr()
+    assert OURS[op](input, dim, out=out) is out
+    assert (out.stride(), out.data_ptr()) == (stride, address)
+    expected = OURS[op](input, dim)
+    assert torch.equal(out, expected)
+    storage = torch.empty(0, device=device).set_(out.untyped_storage())
+    torch.testing.assert_close(storage.double().sum(), expected.double().sum())
+
+
+@pytest.mark.parametrize("op", WITH_OUT)
+def test_empty_out_is_resized(op: str, device: str) -> None:
+    input = torch.randn(37, 9, device=device).t()
+    out = torch.empty(0, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert OURS[op](input, 1, out=out) is out
+    assert out.stride() == TORCH_OUT[op](input, 1, out=torch.empty(0, device=device)).stride()
+    assert torch.equal(out, OURS[op](input, 1))
+
+
+@pytest.mark.parametrize("op", WITH_OUT)
+@pytest.mark.parametrize("shape", [(3,), (10, 37), (37, 9)], ids=str)
+def test_out_of_another_shape_is_resized_with_a_warning(
+    shape: tuple[int, ...], op: str, device: str
+) -> None:
+    input = torch.randn(9, 37, device=device)
+    for functions in (TORCH_OUT, OURS):
+        out = torch.empty(shape, device=device)
+        with pytest.warns(UserWarning, match="An output with one or more elements was resized"):
+            functions[op](input, 1, out=out)
+        assert out.shape == input.shape
+    assert torch.equal(out, OURS[op](input, 1))
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", WITH_OUT)
+@pytest.mark.parametrize(
+    "shape, dim", [((9, 37), 1), ((9, 37), 0), ((2, 4099), 1), ((20000,), 0)], ids=str
+)
+def test_in_place(
+    shape: tuple[int, ...], dim: int, op: str, dtype: torch.dtype, device: str
+) -> None:
+    """out is the input: rows of every schedule must be read before they are written."""
+    input = torch.randn(shape, device=device).to(dtype)
+    expected = OURS[op](input.clone(), dim)
+    assert OURS[op](input, dim, out=input) is input
+    assert torch.equal(input, expected)
+
+
+@pytest.mark.parametrize("op", WITH_OUT)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_out_is_the_input_transposed(dim: int, op: str, device: str) -> None:
+    base = torch.randn(37, 37, device=device)
+    expected = OURS[op](base.t().contiguous(), dim)
+    OURS[op](base.t(), dim, out=base)
+    assert torch.equal(base, expected)
+
+
+@pytest.mark.parametrize("op", WITH_OUT)
+@pytest.mark.parametrize("start, end", [(0, 5), (5, 0), (0, 37)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_out_overlapping_the_input_is_never_silently_wrong(
+    dim: int, start: int, end: int, op: str, device: str
+) -> None:
+    """torch.softmax gives wrong values here; right ones, or a RuntimeError, are both accepted."""
+    storage = torch.randn(9 * 37 + 37, device=device)
+    input = storage[start : start + 9 * 37].view(9, 37)
+    out = storage[end : end + 9 * 37].view(9, 37)
+    expected = OURS[op](input.clone(), dim)
+    before = storage.clone()
+    try:
+        OURS[op](input, dim, out=out)
+    except RuntimeError:
+        assert torch.equal(storage, before)
+    else:
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("op", WITH_OUT)
+def test_out_with_elements_that_share_memory(op: str, device: str) -> None:
+    input = torch.randn(9, 37, device=device)
+    for functions in (TORCH_OUT, OURS):
+        out = torch.empty(37, device=device).expand(9, 37)
+        with pytest.raises(RuntimeError, match="single memory location"):
+            functions[op](input, 1, out=out)
+
+
+@pytest.mark.parametrize(
+    "input_dtype, dtype, out_dtype",
+    [
+        (torch.float32, None, torch.float64),
+        (torch.float32, None, torch.float16),
+        (torch.float32, None, torch.int64),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.int64, torch.float32, torch.int64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", WITH_OUT)
+def test_out_of_another_dtype(
+    op: str,
+    input_dtype: torch.dtype,
+    dtype: torch.dtype | None,
+    out_dtype: torch.dtype,
+    device: str,
+) -> None:
+    input = torch.ones(9, 37, dtype=input_dtype, device=device)
+    for functions in (TORCH_OUT, OURS):
+        out = torch.zeros(9, 37, dtype=out_dtype, device=device)
+        with pytest.raises(RuntimeError, match="dtype"):
+            functions[op](input, 1, dtype=dtype, out=out)
+        assert not out.any()
+
+
+@pytest.mark.parametrize("op", WITH_OUT)
+def test_out_on_another_device(op: str, device: str) -> None:
+    input = torch.randn(9, 37, device=device)
+    for functions in (TORCH_OUT, OURS):
+        with pytest.raises(RuntimeError, match="device"):
+            functions[op](input, 1, out=torch.empty(9, 37, device="meta"))
+
+
+@pytest.mark.parametrize("op", WITH_OUT)
+def test_out_and_autograd(op: str, device: str) -> None:
+    """out= has no gradient: refused where out requires one, and never silently dropped."""
+    plain = torch.randn(9, 37, device=device)
+    leaf = plain.clone().requires_grad_()
+    for functions in (TORCH_OUT, OURS):
+        out = torch.empty(9, 37, device=device, requires_grad=True)
+        with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
+            functions[op](plain, 1, out=out)
+        with torch.no_grad():
+            assert functions[op](leaf, 1, out=out) is out
+        result = torch.empty(9, 37, device=device)
+        with pytest.raises(RuntimeError):
+            functions[op](leaf, 1, out=result).sum().backward()
+    assert torch.equal(out, OURS[op](plain, 1))
