@@ -10,22 +10,22 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check
 supported_torch = $(shell grep -oE -m 1 'torch>=[0-9.,<>=]+' pyproject.toml)
 
-.PHONY: demo test bench lint format debug torch clean FORCE
+.PHONY: demo test bench lint format debug torch build clean FORCE
 .DELETE_ON_ERROR:
 
-demo: build/installed
+demo: build
 	$(python) examples/digits.py $(ARGS)
 
-test: build/installed
+test: build
 	$(python) -m pytest $(ARGS)
 
-bench: build/installed
+bench: build
 	$(python) -m benchmarks $(ARGS)
 
-lint: build/installed
+lint: build
 	PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files --show-diff-on-failure
 
-format: build/installed
+format: build
 	git ls-files -co --exclude-standard '*.h' '*.cuh' '*.cpp' '*.cu' \
 	  | xargs -r $(VENV)/bin/clang-format -i
 	$(VENV)/bin/ruff check --fix .
@@ -33,8 +33,9 @@ format: build/installed
 
 # A build of its own with warnings as errors and sanitizers, and all tests on it. libstdc++ is
 # loaded early too: without it the address sanitizer finds no exceptions to intercept.
-debug: build/installed
-	SOFTMAX_EXT_DEBUG=1 $(python) setup.py -q build --build-base build/debug --build-lib build/debug/lib
+debug: build
+	SOFTMAX_EXT_DEBUG=1 $(python) setup.py -q build --build-lib build/debug/lib \
+	  build_ext --build-temp build/debug/objects
 	cd build/debug/lib && \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -44,8 +45,10 @@ clean:
 	rm -rf build dist *.egg-info compile_commands.json softmax_ext/_C.*.so softmax_ext/_build.json
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-# Only the virtual environment, with torch and what a build needs.
+# The set-up by its steps: the virtual environment with torch and what a build needs; all of it.
 torch: $(VENV)/.torch
+
+build: build/extension $(VENV)/.installed
 
 # $(call record,TEXT): rewrites the target, and so makes it newer than what depends on it, only if
 # the text is not what it was.
@@ -68,9 +71,14 @@ $(VENV)/.torch: $(VENV)/.wanted
 	@test "$$($(python) -V)" = "$$($(PYTHON) -V)" || { \
 	  echo "$(VENV) has $$($(python) -V), $(PYTHON) is $$($(PYTHON) -V): remove $(VENV), or name another VENV="; \
 	  exit 1; }
-	$(pip) install $$WANTED "$(supported_torch)" "setuptools>=77" wheel ninja pybind11
+	$(pip) install $$WANTED "$(supported_torch)" "setuptools>=77" wheel ninja pybind11 numpy
 	@touch $@
 
-build/installed: $(VENV)/.torch build/settings setup.py pyproject.toml $(shell find csrc)
-	$(pip) install -v --no-build-isolation -e ".[test,demo,dev]"
+# Compiled in place, where the editable installation finds it, and only as far as need be.
+build/extension: $(VENV)/.torch build/settings setup.py $(shell find csrc)
+	$(python) setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml | build/extension
+	$(pip) install --no-build-isolation -e ".[test,demo,dev]"
 	@touch $@

@@ -1,25 +1,21 @@
 """Fixtures of all tests: every test that computes takes `device` and so runs on CPU and GPU."""
 
-import os
-
 import pytest
 import torch
 
 import softmax_ext
 
-LARGE = "SOFTMAX_EXT_TEST_LARGE"
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-large", action="store_true", help="run the tests marked `large`")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", f"large: needs many GB of memory; runs where {LARGE}=1 is set")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get(LARGE) == "1":
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-large"):
         return
     for item in items:
         if item.get_closest_marker("large"):
-            item.add_marker(pytest.mark.skip(reason=f"large: set {LARGE}=1 to run it"))
+            item.add_marker(pytest.mark.skip(reason="large: runs with --run-large"))
 
 
 @pytest.fixture(params=["cpu", "cuda"])

@@ -62,7 +62,7 @@ def test_other_dim(size: int, inner: int, op: str, dtype: torch.dtype, device: s
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
-    "shape, dim",
+    ("shape", "dim"),
     [((2**20 + 3,), 0), ((4099, 3), 1), ((1031, 65), 1), ((4097, 65), 0), ((40000, 3), 0)],
     ids=str,
 )
@@ -93,7 +93,7 @@ def test_empty(op: str, shape: tuple[int, ...], device: str) -> None:
 @pytest.mark.parametrize("to", FLOATING, ids=str)
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape, dim", [((3, 70), 1), ((2, 4099), 1), ((33, 70), 0)], ids=str)
+@pytest.mark.parametrize(("shape", "dim"), [((3, 70), 1), ((2, 4099), 1), ((33, 70), 0)], ids=str)
 def test_cast(
     shape: tuple[int, ...], dim: int, op: str, dtype: torch.dtype, to: torch.dtype, device: str
 ) -> None:
@@ -184,14 +184,14 @@ def nontrivial(*shape: int, device: str) -> torch.Tensor:
 DERIVATIVE_CASES = [((5,), 0), ((3, 4), 1), ((3, 4), 0), ((2, 3, 4), 1), ((2, 19), -1), ((), 0)]
 
 
-@pytest.mark.parametrize("shape, dim", DERIVATIVE_CASES, ids=str)
+@pytest.mark.parametrize(("shape", "dim"), DERIVATIVE_CASES, ids=str)
 @pytest.mark.parametrize("op", [*OPS, "softmin"])
 def test_gradcheck(op: str, shape: tuple[int, ...], dim: int, device: str) -> None:
     input = nontrivial(*shape, device=device)
     assert torch.autograd.gradcheck(lambda x: OURS[op](x, dim), input)
 
 
-@pytest.mark.parametrize("shape, dim", DERIVATIVE_CASES, ids=str)
+@pytest.mark.parametrize(("shape", "dim"), DERIVATIVE_CASES, ids=str)
 @pytest.mark.parametrize("op", [*OPS, "softmin"])
 def test_gradgradcheck(op: str, shape: tuple[int, ...], dim: int, device: str) -> None:
     input = nontrivial(*shape, device=device)
@@ -485,7 +485,7 @@ def test_gradient_of_an_affine_classifier(op: str, device: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_masked_elements_get_no_gradient(op: str, device: str) -> None:
-    """-inf logits: probability 0, whose gradient is 0 for softmax and grad_output for log_softmax."""
+    """-inf logits: a gradient of 0 for softmax, and of grad_output for log_softmax."""
     x = torch.randn(4, 37, device=device)
     x[:, ::3] = -torch.inf
     x.requires_grad_()
@@ -500,9 +500,7 @@ def test_masked_elements_get_no_gradient(op: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dim", [0, 1])
-def test_special_values_in_grad_output(
-    dim: int, op: str, dtype: torch.dtype, device: str
-) -> None:
+def test_special_values_in_grad_output(dim: int, op: str, dtype: torch.dtype, device: str) -> None:
     """Infinities and NaN spoil their own row and no other, as torch's do."""
     size = 37
     grad_output = torch.randn(size, size, device=device).to(dtype)

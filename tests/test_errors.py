@@ -30,7 +30,7 @@ def assert_refused_alike(op: str, pattern: str, *args: Any, **kwargs: Any) -> No
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape, dim", [((3, 5), 1), ((3, 5), 0), ((), 0)], ids=str)
+@pytest.mark.parametrize(("shape", "dim"), [((3, 5), 1), ((3, 5), 0), ((), 0)], ids=str)
 def test_integer_input_without_dtype(
     shape: tuple[int, ...], dim: int, op: str, dtype: torch.dtype, device: str
 ) -> None:
@@ -148,7 +148,7 @@ def test_softmin_input_that_is_no_tensor(op: str) -> None:
 @pytest.mark.parametrize("out", [[1.0], (torch.empty(3, 5),), "a"], ids=["list", "tuple", "str"])
 @pytest.mark.parametrize("op", EVERY)
 def test_out_that_is_no_tensor(op: str, out: Any) -> None:
-    with pytest.raises(TypeError, match="'out'.* must be Tensor, not"):
+    with pytest.raises(TypeError, match=r"'out'.* must be Tensor, not"):
         OURS[op](torch.ones(3, 5), 1, out=out)
 
 

@@ -65,9 +65,7 @@ def is_nan_for_torch_too(op: str, input: torch.Tensor, dim: int, actual: torch.T
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("size", [3, 16, 37, 1030, 4099])
-def test_special_rows_of_the_last_dim(
-    size: int, op: str, dtype: torch.dtype, device: str
-) -> None:
+def test_special_rows_of_the_last_dim(size: int, op: str, dtype: torch.dtype, device: str) -> None:
     """All rows at once: what one row holds must not leak into its neighbours."""
     rows = [make(torch.randn(size)) for make in ROWS.values()]
     input = torch.stack(rows).to(dtype).to(device)
@@ -83,9 +81,7 @@ def test_special_rows_of_the_last_dim(
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("size", [3, 16, 37, 1030])
-def test_special_rows_of_another_dim(
-    size: int, op: str, dtype: torch.dtype, device: str
-) -> None:
+def test_special_rows_of_another_dim(size: int, op: str, dtype: torch.dtype, device: str) -> None:
     """Side by side in one vector (pytorch issue 158310: mixed -inf rows of 16-bit log_softmax)."""
     rows = [make(torch.randn(size)) for make in ROWS.values()]
     input = torch.stack(rows, 1).to(dtype).to(device)
@@ -135,9 +131,7 @@ def test_whole_chunks_of_minus_infinity(
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("size", [2048, 65535, 65536, 65537, 2**20])
 @pytest.mark.parametrize("value", [0.0, 7.0])
-def test_equal_elements(
-    value: float, size: int, op: str, dtype: torch.dtype, device: str
-) -> None:
+def test_equal_elements(value: float, size: int, op: str, dtype: torch.dtype, device: str) -> None:
     """Every result is 1 / size, or its log: a sum kept in 16 bits stops at 2048 or overflows."""
     actual = OURS[op](torch.full((size,), value, dtype=dtype, device=device), 0)
     exact = torch.tensor(1.0 / size, dtype=torch.float64)
@@ -172,11 +166,11 @@ def test_largest_finite_values(op: str, dtype: torch.dtype, device: str) -> None
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@pytest.mark.parametrize("size, inner", [(2, 1), (40, 1), (5000, 1), (2, 19), (40, 19)])
+@pytest.mark.parametrize(("size", "inner"), [(2, 1), (40, 1), (5000, 1), (2, 19), (40, 19)])
 def test_subnormal_results_of_softmax(
     size: int, inner: int, dtype: torch.dtype, device: str
 ) -> None:
-    """Down to the smallest number of the dtype: a subnormal is neither flushed nor doubly rounded."""
+    """Down to the smallest number of the dtype: subnormals aren't flushed or rounded twice."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     deepest = torch.log(torch.tensor(smallest, dtype=torch.float64)).item()
     largest = torch.log(torch.tensor(torch.finfo(dtype).tiny, dtype=torch.float64)).item()
@@ -231,9 +225,7 @@ def test_dominant_logit_keeps_its_precision(op: str, device: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dim", [0, 1])
-def test_gradient_of_special_rows(
-    dim: int, op: str, dtype: torch.dtype, device: str
-) -> None:
+def test_gradient_of_special_rows(dim: int, op: str, dtype: torch.dtype, device: str) -> None:
     """NaN where torch has NaN; elsewhere torch's gradient in float64 of the same values."""
     rows = [make(torch.randn(37)) for make in ROWS.values()]
     input = torch.stack(rows, 1 - dim).to(dtype).to(device)
@@ -248,9 +240,7 @@ def test_gradient_of_special_rows(
     ours, theirs = grads
     assert torch.equal(ours.isnan(), theirs.isnan())
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        ours.double(), theirs, rtol=4 * eps, atol=64 * eps, equal_nan=True
-    )
+    torch.testing.assert_close(ours.double(), theirs, rtol=4 * eps, atol=64 * eps, equal_nan=True)
 
 
 @pytest.mark.parametrize("rounding", ["up", "down", "even"])

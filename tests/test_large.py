@@ -61,7 +61,7 @@ def test_one_row_of_more_than_2_31_elements(device: str) -> None:
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("dim, shape", [(1, (2**28 + 3, 8)), (0, (2**16, 2**15 + 1))])
+@pytest.mark.parametrize(("dim", "shape"), [(1, (2**28 + 3, 8)), (0, (2**16, 2**15 + 1))])
 def test_many_rows_of_more_than_2_31_elements(
     dim: int, shape: tuple[int, int], device: str
 ) -> None:
@@ -87,7 +87,7 @@ def test_many_rows_of_more_than_2_31_elements(
 @pytest.mark.large
 def test_gradient_of_more_than_2_31_elements(device: str) -> None:
     """The gradient of the sum of squares of uniform rows is 0, and of one chosen row is not."""
-    need(device, 24)
+    need(device, 18)
     input = torch.zeros(2**28 + 3, 8, dtype=torch.float16, device=device, requires_grad=True)
     output = OURS["softmax"](input, 1)
     grad_output = torch.zeros_like(output)

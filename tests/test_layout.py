@@ -42,18 +42,14 @@ LAYOUTS: dict[str, Callable[[str], torch.Tensor]] = {
 
 def cases() -> list[tuple[str, int]]:
     return [
-        (name, dim)
-        for name, make in LAYOUTS.items()
-        for dim in range(max(make("cpu").dim(), 1))
+        (name, dim) for name, make in LAYOUTS.items() for dim in range(max(make("cpu").dim(), 1))
     ]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64], ids=["same dtype", "cast"])
 @pytest.mark.parametrize("op", [*OPS, "softmin"])
-@pytest.mark.parametrize("layout, dim", cases())
-def test_layout(
-    layout: str, dim: int, op: str, dtype: torch.dtype | None, device: str
-) -> None:
+@pytest.mark.parametrize(("layout", "dim"), cases())
+def test_layout(layout: str, dim: int, op: str, dtype: torch.dtype | None, device: str) -> None:
     """Right values, torch's metadata, and an input that is neither changed nor shared."""
     input = LAYOUTS[layout](device)
     before = input.clone()
@@ -89,10 +85,8 @@ def test_every_alignment(offset: int, op: str, dtype: torch.dtype, device: str) 
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape, dim", [((0, 5), 0), ((5, 0), 0), ((2, 0, 3), 1)], ids=str)
-def test_empty_has_torchs_strides(
-    op: str, shape: tuple[int, ...], dim: int, device: str
-) -> None:
+@pytest.mark.parametrize(("shape", "dim"), [((0, 5), 0), ((5, 0), 0), ((2, 0, 3), 1)], ids=str)
+def test_empty_has_torchs_strides(op: str, shape: tuple[int, ...], dim: int, device: str) -> None:
     for input in (torch.empty(shape, device=device), torch.empty(shape[::-1], device=device).mT):
         assert OURS[op](input, dim).stride() == TORCH[op](input, dim).stride()
 
@@ -127,10 +121,8 @@ def test_out_with_a_cast(op: str, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("op", WITH_OUT)
-@pytest.mark.parametrize("shape, dim", [((), 0), ((0, 5), 1), ((2, 0, 3), 1)], ids=str)
-def test_out_of_0d_and_empty(
-    op: str, shape: tuple[int, ...], dim: int, device: str
-) -> None:
+@pytest.mark.parametrize(("shape", "dim"), [((), 0), ((0, 5), 1), ((2, 0, 3), 1)], ids=str)
+def test_out_of_0d_and_empty(op: str, shape: tuple[int, ...], dim: int, device: str) -> None:
     input = torch.zeros(shape, device=device)
     out = torch.empty(shape, device=device)
     assert OURS[op](input, dim, out=out) is out
@@ -189,7 +181,7 @@ def test_out_of_another_shape_is_resized_with_a_warning(
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", WITH_OUT)
 @pytest.mark.parametrize(
-    "shape, dim", [((9, 37), 1), ((9, 37), 0), ((2, 4099), 1), ((20000,), 0)], ids=str
+    ("shape", "dim"), [((9, 37), 1), ((9, 37), 0), ((2, 4099), 1), ((20000,), 0)], ids=str
 )
 def test_in_place(
     shape: tuple[int, ...], dim: int, op: str, dtype: torch.dtype, device: str
@@ -211,7 +203,7 @@ def test_out_is_the_input_transposed(dim: int, op: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("op", WITH_OUT)
-@pytest.mark.parametrize("start, end", [(0, 5), (5, 0), (0, 37)])
+@pytest.mark.parametrize(("start", "end"), [(0, 5), (5, 0), (0, 37)])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_out_overlapping_the_input_is_never_silently_wrong(
     dim: int, start: int, end: int, op: str, device: str
@@ -240,7 +232,7 @@ def test_out_with_elements_that_share_memory(op: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "input_dtype, dtype, out_dtype",
+    ("input_dtype", "dtype", "out_dtype"),
     [
         (torch.float32, None, torch.float64),
         (torch.float32, None, torch.float16),

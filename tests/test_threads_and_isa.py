@@ -114,7 +114,7 @@ def cases_of_every_kernel() -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_set(isa: str, tmp_path: Path) -> None:
-    """Each instruction set that this CPU has is right by the same tolerances, in and out of grad."""
+    """Forward and backward on each instruction set of this CPU, by the same tolerances."""
     if isa not in softmax_ext.build_info()["cpu_isas"]:
         pytest.skip(f"{isa} is not built, or this CPU lacks it")
     cases = cases_of_every_kernel()

@@ -1,11 +1,11 @@
-"""In the company of torch's other machinery: transforms, fake and meta tensors, subclasses, autocast.
+"""With torch's other machinery: transforms, fake and meta tensors, subclasses, autocast.
 
 Each result equals what torch's own function gives in the same place.
 """
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def without_torchs_deprecation_warnings() -> Any:
 
 
 @pytest.mark.parametrize("op", EVERY)
-@pytest.mark.parametrize("in_dims, dim", [(0, 0), (0, 1), (1, 0), (2, -1), (-1, 0)])
+@pytest.mark.parametrize(("in_dims", "dim"), [(0, 0), (0, 1), (1, 0), (2, -1), (-1, 0)])
 def test_vmap(in_dims: int, dim: int, op: str, device: str) -> None:
     input = torch.randn(3, 4, 5, device=device)
     for dtype in (None, torch.float64):
@@ -42,8 +42,7 @@ def test_vmap(in_dims: int, dim: int, op: str, device: str) -> None:
 def test_vmap_twice_and_out_dims(op: str, device: str) -> None:
     input = torch.randn(3, 4, 5, device=device)
     ours, theirs = (
-        torch.vmap(torch.vmap(lambda x, f=f[op]: f(x, 0)), out_dims=1)(input)
-        for f in (OURS, TORCH)
+        torch.vmap(torch.vmap(lambda x, f=f[op]: f(x, 0)), out_dims=1)(input) for f in (OURS, TORCH)
     )
     torch.testing.assert_close(ours, theirs)
 
@@ -69,9 +68,9 @@ def test_func(transform: str, op: str, device: str) -> None:
             return func.jvp(lambda x: function(x, 1), (input,), (weights,))
         if transform == "vjp":
             return func.vjp(lambda x: function(x, 1), input)[1](weights)
-        return getattr(func, transform)(loss if transform == "hessian" else lambda x: function(x, 1))(
-            input
-        )
+        return getattr(func, transform)(
+            loss if transform == "hessian" else lambda x: function(x, 1)
+        )(input)
 
     torch.testing.assert_close(apply(OURS[op]), apply(TORCH[op]))
 
@@ -130,8 +129,7 @@ def test_batched_grad_outputs(op: str, device: str) -> None:
     x = torch.randn(3, 4, device=device, dtype=torch.float64, requires_grad=True)
     basis = torch.eye(12, device=device, dtype=torch.float64).view(12, 3, 4)
     ours, theirs = (
-        torch.autograd.grad(f[op](x, 1), x, basis, is_grads_batched=True)[0]
-        for f in (OURS, TORCH)
+        torch.autograd.grad(f[op](x, 1), x, basis, is_grads_batched=True)[0] for f in (OURS, TORCH)
     )
     torch.testing.assert_close(ours, theirs)
 
@@ -197,12 +195,10 @@ def test_fake_tensor(op: str, device: str) -> None:
 class Counting(torch.Tensor):
     """A subclass with the default __torch_function__, which counts the calls."""
 
-    calls: list[Any] = []
+    calls: ClassVar[list[Any]] = []
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cls.calls.append(func)
         return super().__torch_function__(func, types, args, kwargs or {})
 
@@ -220,9 +216,7 @@ def test_subclass(op: str, device: str) -> None:
 
 class Refusing(torch.Tensor):
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return "handled"
 
 
@@ -329,9 +323,7 @@ def test_types_that_only_torch_takes(op: str) -> None:
     torch.testing.assert_close(
         OURS[op](small, 0, dtype=torch.float32), TORCH[op](small, 0, dtype=torch.float32)
     )
-    jagged = torch.nested.nested_tensor(
-        [torch.randn(2, 3), torch.randn(4, 3)], layout=torch.jagged
-    )
+    jagged = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=torch.jagged)
     ours, theirs = OURS[op](jagged, -1), TORCH[op](jagged, -1)
     for a, b in zip(ours.unbind(), theirs.unbind(), strict=True):
         torch.testing.assert_close(a, b)

@@ -25,8 +25,10 @@ namespace {
 template <class A>
 constexpr int64_t kChunk = 16384 / static_cast<int64_t>(sizeof(A));
 
-// Along dim, in the columns schedule: as many cache lines are open at a time.
-constexpr int64_t kBlock = 32;
+// Along dim, in the columns schedule: a block of a tile stays in cache between two looks. Memory is
+// always walked along inner: a walk along dim can meet loads that share their address modulo 4096
+// with a store still under way, and wait for it.
+constexpr int64_t kBlock = 16;
 
 // Columns of a tile: their states and formulas stay in the first-level cache.
 template <class A>
@@ -44,8 +46,6 @@ void parallel_for(const Threads& threads, int64_t size, int64_t grain, F body) {
       [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
       &body);
 }
-
-#define SOFTMAX_EXT_LAMBDA __attribute__((always_inline))
 
 // step(i, lanes) for each vector of [0, n); the last may be partial.
 template <int kSize, class Step>
@@ -73,32 +73,53 @@ SOFTMAX_EXT_INLINE V fold(int64_t n, V identity, Step step, Merge merge) {
   return merge(merge(a0, a1), merge(a2, a3));
 }
 
-template <class V, class Step>
-SOFTMAX_EXT_INLINE V fold_sum(int64_t n, Step step) {
-  return fold(n, V(0), step, [](V a, V b) SOFTMAX_EXT_LAMBDA { return a + b; });
-}
+struct Add {
+  template <class V>
+  SOFTMAX_EXT_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+
+struct Max {
+  template <class V>
+  SOFTMAX_EXT_INLINE V operator()(V a, V b) const {
+    return max_of(a, b);
+  }
+};
 
 // ---- forward, over the last dim -----------------------------------------------------------------
 
-// The state of one chunk. With kKeep, exp(x - max) is left in y.
-template <bool kKeep, class T, class A = compute_t<T>>
-SOFTMAX_EXT_INLINE OnlineState<A> chunk_state(const T* x, T* y, int64_t n) {
-  using V = Vec<A>;
-  constexpr A kLowest = -static_cast<A>(INFINITY);
-  const V lane_max = fold(
-      n, V(kLowest),
+template <class A>
+constexpr A kLowest = -static_cast<A>(INFINITY);
+
+// The largest of x, lane by lane.
+template <class T, class V = Vec<compute_t<T>>>
+SOFTMAX_EXT_INLINE V lane_max(const T* x, int64_t n) {
+  constexpr auto kFill = kLowest<compute_t<T>>;
+  return fold(
+      n, V(kFill),
       [=](V max, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-        return max_of(load(x + i, lanes, kLowest), max);
+        return max_of(load(x + i, lanes, kFill), max);
       },
-      [](V a, V b) SOFTMAX_EXT_LAMBDA { return max_of(a, b); });
-  const A max = max_over_lanes(lane_max);
+      Max{});
+}
+
+template <class Lanes>
+constexpr bool kWhole = std::is_same_v<Lanes, All>;
+
+// The sum of exp(x - max), lane by lane. With kKeep, the exps of whole vectors are left in `kept`.
+template <bool kKeep, class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE Vec<A> lane_sum_of_exp(const T* x, A* kept, int64_t n, A max) {
+  using V = Vec<A>;
   const V shift = shift_of(V(max));
-  const V sum = fold_sum<V>(n, [=](V sum, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-    const V e = exp_of(load(x + i, lanes, kLowest) - shift);
-    if constexpr (kKeep) store(y + i, lanes, e);
-    return sum + e;
-  });
-  return {max, sum_over_lanes(sum)};
+  return fold(
+      n, V(A(0)),
+      [=](V sum, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+        const V e = exp_of(load(x + i, lanes, kLowest<A>) - shift);
+        if constexpr (kKeep && kWhole<decltype(lanes)>) store(kept + i, lanes, e);
+        return sum + e;
+      },
+      Add{});
 }
 
 template <class T, class Formula>
@@ -109,21 +130,47 @@ SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formul
   });
 }
 
-// A row of at most one chunk.
+// `rows` neighbouring rows of n elements: at most one chunk together, or one row of one chunk. Step
+// by step for all of them, which hides the latency of each step.
 template <Op op, class T>
-void forward_short_row(const T* x, T* y, int64_t n) {
+void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  constexpr bool kKeep = op == Op::kSoftmax && std::is_same_v<T, A>;
-  const auto state = chunk_state<kKeep>(x, y, n);
-  const Forward<op, V> formula(state.max, state.sum);
-  if constexpr (kKeep) {
-    for_each_vector<V::kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-      store(y + i, lanes, formula.of_exp(load(y + i, lanes, A(0))));
-    });
-  } else {
-    store_output(x, y, n, formula);
+  // The exps are kept in the output's memory, or beside it where that is narrower.
+  constexpr bool kKeep = op == Op::kSoftmax;
+  constexpr bool kInOutput = std::is_same_v<T, A>;
+  alignas(64) A scratch[kKeep && !kInOutput ? kChunk<A> : 1];
+  A* kept = scratch;
+  if constexpr (kInOutput) kept = y;
+  V lanes[V::kSize];
+  alignas(64) A maxes[V::kSize], sums[V::kSize];
+  for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x + r * n, n);
+  over_lanes(lanes, rows, maxes, Max{});
+  for (int64_t r = 0; r < rows; ++r) {
+    lanes[r] = lane_sum_of_exp<kKeep>(x + r * n, kept + r * n, n, maxes[r]);
   }
+  over_lanes(lanes, rows, sums, Add{});
+  for (int64_t r = 0; r < rows; ++r) {
+    const Forward<op, V> formula(maxes[r], sums[r]);
+    for_each_vector<V::kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+      const int64_t k = r * n + i;
+      if constexpr (kKeep && kWhole<decltype(lanes)>) {
+        store(y + k, lanes, formula.of_exp(load(kept + k, lanes, A(0))));
+      } else {
+        store(y + k, lanes, formula.of(load(x + k, lanes, A(0))));
+      }
+    });
+  }
+}
+
+// Calls rows(first, count) for all rows of at most one chunk each, a few at a time.
+template <class A, class Rows>
+void for_each_few_rows(const Shape& shape, const Threads& threads, Rows rows) {
+  const int64_t few =
+      std::clamp<int64_t>(kChunk<A> / 2 / shape.dim, 1, static_cast<int64_t>(Vec<A>::kSize));
+  parallel_for(threads, shape.rows(), ceil_div(kGrain, shape.dim), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += few) rows(row, std::min(few, end - row));
+  });
 }
 
 struct Sum {
@@ -134,13 +181,13 @@ struct Sum {
 
 SOFTMAX_EXT_INLINE Sum combine(Sum a, Sum b) { return {a.sum + b.sum}; }
 
-// For each row: state = reduce(row, begin, size) combined over its chunks in order, then
-// store(row, begin, size, state) for all of it. States are kept in double.
+// For each row, of more than one chunk: state = reduce(row, begin, size) combined over its chunks in
+// order, then store(row, begin, size, state) for all of it. States are kept in double.
 template <class State, class Reduce, class Store>
 void reduce_and_store(int64_t rows, int64_t dim, int64_t chunk, const Threads& threads,
                       Reduce reduce, Store store) {
   using softmax_ext::combine;
-  if (rows >= threads.count || dim <= chunk) {
+  if (rows >= threads.count) {
     parallel_for(threads, rows, ceil_div(kGrain, dim), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         State state = reduce(row, 0, std::min(chunk, dim));
@@ -254,10 +301,8 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
   T* y = static_cast<T*>(args.output);
   const Input<T> input(args);
   if (dim <= kChunk<A>) {
-    parallel_for(threads, rows, ceil_div(kGrain, dim), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        forward_short_row<op>(input.at(row * dim, dim), y + row * dim, dim);
-      }
+    for_each_few_rows<A>(args.shape, threads, [&](int64_t row, int64_t count) {
+      forward_short_rows<op>(input.at(row * dim, count * dim), y + row * dim, dim, count);
     });
     return;
   }
@@ -265,8 +310,10 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
       rows, dim, kChunk<A>, threads,
       [&](int64_t row, int64_t i, int64_t n) {
         const T* x = input.at(row * dim + i, n);
-        const auto state = chunk_state<false>(x, static_cast<T*>(nullptr), n);
-        return OnlineState<double>{state.max, state.sum};
+        const A max = over_lanes(lane_max(x, n), Max{});
+        A* const nowhere = nullptr;
+        return OnlineState<double>{
+            max, over_lanes(lane_sum_of_exp<false>(x, nowhere, n, max), Add{})};
       },
       [&](int64_t row, int64_t i, int64_t n, OnlineState<double> state) {
         const int64_t offset = row * dim + i;
@@ -283,26 +330,40 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
   const T* grads = static_cast<const T*>(args.grad_output);
   const T* outputs = static_cast<const T*>(args.output);
   G* grad_inputs = static_cast<G*>(args.grad_input);
+  const auto lane_sum = [=](int64_t offset, int64_t n) SOFTMAX_EXT_LAMBDA {
+    return fold(
+        n, V(A(0)),
+        [=](V sum, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+          return sum + Backward<op, V>::term(load(grads + offset + k, lanes, A(0)),
+                                             load(outputs + offset + k, lanes, A(0)));
+        },
+        Add{});
+  };
+  const auto store_gradient = [=](int64_t offset, int64_t n, A sum) SOFTMAX_EXT_LAMBDA {
+    const Backward<op, V> formula{sum};
+    for_each_vector<V::kSize>(n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+      store_as<G>(grad_inputs + offset + k, lanes,
+                  formula.of(load(grads + offset + k, lanes, A(0)),
+                             load(outputs + offset + k, lanes, A(0))));
+    });
+  };
+  if (dim <= kChunk<A>) {
+    for_each_few_rows<A>(args.shape, threads, [=](int64_t row, int64_t count) {
+      V lanes[V::kSize];
+      alignas(64) A sums[V::kSize];
+      for (int64_t r = 0; r < count; ++r) lanes[r] = lane_sum((row + r) * dim, dim);
+      over_lanes(lanes, count, sums, Add{});
+      for (int64_t r = 0; r < count; ++r) store_gradient((row + r) * dim, dim, sums[r]);
+    });
+    return;
+  }
   reduce_and_store<Sum>(
       args.shape.rows(), dim, kChunk<A>, threads,
       [=](int64_t row, int64_t i, int64_t n) {
-        const T* grad = grads + row * dim + i;
-        const T* y = outputs + row * dim + i;
-        const V sum = fold_sum<V>(n, [=](V sum, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-          return sum +
-                 Backward<op, V>::term(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
-        });
-        return Sum{sum_over_lanes(sum)};
+        return Sum{over_lanes(lane_sum(row * dim + i, n), Add{})};
       },
       [=](int64_t row, int64_t i, int64_t n, Sum state) {
-        const T* grad = grads + row * dim + i;
-        const T* y = outputs + row * dim + i;
-        G* grad_input = grad_inputs + row * dim + i;
-        const Backward<op, V> formula{static_cast<A>(state.sum)};
-        for_each_vector<V::kSize>(n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-          store_as<G>(grad_input + k, lanes,
-                      formula.of(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0))));
-        });
+        store_gradient(row * dim + i, n, static_cast<A>(state.sum));
       });
 }
 
@@ -326,57 +387,62 @@ void for_each_tile(const Shape& shape, const Threads& threads, Tile tile) {
                });
 }
 
-// block(d, size) for each block of steps along dim.
+// block(begin, end) for each block of steps along dim.
 template <class Block>
 SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
-  for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(kBlock, dim - d));
+  for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(d + kBlock, dim));
 }
 
 template <Op op, class T>
 void forward_columns(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  constexpr A kLowest = -static_cast<A>(INFINITY);
   constexpr int kSize = V::kSize;
   const int64_t dim = args.shape.dim, inner = args.shape.inner;
   T* output = static_cast<T*>(args.output);
   const Input<T> input(args);
   for_each_tile<A>(args.shape, threads, [&](int64_t offset, int64_t width) {
     V maxes[kTile<A> / kSize], sums[kTile<A> / kSize];
-    std::fill_n(maxes, ceil_div(width, kSize), V(kLowest));
+    std::fill_n(maxes, ceil_div(width, kSize), V(kLowest<A>));
     std::fill_n(sums, ceil_div(width, kSize), V(A(0)));
-    for_each_block(dim, [&](int64_t d, int64_t size) SOFTMAX_EXT_LAMBDA {
-      const int64_t first = offset + d * inner;
-      for (int64_t k = 0; k < size; ++k) input.at(first + k * inner, width);
-      for_each_vector<kSize>(width, [&](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        const T* x = input.again(first + c);
-        const V old = maxes[c / kSize];
-        V max = old;
-        for (int64_t k = 0; k < size; ++k) max = max_of(load(x + k * inner, lanes, kLowest), max);
-        const V shift = shift_of(max);
-        V sum(A(0));
-        for (int64_t k = 0; k < size; ++k) {
-          sum = sum + exp_of(load(x + k * inner, lanes, kLowest) - shift);
-        }
-        sums[c / kSize] = sums[c / kSize] * exp_of(old - shift) + sum;
-        maxes[c / kSize] = max;
-      });
+    for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
+      V shifts[kTile<A> / kSize], block_sums[kTile<A> / kSize];
+      std::copy_n(maxes, ceil_div(width, kSize), shifts);
+      for (int64_t d = begin; d < end; ++d) {
+        const T* x = input.at(offset + d * inner, width);
+        for_each_vector<kSize>(width, [=, &shifts](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+          V& max = shifts[c / kSize];
+          max = max_of(load(x + c, lanes, kLowest<A>), max);
+        });
+      }
+      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
+        const V old = maxes[v];
+        maxes[v] = shifts[v];
+        shifts[v] = shift_of(maxes[v]);
+        sums[v] = sums[v] * exp_of(old - shifts[v]);
+        block_sums[v] = V(A(0));
+      }
+      for (int64_t d = begin; d < end; ++d) {
+        const T* x = input.again(offset + d * inner);
+        for_each_vector<kSize>(
+            width, [=, &shifts, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+              V& sum = block_sums[c / kSize];
+              sum = sum + exp_of(load(x + c, lanes, kLowest<A>) - shifts[c / kSize]);
+            });
+      }
+      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v] = sums[v] + block_sums[v];
     });
     Forward<op, V> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
       formulas[v] = Forward<op, V>(maxes[v], sums[v]);
     }
-    for_each_block(dim, [&](int64_t d, int64_t size) SOFTMAX_EXT_LAMBDA {
-      const int64_t first = offset + d * inner;
-      for_each_vector<kSize>(width, [&](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        const T* x = input.again(first + c);
-        T* y = output + first + c;
-        const Forward<op, V> formula = formulas[c / kSize];
-        for (int64_t k = 0; k < size; ++k) {
-          store(y + k * inner, lanes, formula.of(load(x + k * inner, lanes, A(0))));
-        }
+    for (int64_t d = 0; d < dim; ++d) {
+      const T* x = input.again(offset + d * inner);
+      T* y = output + offset + d * inner;
+      for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+        store(y + c, lanes, formulas[c / kSize].of(load(x + c, lanes, A(0))));
       });
-    });
+    }
   });
 }
 
@@ -392,31 +458,30 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   for_each_tile<A>(args.shape, threads, [=](int64_t offset, int64_t width) {
     V sums[kTile<A> / kSize];
     std::fill_n(sums, ceil_div(width, kSize), V(A(0)));
-    for_each_block(dim, [&](int64_t d, int64_t size) SOFTMAX_EXT_LAMBDA {
-      for_each_vector<kSize>(width, [&](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        const T* grad = grads + offset + d * inner + c;
-        const T* y = outputs + offset + d * inner + c;
-        V sum(A(0));
-        for (int64_t k = 0; k < size; ++k) {
-          sum = sum + Backward<op, V>::term(load(grad + k * inner, lanes, A(0)),
-                                            load(y + k * inner, lanes, A(0)));
-        }
-        sums[c / kSize] = sums[c / kSize] + sum;
-      });
+    for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
+      V block_sums[kTile<A> / kSize];
+      std::fill_n(block_sums, ceil_div(width, kSize), V(A(0)));
+      for (int64_t d = begin; d < end; ++d) {
+        const T* grad = grads + offset + d * inner;
+        const T* y = outputs + offset + d * inner;
+        for_each_vector<kSize>(width, [=, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+          V& sum = block_sums[c / kSize];
+          sum = sum +
+                Backward<op, V>::term(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0)));
+        });
+      }
+      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v] = sums[v] + block_sums[v];
     });
-    for_each_block(dim, [&](int64_t d, int64_t size) SOFTMAX_EXT_LAMBDA {
-      for_each_vector<kSize>(width, [&](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        const T* grad = grads + offset + d * inner + c;
-        const T* y = outputs + offset + d * inner + c;
-        G* grad_input = grad_inputs + offset + d * inner + c;
-        const Backward<op, V> formula{sums[c / kSize]};
-        for (int64_t k = 0; k < size; ++k) {
-          store_as<G>(grad_input + k * inner, lanes,
-                      formula.of(load(grad + k * inner, lanes, A(0)),
-                                 load(y + k * inner, lanes, A(0))));
-        }
+    for (int64_t d = 0; d < dim; ++d) {
+      const T* grad = grads + offset + d * inner;
+      const T* y = outputs + offset + d * inner;
+      G* grad_input = grad_inputs + offset + d * inner;
+      for_each_vector<kSize>(width, [=, &sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+        store_as<G>(grad_input + c, lanes,
+                    Backward<op, V>{sums[c / kSize]}.of(load(grad + c, lanes, A(0)),
+                                                        load(y + c, lanes, A(0))));
       });
-    });
+    }
   });
 }
 

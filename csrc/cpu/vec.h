@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -18,6 +19,7 @@
 #include "softmax_ext/portability.h"
 
 #define SOFTMAX_EXT_INLINE inline __attribute__((always_inline))
+#define SOFTMAX_EXT_LAMBDA __attribute__((always_inline))
 
 namespace softmax_ext::cpu {
 // Everything is local to the translation unit: the linker must not share it between instruction
@@ -191,20 +193,10 @@ SOFTMAX_EXT_INLINE VecF load(const T* p, First lanes, float fill) {
 }
 
 SOFTMAX_EXT_INLINE void store(float* p, All, VecF x) { _mm512_storeu_ps(p, x.raw); }
-SOFTMAX_EXT_INLINE void store(float* p, First lanes, VecF x) {
-  _mm512_mask_storeu_ps(p, mask_of(lanes), x.raw);
-}
 SOFTMAX_EXT_INLINE void store(double* p, All, VecD x) { _mm512_storeu_pd(p, x.raw); }
-SOFTMAX_EXT_INLINE void store(double* p, First lanes, VecD x) {
-  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask_of(lanes)), x.raw);
-}
 template <class T>
 SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, x));
-}
-template <class T>
-SOFTMAX_EXT_INLINE void store(T* p, First lanes, VecF x) {
-  _mm256_mask_storeu_epi16(p, mask_of(lanes), narrow(p, x));
 }
 
 #else
@@ -270,14 +262,30 @@ SOFTMAX_EXT_INLINE Vec<compute_t<T>> load(const T* p, First lanes, compute_t<T> 
   for (int64_t k = 0; k < lanes.count; ++k) x.raw[k] = to_float(p[k]);
   return x;
 }
+
+#endif
+
+// Exactly the bytes of the elements: the next row's first load may share its address modulo 4096
+// with this store, and would wait for a masked store of a whole register.
 template <class T>
 SOFTMAX_EXT_INLINE void store(T* p, First lanes, Vec<compute_t<T>> x) {
   T all[Vec<compute_t<T>>::kSize];
   store(all, All{}, x);
-  for (int64_t k = 0; k < lanes.count; ++k) p[k] = all[k];
+  const char* from = reinterpret_cast<const char*>(all);
+  char* to = reinterpret_cast<char*>(p);
+  const int64_t bytes = lanes.count * static_cast<int64_t>(sizeof(T));
+  const auto copy = [&](auto size) SOFTMAX_EXT_LAMBDA {
+    if ((bytes & size()) == 0) return;
+    std::memcpy(to, from, size());
+    to += size();
+    from += size();
+  };
+  copy(std::integral_constant<int, 32>{});
+  copy(std::integral_constant<int, 16>{});
+  copy(std::integral_constant<int, 8>{});
+  copy(std::integral_constant<int, 4>{});
+  copy(std::integral_constant<int, 2>{});
 }
-
-#endif
 
 // Rounds each lane once, from the type computed in to the one stored.
 template <class T, class Lanes, class A>
@@ -376,7 +384,7 @@ SOFTMAX_EXT_INLINE Vec<T> scale(Vec<T> x, Vec<T> n) {
   // Two factors, as 2^n itself may be too small for a normal number. Adding kRound and the bias
   // leaves the biased exponent in the lowest bits.
   using C = ExpConstants<T>;
-  const auto power = [](Vec<T> exponent) __attribute__((always_inline)) {
+  const auto power = [](Vec<T> exponent) SOFTMAX_EXT_LAMBDA {
     const auto bits = bit_cast<typename Vec<T>::RawInt>(exponent + Vec<T>(C::kRound + C::kBias));
     return Vec<T>(bit_cast<typename Vec<T>::Raw>(bits << C::kMantissaBits));
   };
@@ -413,34 +421,59 @@ SOFTMAX_EXT_INLINE Vec<T> shift_of(Vec<T> max) {
   return max.raw == infinity ? typename Vec<T>::Raw{} : max.raw;
 }
 
-// ---- over the lanes -------------------------------------------------------------------------------
+// ---- over the lanes -----------------------------------------------------------------------------
+//
+// Halves are combined, then quarters, and so on; both functions do so in the same order.
 
-// Halves are combined, then quarters, and so on.
+// Lanes of a and b, seen as segments of 2 * kHalf lanes each: the first (kHigh: the second) halves
+// of a's segments, then of b's.
+template <int kHalf, bool kHigh, class T, int... kLane>
+SOFTMAX_EXT_INLINE Vec<T> halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      a.raw, b.raw, (kLane / kHalf * 2 * kHalf + kLane % kHalf + (kHigh ? kHalf : 0))...);
+}
+
+template <int kHalf, class T, class Combine>
+SOFTMAX_EXT_INLINE Vec<T> combine_halves(Vec<T> a, Vec<T> b, Combine combine) {
+  using Lanes = std::make_integer_sequence<int, Vec<T>::kSize>;
+  return combine(halves<kHalf, false>(a, b, Lanes{}), halves<kHalf, true>(a, b, Lanes{}));
+}
+
+template <int kHalf, class T, class Combine>
+SOFTMAX_EXT_INLINE T over_lanes_by(Vec<T> x, Combine combine) {
+  x = combine_halves<kHalf>(x, x, combine);
+  if constexpr (kHalf > 1) {
+    return over_lanes_by<kHalf / 2>(x, combine);
+  } else {
+    return x.raw[0];
+  }
+}
+
+// All lanes of x as one.
 template <class T, class Combine>
 SOFTMAX_EXT_INLINE T over_lanes(Vec<T> x, Combine combine) {
-  T lanes[Vec<T>::kSize];
-  std::memcpy(lanes, &x.raw, sizeof(lanes));
-  for (int width = Vec<T>::kSize / 2; width > 0; width /= 2) {
-    for (int k = 0; k < width; ++k) lanes[k] = combine(lanes[k], lanes[k + width]);
-  }
-  return lanes[0];
+  return over_lanes_by<Vec<T>::kSize / 2>(x, combine);
 }
 
-#if defined(SOFTMAX_EXT_AVX512)
-SOFTMAX_EXT_INLINE float max_over_lanes(VecF x) { return _mm512_reduce_max_ps(x.raw); }
-SOFTMAX_EXT_INLINE double max_over_lanes(VecD x) { return _mm512_reduce_max_pd(x.raw); }
-SOFTMAX_EXT_INLINE float sum_over_lanes(VecF x) { return _mm512_reduce_add_ps(x.raw); }
-SOFTMAX_EXT_INLINE double sum_over_lanes(VecD x) { return _mm512_reduce_add_pd(x.raw); }
-#else
-template <class T>
-SOFTMAX_EXT_INLINE T max_over_lanes(Vec<T> x) {
-  return over_lanes(x, [](T a, T b) { return softmax_ext::max_of(a, b); });
+template <int kHalf, class T, class Combine>
+SOFTMAX_EXT_INLINE void over_lanes_of_all(Vec<T>* x, Combine combine) {
+  for (int k = 0; k < kHalf; ++k) {
+    x[k] = combine_halves<kHalf>(x[2 * k], x[2 * k + 1], combine);
+  }
+  if constexpr (kHalf > 1) over_lanes_of_all<kHalf / 2>(x, combine);
 }
-template <class T>
-SOFTMAX_EXT_INLINE T sum_over_lanes(Vec<T> x) {
-  return over_lanes(x, [](T a, T b) { return a + b; });
+
+// result[k] = over_lanes(x[k]) for k < count <= kSize. kSize at once take the steps of four or so.
+// x is overwritten.
+template <class T, class Combine>
+SOFTMAX_EXT_INLINE void over_lanes(Vec<T>* x, int64_t count, T* result, Combine combine) {
+  if (count == Vec<T>::kSize) {
+    over_lanes_of_all<Vec<T>::kSize / 2>(x, combine);
+    store(result, All{}, x[0]);
+  } else {
+    for (int64_t k = 0; k < count; ++k) result[k] = over_lanes(x[k], combine);
+  }
 }
-#endif
 
 }  // namespace
 }  // namespace softmax_ext::cpu

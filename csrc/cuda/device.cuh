@@ -90,12 +90,11 @@ struct Input {
 
   __device__ __forceinline__ Input from(int64_t offset) const { return {data + offset}; }
 
-  template <class A, class Index>
-  __device__ __forceinline__ A load(Index i) const {
+  template <class A>
+  __device__ __forceinline__ A load(int i) const {
     return from_element<A>(data[i]);
   }
-  template <class Index>
-  __device__ __forceinline__ Vector<T, kWidth> load_vector(Index i) const {
+  __device__ __forceinline__ Vector<T, kWidth> load_vector(int i) const {
     return *reinterpret_cast<const Vector<T, kWidth>*>(data + i);
   }
 };
@@ -114,8 +113,8 @@ struct CastInput {
     return {data, dtype, offset + more};
   }
 
-  template <class A, class Index>
-  __device__ __forceinline__ A load(Index i) const {
+  template <class A>
+  __device__ __forceinline__ A load(int i) const {
     return from_element<A>(ToElement<T>::of(element<A>(offset + i)));
   }
 
@@ -160,12 +159,12 @@ struct Output {
 
   __device__ __forceinline__ Output from(int64_t offset) const { return {data + offset}; }
 
-  template <class A, class Index>
-  __device__ __forceinline__ void store(Index i, A x) const {
+  template <class A>
+  __device__ __forceinline__ void store(int i, A x) const {
     data[i] = ToElement<T>::of(x);
   }
-  template <int width, class Index, class A>
-  __device__ __forceinline__ void store_vector(Index i, const A* x) const {
+  template <int width, class A>
+  __device__ __forceinline__ void store_vector(int i, const A* x) const {
     Vector<T, width> vector;
 #pragma unroll
     for (int v = 0; v < width; ++v) vector.data[v] = ToElement<T>::of(x[v]);
@@ -184,8 +183,8 @@ struct CastOutput {
     return {data, dtype, offset + more};
   }
 
-  template <class A, class Index>
-  __device__ __forceinline__ void store(Index i, A x) const {
+  template <class A>
+  __device__ __forceinline__ void store(int i, A x) const {
     switch (dtype) {
       case DType::kFloat16:
         return put<__half>(offset + i, x);
@@ -207,7 +206,9 @@ struct CastOutput {
 
 // The vectors that a thread holds at a time, as the plan has it; `inputs` tensors are read.
 template <class In>
-constexpr int words_of_element = static_cast<int>(sizeof(computed_t<typename In::Element>) / 4);
+constexpr int words_of_element = words_of(sizeof(computed_t<typename In::Element>) == 8
+                                              ? DType::kFloat64
+                                              : DType::kFloat32);
 template <class In, int inputs>
 constexpr int registers_vectors =
     vectors_within(limits::kRegistersWords, In::kWidth, words_of_element<In>, inputs);
@@ -226,19 +227,24 @@ constexpr int min_blocks =
 
 // --- Tiles ---------------------------------------------------------------------------------------
 
-// A tile is what the `group` threads of one row take of it at a time, `vectors` vectors of `width`
-// elements each, from element `first` on; `lane` is the thread's number in the group. Vectorized,
-// a thread's vectors are `group` vectors apart; otherwise its elements are `group` elements apart.
-// Either way the threads' accesses lie side by side. Elements at `size` and beyond are not touched.
+// A tile is what a group of threads takes of a row at a time: `vectors` vectors of `width` elements
+// by each. Vectorized, a thread's vectors are `group` vectors apart; otherwise its elements are
+// `group` elements apart. Either way the threads' accesses lie side by side.
 struct Lanes {
   int lane;
   int group;
   bool vectorized;
 };
 
-template <int vectors, class In, class Index, class A>
-__device__ __forceinline__ void load_tile(const In& input, Lanes lanes, Index first, Index size,
-                                          A fill, A* x) {
+// Elements of the tile, of `step` elements, of which `left` may be left.
+template <class Index>
+__device__ __forceinline__ int tile_size(Index left, int step) {
+  return left < step ? static_cast<int>(left) : step;
+}
+
+// x gets `fill` for elements beyond `size`, which are not touched.
+template <int vectors, class In, class A>
+__device__ __forceinline__ void load_tile(const In& input, Lanes lanes, int size, A fill, A* x) {
   constexpr int kWidth = In::kWidth;
   if constexpr (In::kVectors) {
     if (lanes.vectorized) {
@@ -247,7 +253,7 @@ __device__ __forceinline__ void load_tile(const In& input, Lanes lanes, Index fi
       Vector<T, kWidth> loaded[vectors];
 #pragma unroll
       for (int k = 0; k < vectors; ++k) {
-        const Index i = first + (k * lanes.group + lanes.lane) * kWidth;
+        const int i = (k * lanes.group + lanes.lane) * kWidth;
 #pragma unroll
         for (int v = 0; v < kWidth; ++v) loaded[k].data[v] = ToElement<T>::of(fill);
         if (i < size) loaded[k] = input.load_vector(i);
@@ -259,30 +265,35 @@ __device__ __forceinline__ void load_tile(const In& input, Lanes lanes, Index fi
       return;
     }
   }
-  Index i = first + lanes.lane;
+  In at = input.from(lanes.lane);
+  int left = size - lanes.lane;
 #pragma unroll
-  for (int e = 0; e < vectors * kWidth; ++e, i += lanes.group) {
-    x[e] = i < size ? input.template load<A>(i) : fill;
+  for (int e = 0; e < vectors * kWidth; ++e) {
+    x[e] = left > 0 ? at.template load<A>(0) : fill;
+    at = at.from(lanes.group);
+    left -= lanes.group;
   }
 }
 
-template <int vectors, int width, class Out, class Index, class A>
-__device__ __forceinline__ void store_tile(const Out& output, Lanes lanes, Index first, Index size,
-                                           const A* x) {
+template <int vectors, int width, class Out, class A>
+__device__ __forceinline__ void store_tile(const Out& output, Lanes lanes, int size, const A* x) {
   if constexpr (Out::kVectors) {
     if (lanes.vectorized) {
 #pragma unroll
       for (int k = 0; k < vectors; ++k) {
-        const Index i = first + (k * lanes.group + lanes.lane) * width;
+        const int i = (k * lanes.group + lanes.lane) * width;
         if (i < size) output.template store_vector<width>(i, x + k * width);
       }
       return;
     }
   }
-  Index i = first + lanes.lane;
+  Out at = output.from(lanes.lane);
+  int left = size - lanes.lane;
 #pragma unroll
-  for (int e = 0; e < vectors * width; ++e, i += lanes.group) {
-    if (i < size) output.store(i, x[e]);
+  for (int e = 0; e < vectors * width; ++e) {
+    if (left > 0) at.store(0, x[e]);
+    at = at.from(lanes.group);
+    left -= lanes.group;
   }
 }
 

@@ -41,9 +41,9 @@ cudaError_t launch_forward_op(In input, Out output, Shape shape, const Plan& pla
                   vectorized);
   }
   if constexpr (In::kVectors) {
-    const int dim = static_cast<int>(shape.dim);
     const auto registers = [&](auto kernel) {
-      return launch(kernel, plan, stream, input, output, rows, dim, vectorized);
+      return launch(kernel, plan, stream, input, output, rows, static_cast<int>(shape.dim),
+                    vectorized);
     };
     if (plan.schedule == Schedule::kRegisters) {
       if constexpr (registers_vectors<In, 1> >= 8) {
@@ -54,10 +54,11 @@ cudaError_t launch_forward_op(In input, Out output, Shape shape, const Plan& pla
       return registers(registers_forward_kernel<op, 1, In, Out>);
     }
     if (plan.schedule == Schedule::kShared) {
-      return registers(streaming_forward_kernel<op, true, int, In, Out>);
+      return launch(streaming_forward_kernel<op, true, In, Out>, plan, stream, input, output, rows,
+                    shape.dim, vectorized);
     }
   }
-  return launch(streaming_forward_kernel<op, false, int64_t, In, Out>, plan, stream, input, output,
+  return launch(streaming_forward_kernel<op, false, In, Out>, plan, stream, input, output,
                 rows, shape.dim, vectorized);
 }
 
@@ -71,9 +72,9 @@ cudaError_t launch_backward_op(In grad_output, In output, Out grad_input, Shape 
                   grad_input, shape, vectorized);
   }
   if constexpr (Out::kVectors) {
-    const int dim = static_cast<int>(shape.dim);
     const auto registers = [&](auto kernel) {
-      return launch(kernel, plan, stream, grad_output, output, grad_input, rows, dim, vectorized);
+      return launch(kernel, plan, stream, grad_output, output, grad_input, rows,
+                    static_cast<int>(shape.dim), vectorized);
     };
     if (plan.schedule == Schedule::kRegisters) {
       if constexpr (registers_vectors<In, 2> >= 4) {
@@ -83,10 +84,11 @@ cudaError_t launch_backward_op(In grad_output, In output, Out grad_input, Shape 
       return registers(registers_backward_kernel<op, 1, In, Out>);
     }
     if (plan.schedule == Schedule::kShared) {
-      return registers(streaming_backward_kernel<op, true, int, In, Out>);
+      return launch(streaming_backward_kernel<op, true, In, Out>, plan, stream, grad_output,
+                    output, grad_input, rows, shape.dim, vectorized);
     }
   }
-  return launch(streaming_backward_kernel<op, false, int64_t, In, Out>, plan, stream, grad_output,
+  return launch(streaming_backward_kernel<op, false, In, Out>, plan, stream, grad_output,
                 output, grad_input, rows, shape.dim, vectorized);
 }
 

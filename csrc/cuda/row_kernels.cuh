@@ -10,6 +10,8 @@
 // the memory written may be that of an input.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace softmax_ext::cuda {
@@ -20,7 +22,7 @@ __device__ __forceinline__ Lanes row_lanes(bool vectorized) {
 
 // The last multiple of `step` below `size`; negative where there is none.
 template <class Index>
-__device__ __forceinline__ Index last_step(Index size, Index step) {
+__device__ __forceinline__ Index last_step(Index size, int step) {
   return (size + step - 1) / step * step - step;
 }
 
@@ -29,6 +31,7 @@ __device__ __forceinline__ Index last_step(Index size, Index step) {
 template <class Body>
 __device__ __forceinline__ void for_each_row(int64_t rows, Body body) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
+#pragma unroll 1
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows;
        first += stride) {
     const int64_t row = first + threadIdx.y;
@@ -45,7 +48,7 @@ __global__ void __launch_bounds__(limits::kMaxThreads, min_blocks<In, vectors, 1
   for_each_row(rows, [&](int64_t row, bool exists) {
     const int size = exists ? dim : 0;
     A x[kElements];
-    load_tile<vectors>(input.from(row * dim), lanes, 0, size, Max::identity<A>(), x);
+    load_tile<vectors>(input.from(row * dim), lanes, size, Max::identity<A>(), x);
 
     A max = x[0];
 #pragma unroll
@@ -69,7 +72,7 @@ __global__ void __launch_bounds__(limits::kMaxThreads, min_blocks<In, vectors, 1
         x[e] = formula.of(x[e]);
       }
     }
-    store_tile<vectors, In::kWidth>(output.from(row * dim), lanes, 0, size, x);
+    store_tile<vectors, In::kWidth>(output.from(row * dim), lanes, size, x);
   });
 }
 
@@ -84,8 +87,8 @@ __global__ void __launch_bounds__(limits::kMaxThreads, min_blocks<In, vectors, 2
     const int size = exists ? dim : 0;
     A grad[kElements];
     A y[kElements];
-    load_tile<vectors>(grad_output.from(row * dim), lanes, 0, size, A(0), grad);
-    load_tile<vectors>(output.from(row * dim), lanes, 0, size, A(0), y);
+    load_tile<vectors>(grad_output.from(row * dim), lanes, size, A(0), grad);
+    load_tile<vectors>(output.from(row * dim), lanes, size, A(0), y);
 
     A sum = 0;
 #pragma unroll
@@ -94,7 +97,7 @@ __global__ void __launch_bounds__(limits::kMaxThreads, min_blocks<In, vectors, 2
 
 #pragma unroll
     for (int e = 0; e < kElements; ++e) grad[e] = formula.of(grad[e], y[e]);
-    store_tile<vectors, In::kWidth>(grad_input.from(row * dim), lanes, 0, size, grad);
+    store_tile<vectors, In::kWidth>(grad_input.from(row * dim), lanes, size, grad);
   });
 }
 
@@ -102,32 +105,32 @@ __global__ void __launch_bounds__(limits::kMaxThreads, min_blocks<In, vectors, 2
 // it for the output: the last tile is then still in registers, and the ones before it the likeliest
 // to be in a cache. cached: the way back reads the copy that the way forward left in shared memory,
 // where each thread finds its own elements.
-template <Op op, bool cached, class Index, class In, class Out>
-__global__ void
-__launch_bounds__(limits::kMaxThreads, min_blocks<In, streaming_vectors<In, 1>, 1>)
-    streaming_forward_kernel(In input, Out output, int64_t rows, Index dim, bool vectorized) {
+template <Op op, bool cached, class In, class Out>
+__global__ void __launch_bounds__(limits::kMaxThreads, 1)
+    streaming_forward_kernel(In input, Out output, int64_t rows, int64_t dim, bool vectorized) {
   using T = typename In::Element;
   using A = computed_t<T>;
+  using Index = std::conditional_t<cached, int, int64_t>;
   constexpr int kVectors = streaming_vectors<In, 1>;
   constexpr int kElements = kVectors * In::kWidth;
   SOFTMAX_EXT_DYNAMIC_SHARED(T, cache);
   const Lanes lanes = row_lanes(vectorized);
-  const Index step = lanes.group * kElements;
+  const int step = lanes.group * kElements;
   for_each_row(rows, [&](int64_t row, bool exists) {
-    const Index size = exists ? dim : 0;
+    const Index size = exists ? static_cast<Index>(dim) : 0;
     const Index last = last_step(size, step);
-    const auto in = input.from(row * dim);
-    const auto out = output.from(row * dim);
     A x[kElements];
-    const auto load = [&](Index first) {
-      load_tile<kVectors>(in, lanes, first, size, Max::identity<A>(), x);
+    const auto load = [&](const auto& from, Index first) {
+      load_tile<kVectors>(from, lanes, tile_size(size - first, step), Max::identity<A>(), x);
     };
 
     auto state = OnlineState<A>::empty();
+#pragma unroll 1
     for (Index first = 0; first <= last; first += step) {
-      load(first);
+      load(input.from(row * dim + first), first);
       if constexpr (cached) {
-        store_tile<kVectors, In::kWidth>(Output<T>{cache}, lanes, first, size, x);
+        store_tile<kVectors, In::kWidth>(Output<T>{cache + first}, lanes,
+                                         tile_size(size - first, step), x);
       }
       accumulate<kElements, 1>(state, x);
     }
@@ -135,67 +138,74 @@ __launch_bounds__(limits::kMaxThreads, min_blocks<In, streaming_vectors<In, 1>, 
     const A sum = group_reduce<Sum>(state.sum * exp_of_difference(state.max, max));
     const Forward<op, A> formula(max, sum);
 
+#pragma unroll 1
     for (Index first = last; first >= 0; first -= step) {
       if (first != last) {
         if constexpr (cached) {
-          load_tile<kVectors>(Input<T>{cache}, lanes, first, size, Max::identity<A>(), x);
+          load(Input<T>{cache + first}, first);
         } else {
-          load(first);
+          load(input.from(row * dim + first), first);
         }
       }
 #pragma unroll
       for (int e = 0; e < kElements; ++e) x[e] = formula.of(x[e]);
-      store_tile<kVectors, In::kWidth>(out, lanes, first, size, x);
+      store_tile<kVectors, In::kWidth>(output.from(row * dim + first), lanes,
+                                       tile_size(size - first, step), x);
     }
   });
 }
 
-template <Op op, bool cached, class Index, class In, class Out>
-__global__ void
-__launch_bounds__(limits::kMaxThreads, min_blocks<In, streaming_vectors<In, 2>, 2>)
-    streaming_backward_kernel(In grad_output, In output, Out grad_input, int64_t rows, Index dim,
+template <Op op, bool cached, class In, class Out>
+__global__ void __launch_bounds__(limits::kMaxThreads, 1)
+    streaming_backward_kernel(In grad_output, In output, Out grad_input, int64_t rows, int64_t dim,
                               bool vectorized) {
   using T = typename In::Element;
   using A = computed_t<T>;
+  using Index = std::conditional_t<cached, int, int64_t>;
   constexpr int kVectors = streaming_vectors<In, 2>;
   constexpr int kElements = kVectors * In::kWidth;
   SOFTMAX_EXT_DYNAMIC_SHARED(T, cached_grad);
   T* const cached_y = cached_grad + (dim + In::kWidth - 1) / In::kWidth * In::kWidth;
   const Lanes lanes = row_lanes(vectorized);
-  const Index step = lanes.group * kElements;
+  const int step = lanes.group * kElements;
   for_each_row(rows, [&](int64_t row, bool exists) {
-    const Index size = exists ? dim : 0;
+    const Index size = exists ? static_cast<Index>(dim) : 0;
     const Index last = last_step(size, step);
     A grad[kElements];
     A y[kElements];
     const auto load = [&](const In& grad_from, const In& y_from, Index first) {
-      load_tile<kVectors>(grad_from, lanes, first, size, A(0), grad);
-      load_tile<kVectors>(y_from, lanes, first, size, A(0), y);
+      const int left = tile_size(size - first, step);
+      load_tile<kVectors>(grad_from, lanes, left, A(0), grad);
+      load_tile<kVectors>(y_from, lanes, left, A(0), y);
     };
 
     A sum = 0;
+#pragma unroll 1
     for (Index first = 0; first <= last; first += step) {
-      load(grad_output.from(row * dim), output.from(row * dim), first);
+      load(grad_output.from(row * dim + first), output.from(row * dim + first), first);
       if constexpr (cached) {
-        store_tile<kVectors, In::kWidth>(Output<T>{cached_grad}, lanes, first, size, grad);
-        store_tile<kVectors, In::kWidth>(Output<T>{cached_y}, lanes, first, size, y);
+        const int left = tile_size(size - first, step);
+        store_tile<kVectors, In::kWidth>(Output<T>{cached_grad + first}, lanes, left, grad);
+        store_tile<kVectors, In::kWidth>(Output<T>{cached_y + first}, lanes, left, y);
       }
 #pragma unroll
       for (int e = 0; e < kElements; ++e) sum += Backward<op, A>::term(grad[e], y[e]);
     }
     const Backward<op, A> formula{group_reduce<Sum>(sum)};
 
+#pragma unroll 1
     for (Index first = last; first >= 0; first -= step) {
       if (first != last) {
         if constexpr (cached) {
-          load(In{cached_grad}, In{cached_y}, first);
+          load(In{cached_grad + first}, In{cached_y + first}, first);
         } else {
-          load(grad_output.from(row * dim), output.from(row * dim), first);
+          load(grad_output.from(row * dim + first), output.from(row * dim + first), first);
         }
       }
 #pragma unroll
       for (int e = 0; e < kElements; ++e) grad[e] = formula.of(grad[e], y[e]);
-      store_tile<kVectors, In::kWidth>(grad_input.from(row * dim), lanes, first, size, grad);
+      store_tile<kVectors, In::kWidth>(grad_input.from(row * dim + first), lanes,
+                                       tile_size(size - first, step), grad);
     }
   });
 }

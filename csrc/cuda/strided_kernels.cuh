@@ -13,9 +13,9 @@ namespace softmax_ext::cuda {
 // blockDim.y apart, at a time.
 struct Columns {
   Lanes lanes;
-  int64_t first;   // the first column of the item
-  int64_t size;    // columns in all; 0 for an item that does not exist
-  int64_t offset;  // of the outer index
+  int size;        // columns of the item; 0 for an item that does not exist
+  int64_t offset;  // of its first column
+  int64_t inner;
   int64_t dim;
 };
 
@@ -25,8 +25,8 @@ __device__ __forceinline__ void load_columns(const In& input, const Columns& at,
 #pragma unroll
   for (int k = 0; k < depth; ++k) {
     const int64_t row = d + k * static_cast<int>(blockDim.y) + threadIdx.y;
-    load_tile<1>(input.from(at.offset + row * at.size), at.lanes, at.first,
-                 row < at.dim ? at.size : 0, fill, x + k * In::kWidth);
+    load_tile<1>(input.from(at.offset + row * at.inner), at.lanes, row < at.dim ? at.size : 0, fill,
+                 x + k * In::kWidth);
   }
 }
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ void store_columns(const Out& output, const Columns& 
 #pragma unroll
   for (int k = 0; k < depth; ++k) {
     const int64_t row = d + k * static_cast<int>(blockDim.y) + threadIdx.y;
-    store_tile<1, width>(output.from(at.offset + row * at.size), at.lanes, at.first,
+    store_tile<1, width>(output.from(at.offset + row * at.inner), at.lanes,
                          row < at.dim ? at.size : 0, x + k * width);
   }
 }
@@ -46,21 +46,23 @@ __device__ __forceinline__ void store_columns(const Out& output, const Columns& 
 template <int width, class Body>
 __device__ __forceinline__ void for_each_item(Shape shape, bool vectorized, Body body) {
   const Lanes lanes{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), vectorized};
-  const int64_t across = static_cast<int64_t>(blockDim.x) * width;
+  const int across = static_cast<int>(blockDim.x) * width;
   const int64_t items_of_one = (shape.inner + across - 1) / across;
   const int64_t items = shape.outer * items_of_one;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.z;
+#pragma unroll 1
   for (int64_t begin = static_cast<int64_t>(blockIdx.x) * blockDim.z; begin < items;
        begin += stride) {
     const int64_t item = begin + threadIdx.z;
     const int64_t outer = item / items_of_one;
-    body(Columns{lanes, (item - outer * items_of_one) * across, item < items ? shape.inner : 0,
-                 outer * shape.dim * shape.inner, shape.dim});
+    const int64_t first = (item - outer * items_of_one) * across;
+    body(Columns{lanes, item < items ? tile_size(shape.inner - first, across) : 0,
+                 outer * shape.dim * shape.inner + first, shape.inner, shape.dim});
   }
 }
 
 template <Op op, class In, class Out>
-__global__ void __launch_bounds__(limits::kStridedThreads, 2)
+__global__ void __launch_bounds__(limits::kStridedThreads, sizeof(computed_t<typename In::Element>) == 4 ? 2 : 1)
     strided_forward_kernel(In input, Out output, Shape shape, bool vectorized) {
   using A = computed_t<typename In::Element>;
   constexpr int kWidth = In::kWidth;
@@ -73,6 +75,7 @@ __global__ void __launch_bounds__(limits::kStridedThreads, 2)
     OnlineState<A> states[kWidth];
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) states[v] = OnlineState<A>::empty();
+#pragma unroll 1
     for (int64_t d = 0; d <= last; d += step) {
       load_columns<kDepth>(input, columns, d, Max::identity<A>(), x);
 #pragma unroll
@@ -93,6 +96,7 @@ __global__ void __launch_bounds__(limits::kStridedThreads, 2)
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) formulas[v] = Forward<op, A>(max[v], sum[v]);
 
+#pragma unroll 1
     for (int64_t d = last; d >= 0; d -= step) {
       if (d != last) load_columns<kDepth>(input, columns, d, Max::identity<A>(), x);
 #pragma unroll
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(limits::kStridedThreads, 2)
 }
 
 template <Op op, class In, class Out>
-__global__ void __launch_bounds__(limits::kStridedThreads, 2)
+__global__ void __launch_bounds__(limits::kStridedThreads, sizeof(computed_t<typename In::Element>) == 4 ? 2 : 1)
     strided_backward_kernel(In grad_output, In output, Out grad_input, Shape shape,
                             bool vectorized) {
   using A = computed_t<typename In::Element>;
@@ -123,6 +127,7 @@ __global__ void __launch_bounds__(limits::kStridedThreads, 2)
     A sum[kWidth];
 #pragma unroll
     for (int v = 0; v < kWidth; ++v) sum[v] = 0;
+#pragma unroll 1
     for (int64_t d = 0; d <= last; d += step) {
       load(d);
 #pragma unroll
@@ -132,6 +137,7 @@ __global__ void __launch_bounds__(limits::kStridedThreads, 2)
     }
     across_reduce<Sum>(sum, buffer);
 
+#pragma unroll 1
     for (int64_t d = last; d >= 0; d -= step) {
       if (d != last) load(d);
 #pragma unroll

@@ -88,8 +88,9 @@ constexpr int kSectorBytes = 32;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 }  // namespace limits
 
-// 32-bit words of the type that is computed in.
-constexpr int words_of(DType computed) { return computed == DType::kFloat64 ? 2 : 1; }
+// 32-bit registers that a value takes where it is computed with: a float one, a double two and two
+// more for what its exp holds meanwhile.
+constexpr int words_of(DType computed) { return computed == DType::kFloat64 ? 4 : 1; }
 
 // The most vectors of `width` elements of `inputs` tensors that fit `words` 32-bit registers.
 constexpr int vectors_within(int words, int width, int element_words, int inputs) {
@@ -236,7 +237,8 @@ constexpr Plan plan_strided(const Workload& work, const DeviceProperties& device
   plan.group = static_cast<int>(std::min<int64_t>(
       power_of_two_from(ceil_div(shape.dim, plan.vectors)), limits::kStridedThreads / across));
   distribute(plan, shape.outer * ceil_div(columns, across), limits::kMaxStridedItems, device);
-  plan.shared_bytes = size_t{4} * static_cast<size_t>(words * plan.width * plan.threads());
+  const int bytes = work.computed_as == DType::kFloat64 ? 8 : 4;
+  plan.shared_bytes = static_cast<size_t>(bytes) * plan.width * plan.threads();
   return plan;
 }
 
