@@ -387,6 +387,26 @@ void for_each_tile(const Shape& shape, const Threads& threads, Tile tile) {
                });
 }
 
+// A running sum of blocks that keeps what each addition rounds off (Kahan, "Further remarks on
+// reducing truncation errors", 1965): its error does not grow with dim.
+template <class V>
+struct BlockSum {
+  V sum;
+  V excess;  // of sum over the true one
+
+  SOFTMAX_EXT_INLINE void add(V block) {
+    const V term = block - excess;
+    const V next = sum + term;
+    excess = (next - sum) - term;
+    sum = next;
+  }
+
+  SOFTMAX_EXT_INLINE void scale(V factor) {
+    sum = sum * factor;
+    excess = excess * factor;
+  }
+};
+
 // block(begin, end) for each block of steps along dim.
 template <class Block>
 SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
@@ -402,9 +422,10 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
   T* output = static_cast<T*>(args.output);
   const Input<T> input(args);
   for_each_tile<A>(args.shape, threads, [&](int64_t offset, int64_t width) {
-    V maxes[kTile<A> / kSize], sums[kTile<A> / kSize];
+    V maxes[kTile<A> / kSize];
+    BlockSum<V> sums[kTile<A> / kSize];
     std::fill_n(maxes, ceil_div(width, kSize), V(kLowest<A>));
-    std::fill_n(sums, ceil_div(width, kSize), V(A(0)));
+    std::fill_n(sums, ceil_div(width, kSize), BlockSum<V>{V(A(0)), V(A(0))});
     for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
       V shifts[kTile<A> / kSize], block_sums[kTile<A> / kSize];
       std::copy_n(maxes, ceil_div(width, kSize), shifts);
@@ -419,7 +440,7 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
         const V old = maxes[v];
         maxes[v] = shifts[v];
         shifts[v] = shift_of(maxes[v]);
-        sums[v] = sums[v] * exp_of(old - shifts[v]);
+        sums[v].scale(exp_of(old - shifts[v]));
         block_sums[v] = V(A(0));
       }
       for (int64_t d = begin; d < end; ++d) {
@@ -430,11 +451,11 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
               sum = sum + exp_of(load(x + c, lanes, kLowest<A>) - shifts[c / kSize]);
             });
       }
-      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v] = sums[v] + block_sums[v];
+      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);
     });
     Forward<op, V> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
-      formulas[v] = Forward<op, V>(maxes[v], sums[v]);
+      formulas[v] = Forward<op, V>(maxes[v], sums[v].sum);
     }
     for (int64_t d = 0; d < dim; ++d) {
       const T* x = input.again(offset + d * inner);
@@ -456,8 +477,8 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   const T* outputs = static_cast<const T*>(args.output);
   G* grad_inputs = static_cast<G*>(args.grad_input);
   for_each_tile<A>(args.shape, threads, [=](int64_t offset, int64_t width) {
-    V sums[kTile<A> / kSize];
-    std::fill_n(sums, ceil_div(width, kSize), V(A(0)));
+    BlockSum<V> sums[kTile<A> / kSize];
+    std::fill_n(sums, ceil_div(width, kSize), BlockSum<V>{V(A(0)), V(A(0))});
     for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
       V block_sums[kTile<A> / kSize];
       std::fill_n(block_sums, ceil_div(width, kSize), V(A(0)));
@@ -470,7 +491,7 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
                 Backward<op, V>::term(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0)));
         });
       }
-      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v] = sums[v] + block_sums[v];
+      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);
     });
     for (int64_t d = 0; d < dim; ++d) {
       const T* grad = grads + offset + d * inner;
@@ -478,7 +499,7 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
       G* grad_input = grad_inputs + offset + d * inner;
       for_each_vector<kSize>(width, [=, &sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
         store_as<G>(grad_input + c, lanes,
-                    Backward<op, V>{sums[c / kSize]}.of(load(grad + c, lanes, A(0)),
+                    Backward<op, V>{sums[c / kSize].sum}.of(load(grad + c, lanes, A(0)),
                                                         load(y + c, lanes, A(0))));
       });
     }

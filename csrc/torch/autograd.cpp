@@ -6,67 +6,114 @@
 #include <ATen/ops/_softmax_backward_data.h>
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/softmax.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include "operators.h"
 
 namespace softmax_ext {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// What a node keeps besides tensors, in one value: a dictionary entry each would cost more than the
-// kernel of a small call.
+// What the nodes keep besides tensors.
 struct NodeState {
   int64_t dim;
   at::ScalarType input_dtype;
   Op op;
-
-  void save(AutogradContext* context) const {
-    context->saved_data["state"] =
-        (dim << 16) | (static_cast<int64_t>(input_dtype) << 8) | static_cast<int64_t>(op);
-  }
-
-  static NodeState load(AutogradContext* context) {
-    const int64_t packed = context->saved_data["state"].toInt();
-    return {packed >> 16, static_cast<at::ScalarType>((packed >> 8) & 0xff),
-            static_cast<Op>(packed & 0xff)};
-  }
 };
 
 at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& output,
                             NodeState state);
 
-// The gradient's own gradient. With v the incoming gradient and sums over dim:
-//   softmax      g_in = y (g - sum(g y))     dg = y (v - sum(v y))     dy = v (g - sum(g y)) - g sum(v y)
-//   log-softmax  g_in = g - exp(y) sum(g)    dg = v - sum(v exp(y))    dy = -v exp(y) sum(g)
-struct SoftmaxBackward : torch::autograd::Function<SoftmaxBackward> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& grad_output,
-                            const at::Tensor& output, NodeState state) {
-    context->save_for_backward({grad_output, output});
-    state.save(context);
-    return softmax_ext::backward(grad_output, output, state.dim, state.input_dtype, state.op);
+// Nodes as torch's generated ones, where torch::autograd::Function would cost a small call half as
+// much again as torch's own operator.
+class SoftmaxNode : public Node {
+ public:
+  SoftmaxNode(NodeState state) : state_(state) {}
+
+  std::string name() const override {
+    return state_.op == Op::kSoftmax ? "SoftmaxExtSoftmaxBackward" : "SoftmaxExtLogSoftmaxBackward";
   }
 
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const auto saved = context->get_saved_variables();
-    const NodeState state = NodeState::load(context);
-    const at::Tensor &g = saved[0], &y = saved[1];
-    const at::Tensor v = grads[0].to(y.scalar_type());
-    const auto sum = [&](const at::Tensor& x) { return x.sum(state.dim, /*keepdim=*/true); };
-    at::Tensor grad_g, grad_y;
-    if (state.op == Op::kSoftmax) {
-      grad_g = softmax_backward(v, y, {state.dim, y.scalar_type(), state.op});
-      grad_y = v * (g - sum(g * y)) - g * sum(v * y);
-    } else {
-      const at::Tensor weighted = v * y.exp();
-      grad_g = v - sum(weighted);
-      grad_y = -weighted * sum(g);
-    }
-    return {grad_g, grad_y, at::Tensor()};
+  void save(const at::Tensor& output) { output_ = SavedVariable(output, /*is_output=*/true); }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return {at::Tensor()};
+    return {softmax_backward(grads[0], output_.unpack(getptr()), state_)};
   }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    output_.reset_data();
+  }
+
+ private:
+  NodeState state_;
+  SavedVariable output_;
 };
+
+// The gradient's own gradient. With v the incoming gradient and sums over dim:
+//   softmax      dx = y (g - sum(g y))     dg = y (v - sum(v y))    dy = v (g - sum(g y)) - g sum(v y)
+//   log-softmax  dx = g - exp(y) sum(g)    dg = v - sum(v exp(y))   dy = -v exp(y) sum(g)
+class SoftmaxBackwardNode : public Node {
+ public:
+  SoftmaxBackwardNode(NodeState state, const at::Tensor& grad_output, const at::Tensor& output)
+      : state_(state), grad_output_(grad_output, false), output_(output, false) {}
+
+  std::string name() const override {
+    return state_.op == Op::kSoftmax ? "SoftmaxExtSoftmaxBackwardBackward"
+                                     : "SoftmaxExtLogSoftmaxBackwardBackward";
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return {at::Tensor(), at::Tensor()};
+    const at::Tensor g = grad_output_.unpack();
+    const at::Tensor y = output_.unpack();
+    const at::Tensor v = grads[0].to(y.scalar_type());
+    const auto sum = [&](const at::Tensor& x) { return x.sum(state_.dim, /*keepdim=*/true); };
+    if (state_.op == Op::kSoftmax) {
+      return {softmax_backward(v, y, {state_.dim, y.scalar_type(), state_.op}),
+              v * (g - sum(g * y)) - g * sum(v * y)};
+    }
+    const at::Tensor weighted = v * y.exp();
+    return {v - sum(weighted), -weighted * sum(g)};
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    grad_output_.reset_data();
+    output_.reset_data();
+  }
+
+ private:
+  NodeState state_;
+  SavedVariable grad_output_;
+  SavedVariable output_;
+};
+
+// A std::shared_ptr up to torch 2.12 or so, a c10::intrusive_ptr since.
+using NodePointer = decltype(std::declval<Node&>().getptr());
+
+template <class N, class Pointer = NodePointer, class... Arguments>
+auto make_node(torch::autograd::edge_list&& edges, Arguments&&... arguments) {
+  const auto finish = [&](auto node) {
+    node->set_next_edges(std::move(edges));
+    return node;
+  };
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
+    // deleteNode spares the destruction of a long graph a deep recursion.
+    return finish(std::shared_ptr<N>(new N(std::forward<Arguments>(arguments)...),
+                                     [](auto* node) { deleteNode(node); }));
+  } else {
+    return finish(c10::make_intrusive<N>(std::forward<Arguments>(arguments)...));
+  }
+}
 
 at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& output,
                             NodeState state) {
@@ -78,27 +125,15 @@ at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& out
                 : at::_log_softmax_backward_data(grad_output, output, state.dim, dtype))
         .to(state.input_dtype);
   }
-  if (at::GradMode::is_enabled() && (grad_output.requires_grad() || output.requires_grad())) {
-    return SoftmaxBackward::apply(grad_output, output, state);
+  at::Tensor grad_input = backward(grad_output, output, state.dim, state.input_dtype, state.op);
+  if (torch::autograd::compute_requires_grad(grad_output, output)) {
+    set_history(grad_input,
+                make_node<SoftmaxBackwardNode>(
+                    torch::autograd::collect_next_edges(grad_output, output), state, grad_output,
+                    output));
   }
-  return softmax_ext::backward(grad_output, output, state.dim, state.input_dtype, state.op);
+  return grad_input;
 }
-
-struct Softmax : torch::autograd::Function<Softmax> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& input, int64_t dim,
-                            at::ScalarType dtype, Op op) {
-    const at::Tensor output = softmax_ext::forward(input, dim, dtype, op);
-    context->save_for_backward({output});
-    NodeState{dim, input.scalar_type(), op}.save(context);
-    return output;
-  }
-
-  static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const auto saved = context->get_saved_variables();
-    return {softmax_backward(grads[0], saved[0], NodeState::load(context)), at::Tensor(),
-            at::Tensor(), at::Tensor()};
-  }
-};
 
 // The output's type, checked: floating, with an integer input only if asked for.
 at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarType> dtype, Op op) {
@@ -123,10 +158,14 @@ at::Tensor softmax(const at::Tensor& input, int64_t dim, std::optional<at::Scala
   if (!is_kernel_dtype(input.scalar_type())) {
     return softmax(input.to(result), dim, std::nullopt, op);
   }
-  if (at::GradMode::is_enabled() && input.requires_grad()) {
-    return Softmax::apply(input, dim, result, op);
+  const at::Tensor output = forward(input, dim, result, op);
+  if (torch::autograd::compute_requires_grad(input)) {
+    const auto node = make_node<SoftmaxNode>(torch::autograd::collect_next_edges(input),
+                                             NodeState{dim, input.scalar_type(), op});
+    set_history(output, node);
+    node->save(output);
   }
-  return forward(input, dim, result, op);
+  return output;
 }
 
 void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarType> dtype, Op op,
@@ -138,7 +177,7 @@ void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarT
   }
   dim = at::maybe_wrap_dim(dim, input.dim());
   const at::ScalarType result = output_dtype(input, dtype, op);
-  TORCH_CHECK(!(at::GradMode::is_enabled() && (input.requires_grad() || out.requires_grad())),
+  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out),
               name(op),
               "(): functions with out=... arguments don't support automatic differentiation, but "
               "one of the arguments requires grad.");

@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_numbers.h>
+#include <torch/csrc/utils/tensor_numpy.h>
 
 #include "../cpu/launch.h"
 #include "autograd.h"
@@ -24,31 +25,48 @@ const at::Tensor& to_tensor(Op op, const char* argument, py::handle value) {
   return THPVariable_Unpack(value.ptr());
 }
 
+// An int, or a numpy or torch integer of no dimensions, as torch takes them; not a bool.
+int64_t to_dim(Op op, py::handle value) {
+  if (PyLong_CheckExact(value.ptr())) return THPUtils_unpackLong(value.ptr());
+  const bool integral =
+      !PyBool_Check(value.ptr()) &&
+      (PyLong_Check(value.ptr()) || torch::utils::is_numpy_int(value.ptr()) ||
+       (THPVariable_Check(value.ptr()) && THPVariable_Unpack(value.ptr()).dim() == 0 &&
+        at::isIntegralType(THPVariable_Unpack(value.ptr()).scalar_type(), /*includeBool=*/false)));
+  if (!integral) raise_type_error(op, "dim", "int", value);
+  return py::cast<int64_t>(py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr())));
+}
+
+// A torch.dtype, or the Python type that torch takes for one.
+std::optional<at::ScalarType> to_dtype(Op op, py::handle value) {
+  if (value.is_none()) return std::nullopt;
+  if (THPDtype_Check(value.ptr())) return reinterpret_cast<THPDtype*>(value.ptr())->scalar_type;
+  if (value.ptr() == reinterpret_cast<PyObject*>(&PyFloat_Type)) return at::kDouble;
+  if (value.ptr() == reinterpret_cast<PyObject*>(&PyLong_Type)) return at::kLong;
+  if (value.ptr() == reinterpret_cast<PyObject*>(&PyBool_Type)) return at::kBool;
+  raise_type_error(op, "dtype", "torch.dtype", value);
+}
+
 // softmax(input, dim, dtype, out): the arguments are taken as they are, since an overload's
 // conversion would cost as much as a small call.
 template <Op op>
 py::object bind(py::handle input, py::handle dim, py::handle dtype, py::handle out) {
   HANDLE_TH_ERRORS
   const at::Tensor& tensor = to_tensor(op, "input", input);
-  if (!THPUtils_checkLong(dim.ptr())) raise_type_error(op, "dim", "int", dim);
-  const int64_t wrapped = THPUtils_unpackLong(dim.ptr());
-  std::optional<at::ScalarType> result_dtype;
-  if (!dtype.is_none()) {
-    if (!THPDtype_Check(dtype.ptr())) raise_type_error(op, "dtype", "torch.dtype", dtype);
-    result_dtype = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
-  }
+  const int64_t index = to_dim(op, dim);
+  const std::optional<at::ScalarType> result_dtype = to_dtype(op, dtype);
   if (out.is_none()) {
     at::Tensor result;
     {
       const py::gil_scoped_release no_gil;
-      result = softmax(tensor, wrapped, result_dtype, op);
+      result = softmax(tensor, index, result_dtype, op);
     }
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(result)));
   }
   at::Tensor result = to_tensor(op, "out", out);
   {
     const py::gil_scoped_release no_gil;
-    softmax_out(tensor, wrapped, result_dtype, op, result);
+    softmax_out(tensor, index, result_dtype, op, result);
   }
   return py::reinterpret_borrow<py::object>(out);
   END_HANDLE_TH_ERRORS_PYBIND

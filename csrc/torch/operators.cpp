@@ -131,12 +131,16 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
               input.device(), " like 'input', but got ", out.device());
   at::native::resize_output(out, input.sizes());
   at::assert_no_internal_overlap(out);
-  at::assert_no_partial_overlap(out, input);
-  if (out.is_contiguous()) {
-    run_forward(input, dim, op, out);
-  } else {
+  // What the kernel reads and writes must be the same elements or none of the same; memory that is
+  // copied first, or to, may lie anyhow.
+  if (!out.is_contiguous()) {
     out.copy_(forward(input, dim, dtype, op));
+    return;
   }
+  const at::Tensor contiguous = input.contiguous();
+  at::assert_no_partial_overlap(out, contiguous);
+  run_forward(contiguous, dim, op, out);
+  out.unsafeGetTensorImpl()->bump_version();
 }
 
 at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,

@@ -160,6 +160,11 @@ constexpr void distribute(Plan& plan, int64_t total, int most, const DevicePrope
   plan.blocks = std::min(ceil_div(total, plan.items), limits::kMaxBlocks);
 }
 
+// Rows that have more than one warp have a block each: its barriers are theirs.
+constexpr void distribute_rows(Plan& plan, int64_t rows, const DeviceProperties& device) {
+  distribute(plan, rows, plan.group > limits::kWarp ? 1 : limits::kMaxThreads, device);
+}
+
 constexpr Plan plan_rows(const Workload& work, const DeviceProperties& device) {
   const Shape& shape = work.shape;
   const bool native = is_native(work);
@@ -181,12 +186,8 @@ constexpr Plan plan_rows(const Workload& work, const DeviceProperties& device) {
     while (plan.vectors < most && vectors > int64_t{limits::kWarp} * plan.vectors) {
       plan.vectors *= 2;
     }
-    if (vectors > int64_t{limits::kWarp} * plan.vectors) {
-      plan.vectors = std::min(most, limits::kMostVectors);
-      while (vectors > int64_t{limits::kMaxThreads} * plan.vectors) plan.vectors *= 2;
-    }
     plan.group = group_for(ceil_div(vectors, plan.vectors));
-    distribute(plan, shape.rows(), limits::kMaxThreads, device);
+    distribute_rows(plan, shape.rows(), device);
     return plan;
   }
 
@@ -199,14 +200,14 @@ constexpr Plan plan_rows(const Workload& work, const DeviceProperties& device) {
       plan.shared_bytes = static_cast<size_t>(bytes);
       // Where two rows fit an SM, two blocks: one loads while the other stores.
       plan.group = 2 * bytes <= available ? limits::kMaxThreads / 2 : limits::kMaxThreads;
-      distribute(plan, shape.rows(), limits::kMaxThreads, device);
+      distribute_rows(plan, shape.rows(), device);
       return plan;
     }
   }
 
   plan.schedule = Schedule::kStreaming;
   plan.group = group_for(ceil_div(vectors, plan.vectors));
-  distribute(plan, shape.rows(), limits::kMaxThreads, device);
+  distribute_rows(plan, shape.rows(), device);
   return plan;
 }
 
