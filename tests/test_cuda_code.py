@@ -94,7 +94,7 @@ def elements(name: str) -> tuple[int, int, int]:
     """Bytes of an element read and of one written, and the tensors that are read."""
     types = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
     read = re.search(r"5InputI(f|d|6__half|13__nv_bfloat16)E", name)
-    written = re.search(r"6OutputI(f|d|6__half|13__nv_bfloat16|S\w_)E", name)
+    written = re.search(r"6OutputI(f|d|6__half|13__nv_bfloat16|S\w_)Lb1EE", name)
     assert read and written, name
     size = types[read[1]]
     # S…_ stands for a type named before: the one read.

@@ -397,7 +397,7 @@ struct BlockSum {
   SOFTMAX_EXT_INLINE void add(V block) {
     const V term = block - excess;
     const V next = sum + term;
-    excess = (next - sum) - term;
+    excess = zero_if_nan((next - sum) - term);  // an infinite sum has none
     sum = next;
   }
 

@@ -414,6 +414,11 @@ SOFTMAX_EXT_INLINE Vec<T> log_of(Vec<T> x) {
   return x;
 }
 
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> zero_if_nan(Vec<T> x) {
+  return x.raw == x.raw ? x.raw : typename Vec<T>::Raw{};
+}
+
 // x, or 0 where x is -inf: what to subtract from elements of which it is the largest.
 template <class T>
 SOFTMAX_EXT_INLINE Vec<T> shift_of(Vec<T> max) {

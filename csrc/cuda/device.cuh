@@ -8,6 +8,8 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 
 #include "softmax_ext/formula.h"
 #include "softmax_ext/online_state.h"
@@ -73,11 +75,38 @@ struct ToElement<__nv_bfloat16> {
 
 // --- Tensors -------------------------------------------------------------------------------------
 
-// Copied as a whole: by accesses of 16 bytes, or of its size where that is less.
+// Elements side by side in memory, read and written by accesses of 16 bytes, or of 8 where there
+// are no more. As words, and to global memory by the intrinsic of a plain (write-back) store: the
+// compiler splits the copy of a struct, and in some loops that of a word, where it sees fit.
 template <class T, int width>
-struct alignas(sizeof(T) * width < limits::kVectorBytes ? sizeof(T) * width
-                                                        : limits::kVectorBytes) Vector {
+struct Vector {
+  using Word = std::conditional_t<sizeof(T) * width % sizeof(uint4) == 0, uint4, uint2>;
+  static constexpr int kWords = static_cast<int>(sizeof(T) * width / sizeof(Word));
+  static_assert(kWords * sizeof(Word) == sizeof(T) * width);
   T data[width];
+
+  static __device__ __forceinline__ Vector load(const T* from) {
+    Word words[kWords];
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = reinterpret_cast<const Word*>(from)[w];
+    Vector vector;
+    memcpy(vector.data, words, sizeof(words));
+    return vector;
+  }
+
+  template <bool global>
+  __device__ __forceinline__ void store(T* to) const {
+    Word words[kWords];
+    memcpy(words, data, sizeof(words));
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (global) {
+        __stwb(reinterpret_cast<Word*>(to) + w, words[w]);
+      } else {
+        reinterpret_cast<Word*>(to)[w] = words[w];
+      }
+    }
+  }
 };
 
 // Elements from an offset on, which are read.
@@ -95,7 +124,7 @@ struct Input {
     return from_element<A>(data[i]);
   }
   __device__ __forceinline__ Vector<T, kWidth> load_vector(int i) const {
-    return *reinterpret_cast<const Vector<T, kWidth>*>(data + i);
+    return Vector<T, kWidth>::load(data + i);
   }
 };
 
@@ -151,8 +180,8 @@ struct CastInput {
   }
 };
 
-// Elements from an offset on, which are written.
-template <class T>
+// Elements from an offset on, which are written; in global or in shared memory.
+template <class T, bool global = true>
 struct Output {
   static constexpr bool kVectors = true;
   T* data;
@@ -168,7 +197,7 @@ struct Output {
     Vector<T, width> vector;
 #pragma unroll
     for (int v = 0; v < width; ++v) vector.data[v] = ToElement<T>::of(x[v]);
-    *reinterpret_cast<Vector<T, width>*>(data + i) = vector;
+    vector.template store<global>(data + i);
   }
 };
 
@@ -277,7 +306,7 @@ __device__ __forceinline__ void load_tile(const In& input, Lanes lanes, int size
 
 template <int vectors, int width, class Out, class A>
 __device__ __forceinline__ void store_tile(const Out& output, Lanes lanes, int size, const A* x) {
-  if constexpr (Out::kVectors) {
+  if constexpr (Out::kVectors && width > 1) {
     if (lanes.vectorized) {
 #pragma unroll
       for (int k = 0; k < vectors; ++k) {

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(limits::kMaxThreads, 1)
     for (Index first = 0; first <= last; first += step) {
       load(input.from(row * dim + first), first);
       if constexpr (cached) {
-        store_tile<kVectors, In::kWidth>(Output<T>{cache + first}, lanes,
+        store_tile<kVectors, In::kWidth>(Output<T, false>{cache + first}, lanes,
                                          tile_size(size - first, step), x);
       }
       accumulate<kElements, 1>(state, x);
@@ -185,8 +185,8 @@ __global__ void __launch_bounds__(limits::kMaxThreads, 1)
       load(grad_output.from(row * dim + first), output.from(row * dim + first), first);
       if constexpr (cached) {
         const int left = tile_size(size - first, step);
-        store_tile<kVectors, In::kWidth>(Output<T>{cached_grad + first}, lanes, left, grad);
-        store_tile<kVectors, In::kWidth>(Output<T>{cached_y + first}, lanes, left, y);
+        store_tile<kVectors, In::kWidth>(Output<T, false>{cached_grad + first}, lanes, left, grad);
+        store_tile<kVectors, In::kWidth>(Output<T, false>{cached_y + first}, lanes, left, y);
       }
 #pragma unroll
       for (int e = 0; e < kElements; ++e) sum += Backward<op, A>::term(grad[e], y[e]);
