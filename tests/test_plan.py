@@ -175,7 +175,7 @@ def test_vector_access_needs_aligned_pointers_and_whole_vectors(make_plan: MakeP
         assert not make_plan((64, 10 * width, 1), dtype, aligned=False).vectorized
         assert not make_plan((64, 10 * width + 1, 1), dtype).vectorized
         assert make_plan((64, 17, 10 * width), dtype).vectorized
-        assert not make_plan((64, 17, 10 * width, ), dtype, aligned=False).vectorized
+        assert not make_plan((64, 17, 10 * width), dtype, aligned=False).vectorized
         assert not make_plan((64, 16, 10 * width + 1), dtype).vectorized
 
 

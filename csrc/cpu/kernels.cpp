@@ -130,7 +130,7 @@ SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formul
   });
 }
 
-// `rows` neighbouring rows of n elements: at most one chunk together, or one row of one chunk. Step
+// `rows` neighbouring rows of n elements, together or alone at most one chunk. Step
 // by step for all of them, which hides the latency of each step.
 template <Op op, class T>
 void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
@@ -167,7 +167,7 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
 template <class A, class Rows>
 void for_each_few_rows(const Shape& shape, const Threads& threads, Rows rows) {
   const int64_t few =
-      std::clamp<int64_t>(kChunk<A> / 2 / shape.dim, 1, static_cast<int64_t>(Vec<A>::kSize));
+      std::clamp<int64_t>(kChunk<A> / 4 / shape.dim, 1, static_cast<int64_t>(Vec<A>::kSize));
   parallel_for(threads, shape.rows(), ceil_div(kGrain, shape.dim), [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row += few) rows(row, std::min(few, end - row));
   });
@@ -182,41 +182,42 @@ struct Sum {
 SOFTMAX_EXT_INLINE Sum combine(Sum a, Sum b) { return {a.sum + b.sum}; }
 
 // For each row, of more than one chunk: state = reduce(row, begin, size) combined over its chunks in
-// order, then store(row, begin, size, state) for all of it. States are kept in double.
+// order, then store(row, begin, size, state) for each chunk, the last first: what of a row is still
+// in cache then is its end. States are kept in double.
 template <class State, class Reduce, class Store>
 void reduce_and_store(int64_t rows, int64_t dim, int64_t chunk, const Threads& threads,
                       Reduce reduce, Store store) {
   using softmax_ext::combine;
+  const int64_t chunks = ceil_div(dim, chunk);
+  const auto reduce_chunk = [=](int64_t row, int64_t k) {
+    return reduce(row, k * chunk, std::min(chunk, dim - k * chunk));
+  };
+  const auto store_chunk = [=](int64_t row, int64_t k, State state) {
+    store(row, k * chunk, std::min(chunk, dim - k * chunk), state);
+  };
   if (rows >= threads.count) {
-    parallel_for(threads, rows, ceil_div(kGrain, dim), [&](int64_t begin, int64_t end) {
+    parallel_for(threads, rows, /*grain=*/1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        State state = reduce(row, 0, std::min(chunk, dim));
-        for (int64_t i = chunk; i < dim; i += chunk) {
-          state = combine(state, reduce(row, i, std::min(chunk, dim - i)));
-        }
-        store(row, 0, dim, state);
+        State state = reduce_chunk(row, 0);
+        for (int64_t k = 1; k < chunks; ++k) state = combine(state, reduce_chunk(row, k));
+        for (int64_t k = chunks - 1; k >= 0; --k) store_chunk(row, k, state);
       }
     });
     return;
   }
-  const int64_t chunks = ceil_div(dim, chunk);
   const int64_t grain = ceil_div(kGrain, chunk);
   State* states = static_cast<State*>(std::malloc(sizeof(State) * rows * chunks));
   if (states == nullptr) throw std::bad_alloc();
   parallel_for(threads, rows * chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t i = t % chunks * chunk;
-      states[t] = reduce(t / chunks, i, std::min(chunk, dim - i));
-    }
+    for (int64_t t = begin; t < end; ++t) states[t] = reduce_chunk(t / chunks, t % chunks);
   });
   for (int64_t row = 0; row < rows; ++row) {
     State* of_row = states + row * chunks;
     for (int64_t k = 1; k < chunks; ++k) of_row[0] = combine(of_row[0], of_row[k]);
   }
   parallel_for(threads, rows * chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t i = t % chunks * chunk;
-      store(t / chunks, i, std::min(chunk, dim - i), states[t / chunks * chunks]);
+    for (int64_t t = end - 1; t >= begin; --t) {
+      store_chunk(t / chunks, t % chunks, states[t / chunks * chunks]);
     }
   });
   std::free(states);

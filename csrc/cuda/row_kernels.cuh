@@ -1,8 +1,8 @@
 // The schedules for inner size 1: a group of blockDim.x threads has a row, a block blockDim.y rows.
 //
 //   schedule   keeps a row in              limit on dim                             reads  writes
-//   registers  `vectors` 16-byte vectors   1024 threads x vectors x elements in a   1      1
-//              of each thread              vector: 8192 to 32768 by type
+//   registers  `vectors` 16-byte vectors   512 threads x vectors x elements in a    1      1
+//              of each thread              vector: 2048 to 16384 by type
 //   shared     the block's shared memory   what the device lets a block have        1      1
 //   streaming  nothing                     none                                     2      1
 //
