@@ -65,7 +65,7 @@ def softmax(
         tensor([0.0900, 0.2447, 0.6652])
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype, out=out
         )
     if dim is None:
@@ -93,7 +93,7 @@ def log_softmax(
         tensor([-2.4076, -1.4076, -0.4076])
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype, out=out
         )
     if dim is None:
@@ -120,7 +120,7 @@ def softmin(
         tensor([0.6652, 0.2447, 0.0900])
     """
     if has_torch_function_unary(input):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             softmin, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype, out=out
         )
     if dim is None:

@@ -98,9 +98,8 @@ SOFTMAX_EXT_INLINE V lane_max(const T* x, int64_t n) {
   constexpr auto kFill = kLowest<compute_t<T>>;
   return fold(
       n, V(kFill),
-      [=](V max, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-        return max_of(load(x + i, lanes, kFill), max);
-      },
+      [=](V max, int64_t i, auto lanes)
+          SOFTMAX_EXT_LAMBDA { return max_of(load(x + i, lanes, kFill), max); },
       Max{});
 }
 
@@ -313,8 +312,8 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
         const T* x = input.at(row * dim + i, n);
         const A max = over_lanes(lane_max(x, n), Max{});
         A* const nowhere = nullptr;
-        return OnlineState<double>{
-            max, over_lanes(lane_sum_of_exp<false>(x, nowhere, n, max), Add{})};
+        return OnlineState<double>{max,
+                                   over_lanes(lane_sum_of_exp<false>(x, nowhere, n, max), Add{})};
       },
       [&](int64_t row, int64_t i, int64_t n, OnlineState<double> state) {
         const int64_t offset = row * dim + i;
@@ -488,8 +487,7 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
         const T* y = outputs + offset + d * inner;
         for_each_vector<kSize>(width, [=, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
           V& sum = block_sums[c / kSize];
-          sum = sum +
-                Backward<op, V>::term(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0)));
+          sum = sum + Backward<op, V>::term(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0)));
         });
       }
       for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);
@@ -501,7 +499,7 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
       for_each_vector<kSize>(width, [=, &sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
         store_as<G>(grad_input + c, lanes,
                     Backward<op, V>{sums[c / kSize].sum}.of(load(grad + c, lanes, A(0)),
-                                                        load(y + c, lanes, A(0))));
+                                                            load(y + c, lanes, A(0))));
       });
     }
   });
@@ -570,7 +568,7 @@ void launch_backward(const BackwardArgs& args, const Threads& threads) {
 
 // kernels_baseline, kernels_avx2 or kernels_avx512.
 extern const Kernels SOFTMAX_EXT_CONCAT(kernels_, SOFTMAX_EXT_ISA);
-const Kernels SOFTMAX_EXT_CONCAT(kernels_, SOFTMAX_EXT_ISA) = {
-    SOFTMAX_EXT_STRING(SOFTMAX_EXT_ISA), launch_forward, launch_backward};
+const Kernels SOFTMAX_EXT_CONCAT(kernels_, SOFTMAX_EXT_ISA) = {SOFTMAX_EXT_STRING(SOFTMAX_EXT_ISA),
+                                                               launch_forward, launch_backward};
 
 }  // namespace softmax_ext::cpu

@@ -122,10 +122,10 @@ SOFTMAX_EXT_INLINE void round_to(float x, Float16* to) {
   const uint32_t magnitude = bits & 0x7fffffff;
   uint32_t result;
   if (magnitude > 0x7f800000) {
-    result = 0x7e00;                      // NaN
-  } else if (magnitude >= 0x47800000) {   // 2^16 and above
+    result = 0x7e00;                     // NaN
+  } else if (magnitude >= 0x47800000) {  // 2^16 and above
     result = 0x7c00;
-  } else if (magnitude < 0x38800000) {    // below 2^-14: adding 0.5 rounds to multiples of 2^-24
+  } else if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 rounds to multiples of 2^-24
     result = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
   } else {
     result = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -398,8 +398,8 @@ SOFTMAX_EXT_INLINE Vec<T> exp_of(Vec<T> x) {
   using C = ExpConstants<T>;
   // The bounds come first: a NaN passes through both.
   x = min_of(Vec<T>(C::kHighest), max_of(Vec<T>(C::kLowest), x));
-  const Vec<T> n = fma_of(x, Vec<T>(T(1.44269504088896340736)), Vec<T>(C::kRound)) -
-                   Vec<T>(C::kRound);
+  const Vec<T> n =
+      fma_of(x, Vec<T>(T(1.44269504088896340736)), Vec<T>(C::kRound)) - Vec<T>(C::kRound);
   Vec<T> r = fma_of(n, Vec<T>(-C::kLn2High), x);
   r = fma_of(n, Vec<T>(-C::kLn2Low), r);
   constexpr int kDegree = static_cast<int>(sizeof(C::kPolynomial) / sizeof(T)) - 1;

@@ -127,10 +127,9 @@ at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& out
   }
   at::Tensor grad_input = backward(grad_output, output, state.dim, state.input_dtype, state.op);
   if (torch::autograd::compute_requires_grad(grad_output, output)) {
-    set_history(grad_input,
-                make_node<SoftmaxBackwardNode>(
-                    torch::autograd::collect_next_edges(grad_output, output), state, grad_output,
-                    output));
+    set_history(grad_input, make_node<SoftmaxBackwardNode>(
+                                torch::autograd::collect_next_edges(grad_output, output), state,
+                                grad_output, output));
   }
   return grad_input;
 }
@@ -177,8 +176,7 @@ void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarT
   }
   dim = at::maybe_wrap_dim(dim, input.dim());
   const at::ScalarType result = output_dtype(input, dtype, op);
-  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out),
-              name(op),
+  TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out), name(op),
               "(): functions with out=... arguments don't support automatic differentiation, but "
               "one of the arguments requires grad.");
   const at::Tensor converted = is_kernel_dtype(input.scalar_type()) ? input : input.to(result);

@@ -14,7 +14,7 @@ namespace softmax_ext {
 bool kernels_take(const at::Tensor& tensor);
 
 // A conversion to one of the kernels' output types can be part of the kernel.
-bool is_kernel_dtype(at::ScalarType dtype);        // as input
+bool is_kernel_dtype(at::ScalarType dtype);         // as input
 bool is_kernel_output_dtype(at::ScalarType dtype);  // as output: floating
 
 // softmax or log-softmax of `input`, as `dtype`, over `dim` (already wrapped), into a new
