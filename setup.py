@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,21 @@ from typing import Any
 
 from setuptools import setup
 
+
+def set_cuda_home() -> None:
+    """Names the toolkit of the nvcc on the PATH, where that is a wrapper in another folder."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+        return
+    if (Path(nvcc).resolve().parent.parent / "include" / "cuda_runtime.h").exists():
+        return
+    trace = subprocess.run([nvcc, "-dryrun", "-E", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", trace, re.MULTILINE)
+    if top:
+        os.environ["CUDA_HOME"] = str(Path(top.group(1)).resolve())
+
+
+set_cuda_home()  # before torch looks for it
 try:
     import torch
     from torch.utils import cpp_extension
@@ -37,6 +53,7 @@ ROOT = Path(__file__).resolve().parent
 INCLUDE = ROOT / "csrc" / "include"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 GIB_PER_JOB = 3
+SUPPORTED_TORCH = ((2, 11), (2, 14))  # as in pyproject.toml
 
 # The CPU kernels are compiled once for each instruction set; which one runs is decided at import.
 X86_ISAS = {
@@ -57,6 +74,17 @@ def say(message: str) -> None:
 
 def flag(name: str) -> bool:
     return os.environ.get(name, "0").lower() in ("1", "on", "true", "yes")
+
+
+def check_torch() -> None:
+    """Exits if the torch found is not one that pip would leave in place."""
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    low, high = (".".join(map(str, version)) for version in SUPPORTED_TORCH)
+    if not SUPPORTED_TORCH[0] <= found <= SUPPORTED_TORCH[1]:
+        sys.exit(
+            f"softmax_ext: torch {torch.__version__} was found; torch {low} to {high} are "
+            f"supported. Install one of them: pip install 'torch~={high}.0'"
+        )
 
 
 def nvcc_version() -> str | None:
@@ -109,6 +137,7 @@ def max_jobs() -> int:
     return max(1, min(cores or 1, available // (GIB_PER_JOB << 30)))
 
 
+check_torch()
 DEBUG = flag("SOFTMAX_EXT_DEBUG")
 WITH_CUDA = decide_cuda()
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -131,6 +160,13 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         super().run()
         self.write_build_record()
 
+    def finalize_options(self) -> None:
+        """One folder of objects for each way to build, also for pip, which would start anew."""
+        super().finalize_options()
+        parts = [f"py{sys.version_info[0]}{sys.version_info[1]}", f"torch{torch.__version__}"]
+        parts += ["cuda"] * WITH_CUDA + ["debug"] * DEBUG
+        self.build_temp = str(ROOT / "build" / "-".join(parts))
+
     def build_extensions(self) -> None:
         os.environ.setdefault("MAX_JOBS", str(max_jobs()))
         if WITH_CUDA:
@@ -152,17 +188,23 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         command += ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{INCLUDE}"]
         command += [f"-DSOFTMAX_EXT_ISA={isa}", *ISAS[isa]]
         command += ["-c", str(source), "-o", str(output)]
-        inputs = [*source.parent.glob("*"), *INCLUDE.rglob("*.h"), Path(__file__)]
-        if not output.exists() or any(
-            path.stat().st_mtime > output.stat().st_mtime for path in inputs
+        inputs = [*source.parent.glob("*"), *INCLUDE.rglob("*.h")]
+        made_by = output.with_suffix(".command")
+        text = " ".join(command)
+        if (
+            not output.exists()
+            or not made_by.exists()
+            or made_by.read_text() != text
+            or any(path.stat().st_mtime > output.stat().st_mtime for path in inputs)
         ):
-            print(" ".join(command), flush=True)
+            print(text, flush=True)
             subprocess.run(command, check=True)
+            made_by.write_text(text)
         return {
             "directory": str(ROOT),
             "file": str(source),
             "output": str(output),
-            "command": " ".join(command),
+            "command": text,
         }
 
     def write_build_record(self) -> None:

@@ -24,9 +24,14 @@ import softmax_ext
 
 Run = Callable[[], torch.Tensor]
 
+# forward: a new output. recorded: the same with a graph for the gradient. backward: the input's
+# gradient from a recorded graph. both: recorded and backward, as in a training step.
+MODES = ("forward", "recorded", "backward", "both")
+CALL = (8, 64)  # too small for anything but the cost of a call to show
+
 # (shape, dim); each stands for a kind of row.
 SHAPES: list[tuple[tuple[int, ...], int]] = [
-    ((8, 64), -1),  # the cost of a call
+    (CALL, -1),
     ((4096, 16), -1),  # short rows: routers, classifiers
     ((4096, 128), -1),
     ((1024, 1024), -1),  # in cache
@@ -45,7 +50,6 @@ OPS = {
     "softmax": (torch.softmax, softmax_ext.softmax),
     "log_softmax": (torch.log_softmax, softmax_ext.log_softmax),
 }
-MODES = ("forward", "backward", "both")
 TOLERANCE = {
     torch.float16: 2e-3,
     torch.bfloat16: 2e-2,
@@ -70,11 +74,7 @@ class Result:
 def runs(
     op: str, mode: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: str
 ) -> tuple[Run, Run]:
-    """The same work by torch and by softmax_ext.
-
-    forward: a new output. backward: the input's gradient from a saved graph. both: the two, as in
-    a training step.
-    """
+    """The same work by torch and by softmax_ext."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device).to(dtype)
     grad = torch.randn(shape, generator=generator, device=device).to(dtype)
@@ -83,6 +83,8 @@ def runs(
         if mode == "forward":
             return lambda: function(x, dim)
         leaf = x.clone().requires_grad_()
+        if mode == "recorded":
+            return lambda: function(leaf, dim)
         if mode == "both":
             return lambda: torch.autograd.grad(function(leaf, dim), leaf, grad)[0]
         output = function(leaf, dim)
@@ -93,7 +95,7 @@ def runs(
 
 
 def verify(theirs: Run, ours: Run, dtype: torch.dtype) -> None:
-    expected, actual = theirs().double(), ours().double()
+    expected, actual = theirs().detach().double(), ours().detach().double()
     error = (actual - expected).abs().max().item()
     # One step of the smallest size besides: results of a long row may be subnormal.
     step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -133,13 +135,17 @@ def compare(theirs: Run, ours: Run, device: str, budget: float) -> tuple[float, 
     )
 
 
+def default_modes(shape: tuple[int, ...]) -> tuple[str, ...]:
+    return ("forward", "recorded", "both") if shape == CALL else ("forward", "backward")
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "backward"])
+    parser.add_argument("--modes", nargs="+", choices=MODES)
     parser.add_argument("--shapes", nargs="+", help="only these, as 4096x16", default=[])
     parser.add_argument("--budget", type=float, default=0.4, help="seconds a case")
     parser.add_argument("--json", type=Path, help="where to write the results")
@@ -174,7 +180,7 @@ def main() -> int:
                 continue
             for dtype in options.dtypes:
                 for op in options.ops:
-                    for mode in options.modes:
+                    for mode in options.modes or default_modes(shape):
                         theirs, ours = runs(op, mode, shape, dim, DTYPES[dtype], options.device)
                         verify(theirs, ours, DTYPES[dtype])
                         t, o, ratio = compare(theirs, ours, options.device, options.budget)

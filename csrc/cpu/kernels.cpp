@@ -60,8 +60,13 @@ SOFTMAX_EXT_INLINE void for_each_vector(int64_t n, Step step) {
 template <class V, class Step, class Merge>
 SOFTMAX_EXT_INLINE V fold(int64_t n, V identity, Step step, Merge merge) {
   constexpr int kSize = V::kSize;
-  V a0 = identity, a1 = identity, a2 = identity, a3 = identity;
+  V a0 = identity, a1 = identity;
   int64_t i = 0;
+  if (n < 4 * kSize) {  // what the rest would come to, without the merges of nothing
+    for (; i + kSize <= n; i += kSize) a0 = step(a0, i, All{});
+    return i < n ? merge(a0, step(a1, i, First{n - i})) : a0;
+  }
+  V a2 = identity, a3 = identity;
   for (; i + 4 * kSize <= n; i += 4 * kSize) {
     a0 = step(a0, i, All{});
     a1 = step(a1, i + kSize, All{});
@@ -142,15 +147,18 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   A* kept = scratch;
   if constexpr (kInOutput) kept = y;
   V lanes[V::kSize];
-  alignas(64) A maxes[V::kSize], sums[V::kSize];
+  alignas(64) A maxes[V::kSize] = {}, sums[V::kSize] = {};
   for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x + r * n, n);
   over_lanes(lanes, rows, maxes, Max{});
   for (int64_t r = 0; r < rows; ++r) {
     lanes[r] = lane_sum_of_exp<kKeep>(x + r * n, kept + r * n, n, maxes[r]);
   }
   over_lanes(lanes, rows, sums, Add{});
+  // A lane for each row.
+  const Forward<op, V> formulas(load(maxes, All{}, A(0)), load(sums, All{}, A(0)));
   for (int64_t r = 0; r < rows; ++r) {
-    const Forward<op, V> formula(maxes[r], sums[r]);
+    const auto formula = Forward<op, V>::map(
+        formulas, [=](const V& of_rows) SOFTMAX_EXT_LAMBDA { return V(of_rows.raw[r]); });
     for_each_vector<V::kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       const int64_t k = r * n + i;
       if constexpr (kKeep && kWhole<decltype(lanes)>) {

@@ -408,9 +408,32 @@ SOFTMAX_EXT_INLINE Vec<T> exp_of(Vec<T> x) {
   return scale(fma_of(r * r, q, r) + Vec<T>(T(1)), n);
 }
 
-template <class T>
-SOFTMAX_EXT_INLINE Vec<T> log_of(Vec<T> x) {
-  for (int k = 0; k < Vec<T>::kSize; ++k) x.raw[k] = softmax_ext::log_of(x.raw[k]);
+// log(x) of a row's sum: 1 or more, or NaN, or 0 where the row is all -inf and its output NaN whatever
+// the logarithm is.
+//
+// x is 2^n * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) is f - f^2/2 + f^3 p(f) with p a
+// minimax polynomial for the relative error (2^-30).
+SOFTMAX_EXT_INLINE VecF log_of(VecF x) {
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  constexpr float kPolynomial[] = {0x1.555548p-2f,  -0x1.000006p-2f, 0x1.99a4b6p-3f,
+                                   -0x1.555c4cp-3f, 0x1.23376ap-3f,  -0x1.fc2224p-4f,
+                                   0x1.e6f066p-4f,  -0x1.de3b6ap-4f, 0x1.1456e2p-4f};
+  using C = ExpConstants<float>;
+  const auto bits = bit_cast<RawInt32>(x);
+  const RawInt32 exponent = (bits - kSqrtHalf) >> C::kMantissaBits;
+  const VecF n = __builtin_convertvector(exponent, RawFloat);
+  const VecF f = VecF(bit_cast<RawFloat>(bits - (exponent << C::kMantissaBits))) - VecF(1.0f);
+  const VecF square = f * f;
+  VecF p(kPolynomial[8]);
+  for (int k = 7; k >= 0; --k) p = fma_of(p, f, VecF(kPolynomial[k]));
+  VecF rest = fma_of(f * square, p, n * VecF(C::kLn2Low));
+  rest = fma_of(square, VecF(-0.5f), rest);
+  const VecF log = fma_of(n, VecF(C::kLn2High), f + rest);
+  return x.raw == x.raw ? log.raw : x.raw;
+}
+
+SOFTMAX_EXT_INLINE VecD log_of(VecD x) {
+  for (int k = 0; k < VecD::kSize; ++k) x.raw[k] = softmax_ext::log_of(x.raw[k]);
   return x;
 }
 

@@ -26,6 +26,16 @@ struct Forward<Op::kSoftmax, T> {
   template <class M, class S>
   SOFTMAX_EXT_HOST_DEVICE Forward(M max, S sum) : max(max), sum(sum), reciprocal(S(1) / sum) {}
 
+  // The same formula with each member m of another as f(m).
+  template <class U, class F>
+  static SOFTMAX_EXT_HOST_DEVICE Forward map(const Forward<Op::kSoftmax, U>& other, F f) {
+    Forward result;
+    result.max = f(other.max);
+    result.sum = f(other.sum);
+    result.reciprocal = f(other.reciprocal);
+    return result;
+  }
+
   SOFTMAX_EXT_HOST_DEVICE T of(T x) const { return of_exp(exp_of(x - max)); }
 
   // e / sum, as exact as a division: one Newton step corrects the product with the reciprocal
@@ -44,6 +54,14 @@ struct Forward<Op::kLogSoftmax, T> {
   Forward() = default;
   template <class M, class S>
   SOFTMAX_EXT_HOST_DEVICE Forward(M max, S sum) : max(max), log_sum(log_of(sum)) {}
+
+  template <class U, class F>
+  static SOFTMAX_EXT_HOST_DEVICE Forward map(const Forward<Op::kLogSoftmax, U>& other, F f) {
+    Forward result;
+    result.max = f(other.max);
+    result.log_sum = f(other.log_sum);
+    return result;
+  }
 
   // In this order: max + log_sum would be rounded at the size of max.
   SOFTMAX_EXT_HOST_DEVICE T of(T x) const { return (x - max) - log_sum; }
