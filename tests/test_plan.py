@@ -1,4 +1,4 @@
-"""The choice of CUDA schedule and launch, for any device, without a GPU: csrc/include/.../plan.h."""
+"""The choice of CUDA schedule and launch (plan.h), for any device, without a GPU."""
 
 import ctypes
 import shutil
@@ -125,7 +125,7 @@ def test_registers_up_to_their_limit_then_shared_memory_then_streaming(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("load, store", [(d, d) for d in FORWARD_REGISTERS]
+@pytest.mark.parametrize(("load", "store"), [(d, d) for d in FORWARD_REGISTERS]
                          + [("float16", "float32"), ("bfloat16", "float32")])  # fmt: skip
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 4096])
@@ -152,7 +152,7 @@ def test_a_row_fits_what_its_threads_hold(
             assert plan.shared_bytes >= dim * SIZE[load] * (2 if backward else 1)
 
 
-@pytest.mark.parametrize("dim, load, expected", [
+@pytest.mark.parametrize(("dim", "load", "expected"), [
     (8, "float16", (1, 1)),     # one vector
     (64, "float16", (8, 1)),    # several rows a warp
     (256, "float16", (32, 1)),  # a warp, one vector a thread
@@ -179,9 +179,10 @@ def test_vector_access_needs_aligned_pointers_and_whole_vectors(make_plan: MakeP
         assert not make_plan((64, 16, 10 * width + 1), dtype).vectorized
 
 
-@pytest.mark.parametrize("load, store", [("int64", "float32"), ("bool", "float16"),
-                                         ("float32", "float16"), ("float64", "float32"),
-                                         ("bfloat16", "float16"), ("float16", "float64")])  # fmt: skip
+@pytest.mark.parametrize(("load", "store"), [
+    ("int64", "float32"), ("bool", "float16"), ("float32", "float16"),
+    ("float64", "float32"), ("bfloat16", "float16"), ("float16", "float64"),
+])  # fmt: skip
 def test_other_casts_stream_element_by_element(make_plan: MakePlan, load: str, store: str) -> None:
     for dim in [1, 7, 1024, 50257]:
         plan = make_plan((300, dim, 1), load, store)

@@ -19,7 +19,7 @@
 #define SOFTMAX_EXT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 // Declares `type* name`, the block's dynamic shared memory, aligned to 16 bytes.
-#define SOFTMAX_EXT_DYNAMIC_SHARED(type, name)                  \
+#define SOFTMAX_EXT_DYNAMIC_SHARED(type, name)                    \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared)
 #endif
@@ -235,9 +235,8 @@ struct CastOutput {
 
 // The vectors that a thread holds at a time, as the plan has it; `inputs` tensors are read.
 template <class In>
-constexpr int words_of_element = words_of(sizeof(computed_t<typename In::Element>) == 8
-                                              ? DType::kFloat64
-                                              : DType::kFloat32);
+constexpr int words_of_element =
+    words_of(sizeof(computed_t<typename In::Element>) == 8 ? DType::kFloat64 : DType::kFloat32);
 template <class In, int inputs>
 constexpr int registers_vectors =
     vectors_within(limits::kRegistersWords, In::kWidth, words_of_element<In>, inputs);

@@ -1,5 +1,5 @@
-// From a plan to the kernel instance. Every .cu file but launch.cu instantiates launch_forward_typed
-// or launch_backward_typed for one type, so that they compile side by side.
+// From a plan to the kernel instance. Each .cu file but launch.cu instantiates one of the two
+// functions at the end for one type, so that they compile side by side.
 #pragma once
 
 #include <type_traits>
@@ -15,18 +15,17 @@ cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, cudaStream_t
   // What a block gets without being asked.
   constexpr size_t kDefaultSharedBytes = 48 * 1024;
   if (plan.shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-        static_cast<int>(plan.shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(plan.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(static_cast<unsigned>(plan.blocks));
-  const dim3 block = plan.schedule == Schedule::kStrided
-                         ? dim3(static_cast<unsigned>(plan.across),
-                                static_cast<unsigned>(plan.group),
-                                static_cast<unsigned>(plan.items))
-                         : dim3(static_cast<unsigned>(plan.group),
-                                static_cast<unsigned>(plan.items));
+  const dim3 block =
+      plan.schedule == Schedule::kStrided
+          ? dim3(static_cast<unsigned>(plan.across), static_cast<unsigned>(plan.group),
+                 static_cast<unsigned>(plan.items))
+          : dim3(static_cast<unsigned>(plan.group), static_cast<unsigned>(plan.items));
   SOFTMAX_EXT_LAUNCH(kernel, grid, block, plan.shared_bytes, stream, arguments...);
   return cudaGetLastError();
 }
@@ -58,8 +57,8 @@ cudaError_t launch_forward_op(In input, Out output, Shape shape, const Plan& pla
                     shape.dim, vectorized);
     }
   }
-  return launch(streaming_forward_kernel<op, false, In, Out>, plan, stream, input, output,
-                rows, shape.dim, vectorized);
+  return launch(streaming_forward_kernel<op, false, In, Out>, plan, stream, input, output, rows,
+                shape.dim, vectorized);
 }
 
 template <Op op, class In, class Out>
@@ -84,12 +83,12 @@ cudaError_t launch_backward_op(In grad_output, In output, Out grad_input, Shape 
       return registers(registers_backward_kernel<op, 1, In, Out>);
     }
     if (plan.schedule == Schedule::kShared) {
-      return launch(streaming_backward_kernel<op, true, In, Out>, plan, stream, grad_output,
-                    output, grad_input, rows, shape.dim, vectorized);
+      return launch(streaming_backward_kernel<op, true, In, Out>, plan, stream, grad_output, output,
+                    grad_input, rows, shape.dim, vectorized);
     }
   }
-  return launch(streaming_backward_kernel<op, false, In, Out>, plan, stream, grad_output,
-                output, grad_input, rows, shape.dim, vectorized);
+  return launch(streaming_backward_kernel<op, false, In, Out>, plan, stream, grad_output, output,
+                grad_input, rows, shape.dim, vectorized);
 }
 
 template <class T>
@@ -122,8 +121,7 @@ cudaError_t launch_forward_typed(const ForwardArgs& args, const Plan& plan, cuda
 
 // T: the type of output and grad_output.
 template <class T>
-cudaError_t launch_backward_typed(const BackwardArgs& args, const Plan& plan,
-                                  cudaStream_t stream) {
+cudaError_t launch_backward_typed(const BackwardArgs& args, const Plan& plan, cudaStream_t stream) {
   const auto to = [&](auto grad_input) {
     using Out = decltype(grad_input);
     const auto launch_op = args.op == Op::kSoftmax

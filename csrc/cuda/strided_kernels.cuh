@@ -62,7 +62,8 @@ __device__ __forceinline__ void for_each_item(Shape shape, bool vectorized, Body
 }
 
 template <Op op, class In, class Out>
-__global__ void __launch_bounds__(limits::kStridedThreads, sizeof(computed_t<typename In::Element>) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(limits::kStridedThreads,
+                                  sizeof(computed_t<typename In::Element>) == 4 ? 2 : 1)
     strided_forward_kernel(In input, Out output, Shape shape, bool vectorized) {
   using A = computed_t<typename In::Element>;
   constexpr int kWidth = In::kWidth;
@@ -107,7 +108,8 @@ __global__ void __launch_bounds__(limits::kStridedThreads, sizeof(computed_t<typ
 }
 
 template <Op op, class In, class Out>
-__global__ void __launch_bounds__(limits::kStridedThreads, sizeof(computed_t<typename In::Element>) == 4 ? 2 : 1)
+__global__ void __launch_bounds__(limits::kStridedThreads,
+                                  sizeof(computed_t<typename In::Element>) == 4 ? 2 : 1)
     strided_backward_kernel(In grad_output, In output, Out grad_input, Shape shape,
                             bool vectorized) {
   using A = computed_t<typename In::Element>;

@@ -65,15 +65,15 @@ namespace limits {
 // The widest access of one thread.
 constexpr int kVectorBytes = 16;
 constexpr int kWarp = 32;
-// The hardware's limit; 64 registers a thread are then left.
+// Threads of one row: 65536 registers of an SM leave each 128, so that none spills.
 constexpr int kMaxThreads = 512;
-// 128 registers a thread: a column of the strided schedule needs a state of its own.
+// Two such blocks leave each thread 128: a column of the strided schedule has a state of its own.
 constexpr int kStridedThreads = 256;
-// Half of the 64 registers: the other half is for addresses and for exp.
+// Registers for the data of a row: the rest is for addresses, exp and loads in flight.
 constexpr int kRegistersWords = 32;
-// The streaming schedules keep running states beside the data.
+// Of the shared and the streaming schedule, which keep a running state beside the data.
 constexpr int kStreamingWords = 16;
-// The strided schedule has more registers, and a state for each column of the vector.
+// Of the strided one, which keeps a state for each column of the vector.
 constexpr int kStridedWords = 16;
 // A smaller block takes several rows: an SM has room for 16 blocks or more, which then fill it.
 constexpr int kShortRowThreads = 128;
@@ -263,11 +263,10 @@ inline Plan plan_forward(const ForwardArgs& args, const DeviceProperties& device
 }
 
 inline Plan plan_backward(const BackwardArgs& args, const DeviceProperties& device) {
-  return make_plan(
-      {args.shape, args.output_dtype, args.output_dtype, args.grad_input_dtype, 2,
-       detail::is_aligned(args.grad_output) && detail::is_aligned(args.output) &&
-           detail::is_aligned(args.grad_input)},
-      device);
+  return make_plan({args.shape, args.output_dtype, args.output_dtype, args.grad_input_dtype, 2,
+                    detail::is_aligned(args.grad_output) && detail::is_aligned(args.output) &&
+                        detail::is_aligned(args.grad_input)},
+                   device);
 }
 
 }  // namespace softmax_ext
