@@ -1,7 +1,7 @@
 // The CPU schedules. Compiled once for each instruction set, which SOFTMAX_EXT_ISA names.
 //
 //   rows         inner == 1: a thread takes whole rows. A row of one chunk is read once into cache;
-//                a longer one is read twice, first for its state, then for the output.
+//                a longer one chunk by chunk for its state, then for the output.
 //   split rows   inner == 1, fewer long rows than threads: the chunks of a row are shared out.
 //   columns      inner > 1: a thread takes tiles of neighbouring columns, in blocks along dim.
 //
@@ -29,6 +29,9 @@ constexpr int64_t kChunk = 16384 / static_cast<int64_t>(sizeof(A));
 // always walked along inner: a walk along dim can meet loads that share their address modulo 4096
 // with a store still under way, and wait for it.
 constexpr int64_t kBlock = 16;
+
+// Bytes of a row that stays in the second-level cache, with its output.
+constexpr int64_t kKeptRow = 1 << 19;
 
 // Columns of a tile: their states and formulas stay in the first-level cache.
 template <class A>
@@ -78,20 +81,6 @@ SOFTMAX_EXT_INLINE V fold(int64_t n, V identity, Step step, Merge merge) {
   return merge(merge(a0, a1), merge(a2, a3));
 }
 
-struct Add {
-  template <class V>
-  SOFTMAX_EXT_INLINE V operator()(V a, V b) const {
-    return a + b;
-  }
-};
-
-struct Max {
-  template <class V>
-  SOFTMAX_EXT_INLINE V operator()(V a, V b) const {
-    return max_of(a, b);
-  }
-};
-
 // ---- forward, over the last dim -----------------------------------------------------------------
 
 template <class A>
@@ -111,16 +100,20 @@ SOFTMAX_EXT_INLINE V lane_max(const T* x, int64_t n) {
 template <class Lanes>
 constexpr bool kWhole = std::is_same_v<Lanes, All>;
 
-// The sum of exp(x - max), lane by lane. With kKeep, the exps of whole vectors are left in `kept`.
+// The sum of exp(x - max), lane by lane. With kKeep, the exps of whole vectors are left in `kept`;
+// those of a partial one only if keep_all, since a load of it would wait for its store.
 template <bool kKeep, class T, class A = compute_t<T>>
-SOFTMAX_EXT_INLINE Vec<A> lane_sum_of_exp(const T* x, A* kept, int64_t n, A max) {
+SOFTMAX_EXT_INLINE Vec<A> lane_sum_of_exp(const T* x, A* kept, int64_t n, A max,
+                                          bool keep_all = false) {
   using V = Vec<A>;
   const V shift = shift_of(V(max));
   return fold(
       n, V(A(0)),
       [=](V sum, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
         const V e = exp_of(load(x + i, lanes, kLowest<A>) - shift);
-        if constexpr (kKeep && kWhole<decltype(lanes)>) store(kept + i, lanes, e);
+        if constexpr (kKeep) {
+          if (kWhole<decltype(lanes)> || keep_all) store(kept + i, lanes, e);
+        }
         return sum + e;
       },
       Add{});
@@ -149,11 +142,11 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   V lanes[V::kSize];
   alignas(64) A maxes[V::kSize] = {}, sums[V::kSize] = {};
   for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x + r * n, n);
-  over_lanes(lanes, rows, maxes, Max{});
+  max_over_lanes(lanes, rows, maxes);
   for (int64_t r = 0; r < rows; ++r) {
     lanes[r] = lane_sum_of_exp<kKeep>(x + r * n, kept + r * n, n, maxes[r]);
   }
-  over_lanes(lanes, rows, sums, Add{});
+  sum_over_lanes(lanes, rows, sums);
   // A lane for each row.
   const Forward<op, V> formulas(load(maxes, All{}, A(0)), load(sums, All{}, A(0)));
   for (int64_t r = 0; r < rows; ++r) {
@@ -170,13 +163,18 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   }
 }
 
-// Calls rows(first, count) for all rows of at most one chunk each, a few at a time.
-template <class A, class Rows>
-void for_each_few_rows(const Shape& shape, const Threads& threads, Rows rows) {
-  const int64_t few =
-      std::clamp<int64_t>(kChunk<A> / 4 / shape.dim, 1, static_cast<int64_t>(Vec<A>::kSize));
+// Calls one(row), or few(first, count) with one for each lane of a register where these have at most
+// `elements` together, for all rows of at most one chunk each.
+template <class A, class One, class Few>
+void for_each_short_row(const Shape& shape, int64_t elements, const Threads& threads, One one,
+                        Few few) {
+  constexpr int64_t kSize = Vec<A>::kSize;
   parallel_for(threads, shape.rows(), ceil_div(kGrain, shape.dim), [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row += few) rows(row, std::min(few, end - row));
+    if (shape.dim * kSize <= elements) {
+      for (int64_t row = begin; row < end; row += kSize) few(row, std::min(kSize, end - row));
+    } else {
+      for (int64_t row = begin; row < end; ++row) one(row);
+    }
   });
 }
 
@@ -188,9 +186,25 @@ struct Sum {
 
 SOFTMAX_EXT_INLINE Sum combine(Sum a, Sum b) { return {a.sum + b.sum}; }
 
-// For each row, of more than one chunk: state = reduce(row, begin, size) combined over its chunks in
-// order, then store(row, begin, size, state) for each chunk, the last first: what of a row is still
-// in cache then is its end. States are kept in double.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(static_cast<T*>(std::malloc(sizeof(T) * size))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// For each row, of more than one chunk: a state by reduce(row, begin, size) for each chunk, all
+// combined in order, then store(row, begin, size, of_chunk, of_row) for each chunk. States are kept
+// in double.
 template <class State, class Reduce, class Store>
 void reduce_and_store(int64_t rows, int64_t dim, int64_t chunk, const Threads& threads,
                       Reduce reduce, Store store) {
@@ -199,35 +213,39 @@ void reduce_and_store(int64_t rows, int64_t dim, int64_t chunk, const Threads& t
   const auto reduce_chunk = [=](int64_t row, int64_t k) {
     return reduce(row, k * chunk, std::min(chunk, dim - k * chunk));
   };
-  const auto store_chunk = [=](int64_t row, int64_t k, State state) {
-    store(row, k * chunk, std::min(chunk, dim - k * chunk), state);
+  const auto combine_chunks = [=](const State* states) {
+    State state = states[0];
+    for (int64_t k = 1; k < chunks; ++k) state = combine(state, states[k]);
+    return state;
+  };
+  const auto store_chunk = [=](int64_t row, int64_t k, State of_chunk, State of_row) {
+    store(row, k * chunk, std::min(chunk, dim - k * chunk), of_chunk, of_row);
   };
   if (rows >= threads.count) {
     parallel_for(threads, rows, /*grain=*/1, [&](int64_t begin, int64_t end) {
+      const Buffer<State> buffer(chunks);
+      State* const states = buffer.data();
       for (int64_t row = begin; row < end; ++row) {
-        State state = reduce_chunk(row, 0);
-        for (int64_t k = 1; k < chunks; ++k) state = combine(state, reduce_chunk(row, k));
-        for (int64_t k = chunks - 1; k >= 0; --k) store_chunk(row, k, state);
+        for (int64_t k = 0; k < chunks; ++k) states[k] = reduce_chunk(row, k);
+        const State of_row = combine_chunks(states);
+        for (int64_t k = 0; k < chunks; ++k) store_chunk(row, k, states[k], of_row);
       }
     });
     return;
   }
   const int64_t grain = ceil_div(kGrain, chunk);
-  State* states = static_cast<State*>(std::malloc(sizeof(State) * rows * chunks));
-  if (states == nullptr) throw std::bad_alloc();
+  const Buffer<State> buffer(rows * chunks + rows);
+  State* const states = buffer.data();
+  State* const of_rows = states + rows * chunks;
   parallel_for(threads, rows * chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) states[t] = reduce_chunk(t / chunks, t % chunks);
   });
-  for (int64_t row = 0; row < rows; ++row) {
-    State* of_row = states + row * chunks;
-    for (int64_t k = 1; k < chunks; ++k) of_row[0] = combine(of_row[0], of_row[k]);
-  }
+  for (int64_t row = 0; row < rows; ++row) of_rows[row] = combine_chunks(states + row * chunks);
   parallel_for(threads, rows * chunks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = end - 1; t >= begin; --t) {
-      store_chunk(t / chunks, t % chunks, states[t / chunks * chunks]);
+    for (int64_t t = begin; t < end; ++t) {
+      store_chunk(t / chunks, t % chunks, states[t], of_rows[t / chunks]);
     }
   });
-  std::free(states);
 }
 
 // ---- input of another type ----------------------------------------------------------------------
@@ -305,28 +323,52 @@ class Input {
 template <Op op, class T>
 void forward_rows(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
+  using V = Vec<A>;
   const int64_t rows = args.shape.rows(), dim = args.shape.dim;
   T* y = static_cast<T*>(args.output);
   const Input<T> input(args);
   if (dim <= kChunk<A>) {
-    for_each_few_rows<A>(args.shape, threads, [&](int64_t row, int64_t count) {
+    const auto few = [&](int64_t row, int64_t count) {
       forward_short_rows<op>(input.at(row * dim, count * dim), y + row * dim, dim, count);
-    });
+    };
+    for_each_short_row<A>(
+        args.shape, kChunk<A> / 2, threads, [=](int64_t row) { few(row, 1); }, few);
     return;
   }
+  // Where a row stays in cache, the exps of a chunk are kept in the output's memory. They are
+  // relative to the chunk's max, and so are weighted by exp(that - the row's max).
+  constexpr bool kCanKeep = op == Op::kSoftmax && std::is_same_v<T, A>;
+  const bool keep = kCanKeep && dim * static_cast<int64_t>(sizeof(A)) <= kKeptRow;
   reduce_and_store<OnlineState<double>>(
       rows, dim, kChunk<A>, threads,
       [&](int64_t row, int64_t i, int64_t n) {
-        const T* x = input.at(row * dim + i, n);
-        const A max = over_lanes(lane_max(x, n), Max{});
-        A* const nowhere = nullptr;
-        return OnlineState<double>{max,
-                                   over_lanes(lane_sum_of_exp<false>(x, nowhere, n, max), Add{})};
-      },
-      [&](int64_t row, int64_t i, int64_t n, OnlineState<double> state) {
         const int64_t offset = row * dim + i;
-        store_output(input.again(offset), y + offset, n,
-                     Forward<op, Vec<A>>(static_cast<A>(state.max), state.sum));
+        const T* x = input.at(offset, n);
+        const A max = max_over_lanes(lane_max(x, n));
+        if constexpr (kCanKeep) {
+          if (keep) {
+            const auto sum = lane_sum_of_exp<true>(x, y + offset, n, max, /*keep_all=*/true);
+            return OnlineState<double>{max, sum_over_lanes(sum)};
+          }
+        }
+        A* const nowhere = nullptr;
+        return OnlineState<double>{max, sum_over_lanes(lane_sum_of_exp<false>(x, nowhere, n, max))};
+      },
+      [&](int64_t row, int64_t i, int64_t n, OnlineState<double> of_chunk,
+          OnlineState<double> of_row) {
+        const int64_t offset = row * dim + i;
+        const Forward<op, V> formula(static_cast<A>(of_row.max), of_row.sum);
+        if constexpr (kCanKeep) {
+          if (keep) {
+            const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
+            for_each_vector<V::kSize>(n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+              const V e = load(y + offset + k, lanes, A(0));
+              store(y + offset + k, lanes, formula.of_exp(e * weight));
+            });
+            return;
+          }
+        }
+        store_output(input.again(offset), y + offset, n, formula);
       });
 }
 
@@ -356,22 +398,27 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
     });
   };
   if (dim <= kChunk<A>) {
-    for_each_few_rows<A>(args.shape, threads, [=](int64_t row, int64_t count) {
-      V lanes[V::kSize];
-      alignas(64) A sums[V::kSize];
-      for (int64_t r = 0; r < count; ++r) lanes[r] = lane_sum((row + r) * dim, dim);
-      over_lanes(lanes, count, sums, Add{});
-      for (int64_t r = 0; r < count; ++r) store_gradient((row + r) * dim, dim, sums[r]);
-    });
+    for_each_short_row<A>(
+        args.shape, kChunk<A> / 4, threads,
+        [=](int64_t row) {
+          store_gradient(row * dim, dim, sum_over_lanes(lane_sum(row * dim, dim)));
+        },
+        [=](int64_t row, int64_t count) {
+          V lanes[V::kSize];
+          alignas(64) A sums[V::kSize];
+          for (int64_t r = 0; r < count; ++r) lanes[r] = lane_sum((row + r) * dim, dim);
+          sum_over_lanes(lanes, count, sums);
+          for (int64_t r = 0; r < count; ++r) store_gradient((row + r) * dim, dim, sums[r]);
+        });
     return;
   }
   reduce_and_store<Sum>(
       args.shape.rows(), dim, kChunk<A>, threads,
       [=](int64_t row, int64_t i, int64_t n) {
-        return Sum{over_lanes(lane_sum(row * dim + i, n), Add{})};
+        return Sum{sum_over_lanes(lane_sum(row * dim + i, n))};
       },
-      [=](int64_t row, int64_t i, int64_t n, Sum state) {
-        store_gradient(row * dim + i, n, static_cast<A>(state.sum));
+      [=](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
+        store_gradient(row * dim + i, n, static_cast<A>(of_row.sum));
       });
 }
 

@@ -467,40 +467,71 @@ SOFTMAX_EXT_INLINE Vec<T> combine_halves(Vec<T> a, Vec<T> b, Combine combine) {
   return combine(halves<kHalf, false>(a, b, Lanes{}), halves<kHalf, true>(a, b, Lanes{}));
 }
 
+struct Add {
+  template <class V>
+  SOFTMAX_EXT_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+
+struct Max {
+  template <class V>
+  SOFTMAX_EXT_INLINE V operator()(V a, V b) const {
+    return max_of(a, b);
+  }
+};
+
+#if defined(SOFTMAX_EXT_AVX512)
+SOFTMAX_EXT_INLINE float max_over_lanes(VecF x) { return _mm512_reduce_max_ps(x.raw); }
+SOFTMAX_EXT_INLINE double max_over_lanes(VecD x) { return _mm512_reduce_max_pd(x.raw); }
+SOFTMAX_EXT_INLINE float sum_over_lanes(VecF x) { return _mm512_reduce_add_ps(x.raw); }
+SOFTMAX_EXT_INLINE double sum_over_lanes(VecD x) { return _mm512_reduce_add_pd(x.raw); }
+#else
 template <int kHalf, class T, class Combine>
-SOFTMAX_EXT_INLINE T over_lanes_by(Vec<T> x, Combine combine) {
+SOFTMAX_EXT_INLINE T over_lanes(Vec<T> x, Combine combine) {
   x = combine_halves<kHalf>(x, x, combine);
   if constexpr (kHalf > 1) {
-    return over_lanes_by<kHalf / 2>(x, combine);
+    return over_lanes<kHalf / 2>(x, combine);
   } else {
     return x.raw[0];
   }
 }
 
-// All lanes of x as one.
-template <class T, class Combine>
-SOFTMAX_EXT_INLINE T over_lanes(Vec<T> x, Combine combine) {
-  return over_lanes_by<Vec<T>::kSize / 2>(x, combine);
+template <class T>
+SOFTMAX_EXT_INLINE T max_over_lanes(Vec<T> x) {
+  return over_lanes<Vec<T>::kSize / 2>(x, Max{});
 }
+template <class T>
+SOFTMAX_EXT_INLINE T sum_over_lanes(Vec<T> x) {
+  return over_lanes<Vec<T>::kSize / 2>(x, Add{});
+}
+#endif
 
 template <int kHalf, class T, class Combine>
-SOFTMAX_EXT_INLINE void over_lanes_of_all(Vec<T>* x, Combine combine) {
+SOFTMAX_EXT_INLINE void over_lanes_of_all(Vec<T>* x, T* result, Combine combine) {
   for (int k = 0; k < kHalf; ++k) {
     x[k] = combine_halves<kHalf>(x[2 * k], x[2 * k + 1], combine);
   }
-  if constexpr (kHalf > 1) over_lanes_of_all<kHalf / 2>(x, combine);
+  if constexpr (kHalf > 1) {
+    over_lanes_of_all<kHalf / 2>(x, result, combine);
+  } else {
+    store(result, All{}, x[0]);
+  }
 }
 
-// result[k] = over_lanes(x[k]) for k < count <= kSize. kSize at once take the steps of four or so.
-// x is overwritten.
-template <class T, class Combine>
-SOFTMAX_EXT_INLINE void over_lanes(Vec<T>* x, int64_t count, T* result, Combine combine) {
-  if (count == Vec<T>::kSize) {
-    over_lanes_of_all<Vec<T>::kSize / 2>(x, combine);
-    store(result, All{}, x[0]);
-  } else {
-    for (int64_t k = 0; k < count; ++k) result[k] = over_lanes(x[k], combine);
-  }
+// result[k] = max_over_lanes(x[k]), or sum, for k < count <= kSize. kSize at once take the steps of
+// four or so. x is overwritten.
+template <class T>
+SOFTMAX_EXT_INLINE void max_over_lanes(Vec<T>* x, int64_t count, T* result) {
+  constexpr int kSize = Vec<T>::kSize;
+  if (count == kSize) return over_lanes_of_all<kSize / 2>(x, result, Max{});
+  for (int64_t k = 0; k < count; ++k) result[k] = max_over_lanes(x[k]);
+}
+template <class T>
+SOFTMAX_EXT_INLINE void sum_over_lanes(Vec<T>* x, int64_t count, T* result) {
+  constexpr int kSize = Vec<T>::kSize;
+  if (count == kSize) return over_lanes_of_all<kSize / 2>(x, result, Add{});
+  for (int64_t k = 0; k < count; ++k) result[k] = sum_over_lanes(x[k]);
 }
 
 }  // namespace
