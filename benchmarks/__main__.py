@@ -1,8 +1,9 @@
 """softmax_ext against torch, on one device: ``python -m benchmarks --help``.
 
 Each case is verified first, then timed in pairs: one run of torch, one of softmax_ext, in an order
-that alternates, in the same process. The figures are medians of the pairs; the speed-up is the
-median of the pairs' ratios, which a slow moment of the machine leaves alone.
+that alternates, in the same process, in rounds over all cases. The figures are medians of the pairs
+of all rounds; the speed-up is the median of the pairs' ratios, which a slow moment of the machine
+leaves alone.
 """
 
 from __future__ import annotations
@@ -58,23 +59,35 @@ TOLERANCE = {
 }
 
 
-@dataclass
-class Result:
+@dataclass(frozen=True)
+class Case:
     op: str
     mode: str
     shape: tuple[int, ...]
     dim: int
     dtype: str
     threads: int
+
+
+@dataclass(frozen=True)
+class Result(Case):
     torch_us: float
     softmax_ext_us: float
     speedup: float
 
+    @staticmethod
+    def of(case: Case, times: list[tuple[float, float]]) -> Result:
+        return Result(
+            **asdict(case),
+            torch_us=statistics.median(t for t, _ in times) * 1e6,
+            softmax_ext_us=statistics.median(o for _, o in times) * 1e6,
+            speedup=statistics.median(t / o for t, o in times),
+        )
 
-def runs(
-    op: str, mode: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: str
-) -> tuple[Run, Run]:
+
+def runs(case: Case, device: str) -> tuple[Run, Run]:
     """The same work by torch and by softmax_ext."""
+    shape, dim, mode, dtype = case.shape, case.dim, case.mode, DTYPES[case.dtype]
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(shape, generator=generator, device=device).to(dtype)
     grad = torch.randn(shape, generator=generator, device=device).to(dtype)
@@ -90,7 +103,7 @@ def runs(
         output = function(leaf, dim)
         return lambda: torch.autograd.grad(output, leaf, grad, retain_graph=True)[0]
 
-    theirs, ours = OPS[op]
+    theirs, ours = OPS[case.op]
     return make(theirs), make(ours)
 
 
@@ -114,25 +127,21 @@ def seconds(run: Run, repeats: int, device: str) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def compare(theirs: Run, ours: Run, device: str, budget: float) -> tuple[float, float, float]:
-    """Median seconds of each, and the median of the ratios of paired runs."""
+def pairs(theirs: Run, ours: Run, device: str, budget: float) -> list[tuple[float, float]]:
+    """Seconds of paired runs."""
     once = max(seconds(theirs, 3, device), seconds(ours, 3, device))
     # A timed run is long enough for the clock, and there are enough pairs for a median.
     repeats = max(1, round(0.002 / once))
-    pairs = max(11, min(301, round(budget / (2 * repeats * once))))
+    count = max(11, min(301, round(budget / (2 * repeats * once))))
     times: list[tuple[float, float]] = []
-    for k in range(pairs):
+    for k in range(count):
         if k % 2 == 0:
             first = seconds(theirs, repeats, device)
             times.append((first, seconds(ours, repeats, device)))
         else:
             first = seconds(ours, repeats, device)
             times.append((seconds(theirs, repeats, device), first))
-    return (
-        statistics.median(t for t, _ in times),
-        statistics.median(o for _, o in times),
-        statistics.median(t / o for t, o in times),
-    )
+    return times
 
 
 def default_modes(shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -147,7 +156,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--modes", nargs="+", choices=MODES)
     parser.add_argument("--shapes", nargs="+", help="only these, as 4096x16", default=[])
-    parser.add_argument("--budget", type=float, default=0.4, help="seconds a case")
+    parser.add_argument("--budget", type=float, default=0.3, help="seconds a case in each round")
+    parser.add_argument("--rounds", type=int, default=5, help="over all cases, with new tensors")
     parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--at-least", type=float, help="fail if a speed-up is below this")
     return parser.parse_args()
@@ -169,32 +179,37 @@ def machine(device: str) -> dict[str, object]:
 
 def main() -> int:
     options = arguments()
-    results: list[Result] = []
-    print("| op | mode | shape | dim | dtype | threads | torch, us | softmax_ext, us | speed-up |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for shape, dim in SHAPES:
-            label = "x".join(map(str, shape))
-            if options.shapes and label not in options.shapes:
-                continue
-            for dtype in options.dtypes:
-                for op in options.ops:
-                    for mode in options.modes or default_modes(shape):
-                        theirs, ours = runs(op, mode, shape, dim, DTYPES[dtype], options.device)
-                        verify(theirs, ours, DTYPES[dtype])
-                        t, o, ratio = compare(theirs, ours, options.device, options.budget)
-                        results.append(
-                            Result(op, mode, shape, dim, dtype, threads, t * 1e6, o * 1e6, ratio)
-                        )
-                        print(
-                            f"| {op} | {mode} | {label} | {dim} | {dtype} | {threads} "
-                            f"| {t * 1e6:.2f} | {o * 1e6:.2f} | {ratio:.2f} |",
-                            flush=True,
-                        )
-    if not results:
+    cases = [
+        Case(op, mode, shape, dim, dtype, threads)
+        for threads in options.threads
+        for shape, dim in SHAPES
+        if not options.shapes or "x".join(map(str, shape)) in options.shapes
+        for dtype in options.dtypes
+        for op in options.ops
+        for mode in options.modes or default_modes(shape)
+    ]
+    if not cases:
         print("no such case", file=sys.stderr)
         return 2
+    times: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases}
+    for number in range(options.rounds):
+        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+        for case, of_case in times.items():
+            torch.set_num_threads(case.threads)
+            theirs, ours = runs(case, options.device)
+            verify(theirs, ours, DTYPES[case.dtype])
+            of_case += pairs(theirs, ours, options.device, options.budget)
+    results = [Result.of(case, of_case) for case, of_case in times.items()]
+
+    print("| op | mode | shape | dim | dtype | threads | torch, us | softmax_ext, us | speed-up |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for result in results:
+        label = "x".join(map(str, result.shape))
+        print(
+            f"| {result.op} | {result.mode} | {label} | {result.dim} | {result.dtype} "
+            f"| {result.threads} | {result.torch_us:.2f} | {result.softmax_ext_us:.2f} "
+            f"| {result.speedup:.2f} |"
+        )
     worst = min(results, key=lambda result: result.speedup)
     mean = math.exp(statistics.fmean(math.log(result.speedup) for result in results))
     print(

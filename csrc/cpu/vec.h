@@ -273,18 +273,20 @@ SOFTMAX_EXT_INLINE void store(T* p, First lanes, Vec<compute_t<T>> x) {
   store(all, All{}, x);
   const char* from = reinterpret_cast<const char*>(all);
   char* to = reinterpret_cast<char*>(p);
-  const int64_t bytes = lanes.count * static_cast<int64_t>(sizeof(T));
+  const size_t bytes = static_cast<size_t>(lanes.count) * sizeof(T);
   const auto copy = [&](auto size) SOFTMAX_EXT_LAMBDA {
-    if ((bytes & size()) == 0) return;
-    std::memcpy(to, from, size());
-    to += size();
-    from += size();
+    if constexpr (size() < sizeof(all)) {
+      if ((bytes & size()) == 0) return;
+      std::memcpy(to, from, size());
+      to += size();
+      from += size();
+    }
   };
-  copy(std::integral_constant<int, 32>{});
-  copy(std::integral_constant<int, 16>{});
-  copy(std::integral_constant<int, 8>{});
-  copy(std::integral_constant<int, 4>{});
-  copy(std::integral_constant<int, 2>{});
+  copy(std::integral_constant<size_t, 32>{});
+  copy(std::integral_constant<size_t, 16>{});
+  copy(std::integral_constant<size_t, 8>{});
+  copy(std::integral_constant<size_t, 4>{});
+  copy(std::integral_constant<size_t, 2>{});
 }
 
 // Rounds each lane once, from the type computed in to the one stored.
