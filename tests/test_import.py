@@ -76,8 +76,10 @@ def test_a_missing_library_is_an_import_error(package_copy):
 def test_a_library_that_does_not_load_is_an_import_error(package_copy):
     record = {"torch": torch.__version__, "cuda": None, "architectures": None}
     (package_copy / "_build.json").write_text(json.dumps(record))
+    (package_copy / "_C.py").write_text("raise ImportError('undefined symbol: _ZN2at5emptyE')")
     result = import_copy(package_copy.parent)
     assert f"built for torch {torch.__version__}, could not be loaded" in result.stderr
+    assert "undefined symbol: _ZN2at5emptyE" in result.stderr
     assert "pip install --no-build-isolation" in result.stderr
 
 

@@ -120,6 +120,22 @@ def test_out_with_a_cast(op: str, dtype: torch.dtype, device: str) -> None:
     assert_close_to_reference(out, op, input, 1, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("integer", "floating"),
+    [(torch.int16, torch.float16), (torch.int32, torch.float32), (torch.int64, torch.float64)],
+    ids=str,
+)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_out_is_the_memory_of_an_input_of_another_dtype(
+    dim: int, integer: torch.dtype, floating: torch.dtype, device: str
+) -> None:
+    """The cast then happens in place; it must happen."""
+    x = torch.arange(4 * 37, device=device).reshape(4, 37).remainder(11).to(integer)
+    expected = OURS["softmax"](x.clone(), dim, dtype=floating)
+    out = OURS["softmax"](x, dim, dtype=floating, out=x.view(floating))
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("op", WITH_OUT)
 @pytest.mark.parametrize(("shape", "dim"), [((), 0), ((0, 5), 1), ((2, 0, 3), 1)], ids=str)
 def test_out_of_0d_and_empty(op: str, shape: tuple[int, ...], dim: int, device: str) -> None:

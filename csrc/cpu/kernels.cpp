@@ -127,8 +127,8 @@ SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formul
   });
 }
 
-// `rows` neighbouring rows of n elements, together or alone at most one chunk. Step
-// by step for all of them, which hides the latency of each step.
+// `rows` neighbouring rows of n elements, together or alone at most one chunk. Step by step for all
+// of them, which hides the latency of each step.
 template <Op op, class T>
 void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
@@ -180,8 +180,6 @@ void for_each_short_row(const Shape& shape, int64_t elements, const Threads& thr
 
 struct Sum {
   double sum;
-
-  static Sum empty() { return {0}; }
 };
 
 SOFTMAX_EXT_INLINE Sum combine(Sum a, Sum b) { return {a.sum + b.sum}; }
@@ -300,14 +298,13 @@ class Input {
  public:
   Input(const ForwardArgs& args)
       : args_(args),
+        is_converted_(args.input_dtype != args.output_dtype),
         y_(static_cast<T*>(args.output)),
-        x_(args.input_dtype == args.output_dtype ? static_cast<const T*>(args.input) : y_) {}
+        x_(is_converted_ ? y_ : static_cast<const T*>(args.input)) {}
 
   // The n elements from `offset` on, ready to read.
   const T* at(int64_t offset, int64_t n) const {
-    if (x_ == y_ && args_.input != args_.output) {
-      convert(args_.input, args_.input_dtype, offset, y_ + offset, n);
-    }
+    if (is_converted_) convert(args_.input, args_.input_dtype, offset, y_ + offset, n);
     return x_ + offset;
   }
 
@@ -316,6 +313,7 @@ class Input {
 
  private:
   const ForwardArgs& args_;
+  bool is_converted_;
   T* y_;
   const T* x_;
 };
