@@ -256,7 +256,7 @@ def extension() -> Any:
             **options,
         )
     sources += [str(p) for p in sorted(Path("csrc/cuda").glob("*.cu"))]
-    nvcc = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+    nvcc = ["-O3", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all"]
     if "-Werror" in WARNINGS:
         nvcc += ["-Werror=all-warnings"]
     return cpp_extension.CUDAExtension(

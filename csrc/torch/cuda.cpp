@@ -4,35 +4,53 @@
 
 #if defined(SOFTMAX_EXT_CUDA)
 
-#include <ATen/cuda/CUDAContext.h>
+// Of c10 only: the headers of ATen/cuda want the whole toolkit, cuSPARSE and all.
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <vector>
 
 #include "../cuda/launch.h"
 
 namespace softmax_ext {
 namespace {
 
-DeviceProperties properties() {
-  const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
-  DeviceProperties properties{};
-  properties.sm_count = device->multiProcessorCount;
-  properties.max_shared_memory_per_block = static_cast<int>(device->sharedMemPerBlockOptin);
-  properties.max_threads_per_sm = device->maxThreadsPerMultiProcessor;
-  properties.compute_capability = device->major * 10 + device->minor;
-  return properties;
+int attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+// Asked for once, for all devices: a call would pay for it.
+const DeviceProperties& properties(c10::Device device) {
+  static const std::vector<DeviceProperties> all = [] {
+    std::vector<DeviceProperties> properties(c10::cuda::device_count());
+    for (int k = 0; k < static_cast<int>(properties.size()); ++k) {
+      properties[k].sm_count = attribute(cudaDevAttrMultiProcessorCount, k);
+      properties[k].max_shared_memory_per_block =
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, k);
+      properties[k].max_threads_per_sm = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, k);
+      properties[k].compute_capability = attribute(cudaDevAttrComputeCapabilityMajor, k) * 10 +
+                                         attribute(cudaDevAttrComputeCapabilityMinor, k);
+    }
+    return properties;
+  }();
+  return all.at(device.index());
 }
 
 }  // namespace
 
 void launch_on_cuda(const ForwardArgs& args, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::launch_forward(args, properties(), at::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cuda::launch_forward(args, properties(device), c10::cuda::getCurrentCUDAStream()));
 }
 
 void launch_on_cuda(const BackwardArgs& args, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::launch_backward(args, properties(), at::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(
+      cuda::launch_backward(args, properties(device), c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace softmax_ext
