@@ -1,11 +1,9 @@
-// What the kernels need of CUDA: launches and dynamic shared memory, the element types, tensors
-// that are read and written, and reductions over the threads that share a row. A host executor of
-// the kernels' source defines SOFTMAX_EXT_LAUNCH and SOFTMAX_EXT_DYNAMIC_SHARED itself.
+// What the kernels are made of: element types, tensors that are read and written, tiles of a row,
+// and reductions over the threads that share one.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <cmath>
 #include <cstring>
@@ -14,15 +12,7 @@
 #include "softmax_ext/formula.h"
 #include "softmax_ext/online_state.h"
 #include "softmax_ext/plan.h"
-
-#if !defined(SOFTMAX_EXT_LAUNCH)
-#define SOFTMAX_EXT_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
-// Declares `type* name`, the block's dynamic shared memory, aligned to 16 bytes.
-#define SOFTMAX_EXT_DYNAMIC_SHARED(type, name)                    \
-  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
-  type* const name = reinterpret_cast<type*>(dynamic_shared)
-#endif
+#include "softmax_ext/portability.h"
 
 namespace softmax_ext::cuda {
 
@@ -76,8 +66,7 @@ struct ToElement<__nv_bfloat16> {
 // --- Tensors -------------------------------------------------------------------------------------
 
 // Elements side by side in memory, read and written by accesses of 16 bytes, or of 8 where there
-// are no more. As words, and to global memory by the intrinsic of a plain (write-back) store: the
-// compiler splits the copy of a struct, and in some loops that of a word, where it sees fit.
+// are no more.
 template <class T, int width>
 struct Vector {
   using Word = std::conditional_t<sizeof(T) * width % sizeof(uint4) == 0, uint4, uint2>;
@@ -88,7 +77,8 @@ struct Vector {
   static __device__ __forceinline__ Vector load(const T* from) {
     Word words[kWords];
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) words[w] = reinterpret_cast<const Word*>(from)[w];
+    for (int w = 0; w < kWords; ++w)
+      words[w] = load_word<Word>(reinterpret_cast<const Word*>(from) + w);
     Vector vector;
     memcpy(vector.data, words, sizeof(words));
     return vector;
@@ -100,11 +90,7 @@ struct Vector {
     memcpy(words, data, sizeof(words));
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      if constexpr (global) {
-        __stwb(reinterpret_cast<Word*>(to) + w, words[w]);
-      } else {
-        reinterpret_cast<Word*>(to)[w] = words[w];
-      }
+      store_word<global>(reinterpret_cast<Word*>(to) + w, words[w]);
     }
   }
 };
@@ -364,7 +350,7 @@ template <class Reduction, class A>
 __device__ __forceinline__ A group_reduce(A value) {
   const int group = static_cast<int>(blockDim.x);
   if (group <= limits::kWarp) return warp_reduce<Reduction>(value, group);
-  __shared__ A partials[limits::kMaxThreads / limits::kWarp];
+  SOFTMAX_EXT_STATIC_SHARED(A, partials, limits::kMaxThreads / limits::kWarp);
   const int lane = static_cast<int>(threadIdx.x) % limits::kWarp;
   value = warp_reduce<Reduction>(value, limits::kWarp);
   if (lane == 0) partials[threadIdx.x / limits::kWarp] = value;

@@ -11,9 +11,7 @@ cudaError_t launch_forward_typed(const ForwardArgs& args, const Plan& plan, cuda
 template <class T>
 cudaError_t launch_backward_typed(const BackwardArgs& args, const Plan& plan, cudaStream_t stream);
 
-cudaError_t launch_forward(const ForwardArgs& args, const DeviceProperties& device,
-                           cudaStream_t stream) {
-  const Plan plan = plan_forward(args, device);
+cudaError_t launch_forward(const ForwardArgs& args, const Plan& plan, cudaStream_t stream) {
   if (plan.blocks == 0) return cudaSuccess;
   switch (args.output_dtype) {
     case DType::kFloat16:
@@ -29,9 +27,7 @@ cudaError_t launch_forward(const ForwardArgs& args, const DeviceProperties& devi
   }
 }
 
-cudaError_t launch_backward(const BackwardArgs& args, const DeviceProperties& device,
-                            cudaStream_t stream) {
-  const Plan plan = plan_backward(args, device);
+cudaError_t launch_backward(const BackwardArgs& args, const Plan& plan, cudaStream_t stream) {
   if (plan.blocks == 0) return cudaSuccess;
   switch (args.output_dtype) {
     case DType::kFloat16:

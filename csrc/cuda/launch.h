@@ -1,5 +1,5 @@
-// The CUDA kernels' interface: make the plan and launch it on the stream of the current device.
-// They return what cudaGetLastError says after the launch.
+// The CUDA kernels' interface: launch the plan of plan_forward or plan_backward for the arguments, on
+// the stream of the current device. They return the error of the launch; that of the run shows later.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,9 +9,7 @@
 
 namespace softmax_ext::cuda {
 
-cudaError_t launch_forward(const ForwardArgs& args, const DeviceProperties& device,
-                           cudaStream_t stream);
-cudaError_t launch_backward(const BackwardArgs& args, const DeviceProperties& device,
-                            cudaStream_t stream);
+cudaError_t launch_forward(const ForwardArgs& args, const Plan& plan, cudaStream_t stream);
+cudaError_t launch_backward(const BackwardArgs& args, const Plan& plan, cudaStream_t stream);
 
 }  // namespace softmax_ext::cuda

@@ -12,22 +12,13 @@ namespace softmax_ext::cuda {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, cudaStream_t stream,
                    Arguments... arguments) {
-  // What a block gets without being asked.
-  constexpr size_t kDefaultSharedBytes = 48 * 1024;
-  if (plan.shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(plan.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
   const dim3 grid(static_cast<unsigned>(plan.blocks));
   const dim3 block =
       plan.schedule == Schedule::kStrided
           ? dim3(static_cast<unsigned>(plan.across), static_cast<unsigned>(plan.group),
                  static_cast<unsigned>(plan.items))
           : dim3(static_cast<unsigned>(plan.group), static_cast<unsigned>(plan.items));
-  SOFTMAX_EXT_LAUNCH(kernel, grid, block, plan.shared_bytes, stream, arguments...);
-  return cudaGetLastError();
+  return launch_kernel(kernel, grid, block, plan.shared_bytes, 1, stream, arguments...);
 }
 
 template <Op op, class In, class Out>

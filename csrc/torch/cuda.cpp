@@ -44,13 +44,14 @@ const DeviceProperties& properties(c10::Device device) {
 
 void launch_on_cuda(const ForwardArgs& args, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::launch_forward(args, properties(device), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cuda::launch_forward(args, plan_forward(args, properties(device)),
+                                      c10::cuda::getCurrentCUDAStream()));
 }
 
 void launch_on_cuda(const BackwardArgs& args, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(
-      cuda::launch_backward(args, properties(device), c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(cuda::launch_backward(args, plan_backward(args, properties(device)),
+                                       c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace softmax_ext
