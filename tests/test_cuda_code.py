@@ -1,9 +1,11 @@
 """The CUDA kernels' machine code, from nvcc alone, without a GPU.
 
-No instance spills registers to memory, and the vectorised ones access 16 bytes at a time.
+No instance has local memory or spills registers to it, the vectorised ones access 16 bytes at a
+time, and each keeps to its line of cuda_budgets.txt.
 """
 
 import importlib.util
+import math
 import re
 import shutil
 import subprocess
@@ -13,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+TABLE = ROOT / "tests" / "cuda_budgets.txt"
 # A100, H100, B200 and RTX 50.
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 FLAGS = ["-std=c++17", "-cubin", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
@@ -26,20 +30,81 @@ FLAGS += ["-Xptxas", "-v", f"-I{ROOT / 'csrc' / 'include'}"]
 FLAGS += [f"-D__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS")]
 FLAGS += [f"-D__CUDA_NO_{name}__" for name in ("BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")]
 WORKERS = 2
-
 NVCC = shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
+
+# --- Instances and their names -------------------------------------------------------------------
+
+# The template parameters of each schedule's kernels, in their order.
+PARAMETERS = {
+    "registers": ["op", "vectors", "in", "out"],
+    "streaming": ["op", "cached", "in", "out"],
+    "strided": ["op", "in", "out"],
+}
+OPS = {"(softmax_ext::Op)0": "softmax", "(softmax_ext::Op)1": "log_softmax"}
+DTYPES = {"__half": "float16", "__nv_bfloat16": "bfloat16", "float": "float32", "double": "float64"}
+SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
 class Instance:
-    """A kernel as compiled for one architecture."""
+    schedule: str
+    direction: str
+    op: str
+    read: str  # a dtype; "cast" for one that only the call knows
+    written: str
+    others: dict[str, str]
 
-    name: str  # mangled
-    registers: int
-    stack: int  # bytes
-    spills: int  # bytes, stores and loads
-    cubin: Path
+    @property
+    def name(self) -> str:
+        types = self.read if self.read == self.written else f"{self.read} -> {self.written}"
+        others = [f"{parameter}={value}" for parameter, value in self.others.items()]
+        return " ".join([f"{self.schedule}_{self.direction}", self.op, types, *others])
+
+    @property
+    def store_bits(self) -> int:
+        """Of the store of a vector that was read: 16 bytes, or 8 where it has become smaller."""
+        read, written = SIZE.get(self.read), SIZE.get(self.written)
+        return min(128, 128 * written // read) if read and written else 128
+
+
+def instance_of(demangled: str) -> Instance:
+    """Of a kernel's demangled name; ValueError for one that it does not understand."""
+
+    def readable(argument: str) -> str:
+        if re.fullmatch(r"\d+|true|false", argument):
+            return argument
+        if re.fullmatch(r"softmax_ext::cuda::Cast(In|Out)put(<\w+>)?", argument):
+            return "cast"
+        tensor = re.fullmatch(r"softmax_ext::cuda::(?:Input<(\w+)>|Output<(\w+), true>)", argument)
+        return DTYPES[tensor[1] or tensor[2]] if tensor else OPS[argument]
+
+    try:
+        kernel = re.search(r"(\w+)_(forward|backward)_kernel<(.*)>\(", demangled)
+        if kernel is None:
+            raise ValueError("it is not SCHEDULE_forward_kernel or SCHEDULE_backward_kernel")
+        # Between the commas outside of angle brackets, which nest two deep.
+        arguments = re.findall(r"(?:<(?:<[^<>]*>|[^<>])*>|[^,<>])+", kernel[3])
+        values = {
+            parameter: readable(argument.strip())
+            for parameter, argument in zip(PARAMETERS[kernel[1]], arguments, strict=True)
+        }
+        op, read, written = (values.pop(parameter) for parameter in ("op", "in", "out"))
+    except (KeyError, ValueError) as error:
+        known = "PARAMETERS, OPS and DTYPES say what is understood"
+        raise ValueError(f"no name for {demangled.strip()}: {error}; {known}") from error
+    schedule = "shared" if values.pop("cached", "false") == "true" else kernel[1]
+    return Instance(schedule, kernel[2], op, read, written, values)
+
+
+# --- Measurements --------------------------------------------------------------------------------
+
+# Of an instance for one architecture: "registers"; "limit", those that its launch bounds leave;
+# bytes of "stack" and "spills"; from a disassembler ACCESSES, and "local", those to local memory.
+Figures = dict[str, int]
+Build = Callable[[str], list[tuple[Instance, Figures]]]
+ACCESSES = ["LDG", "STG", "LDS", "STS"]
+FORBIDDEN = {"stack": 0, "spills": 0, "local": 0}
+NO_DISASSEMBLER = "no nvdisasm beside nvcc, on PATH or in the triton package"
 
 
 def find_disassembler() -> str | None:
@@ -54,84 +119,290 @@ def find_disassembler() -> str | None:
     return shutil.which("nvdisasm")
 
 
-Build = Callable[[str], list[Instance]]
+def run(*command: str | Path) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def nvcc_release() -> str:
+    release = re.search(r"release ([\d.]+)", run(str(NVCC), "--version"))
+    assert release
+    return release[1]
+
+
+def registers_left(directives: str) -> int:
+    """By the launch bounds in PTX: of 65536, given out by eights, and 255 at most."""
+    bounds = re.findall(r"\.(?:maxntid|minnctapersm) ([\d, ]+)", directives)
+    threads = math.prod(int(number) for bound in bounds for number in bound.split(","))
+    return min(255, 65536 // threads // 8 * 8)
+
+
+def count_accesses(instance: Instance, code: str) -> Figures:
+    found = Counter(re.findall(r"\b(LDG|STG|LDS|STS)\.(?:[A-Z]\w*\.)*(64|128)\b", code))
+    figures = {access: found[access, "128"] for access in ACCESSES}
+    figures["STG"] = found["STG", str(instance.store_bits)]
+    return figures | {"local": len(re.findall(r"\b(?:LDL|STL)\b", code))}
+
+
+def measure(source: Path, architecture: str) -> list[tuple[Instance, Figures]]:
+    disassembler = find_disassembler()
+    with TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        flags = [*FLAGS, "-keep", "-keep-dir", folder, f"-arch={architecture}"]
+        log = run(str(NVCC), *flags, source, "-o", cubin)
+        ptx = Path(folder, f"{source.stem}.ptx").read_text()
+        assembly = run(disassembler, "-c", cubin) if disassembler else ""
+    directives = dict(re.findall(r"\.entry (\w+)\([^)]*\)([^{]*)\{", ptx))
+    code = {
+        re.split(r"[,\s]", section, maxsplit=1)[0]: section
+        for section in re.split(r"^\s*\.section\s+\.text\.", assembly, flags=re.MULTILINE)[1:]
+    }
+    measured = []
+    for entry in log.split("Compiling entry function '")[1:]:
+        name = entry.split("'")[0]
+        instance = instance_of(run("c++filt", name))
+        # A line for the kernel, and one for each function that it calls.
+        memory = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        columns = zip(*re.findall(memory, entry), strict=True)
+        stack, stores, loads = (sum(map(int, column)) for column in columns)
+        figures = {
+            "registers": int(re.findall(r"Used (\d+) registers", entry)[0]),
+            "limit": registers_left(directives[name]),
+            "stack": stack,
+            "spills": stores + loads,
+        }
+        if disassembler:
+            figures |= count_accesses(instance, code[name])
+        measured.append((instance, figures))
+    return measured
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+Table = dict[str, dict[str, Figures]]  # by architecture and instance
+HEAD = """\
+# What the code of each CUDA kernel instance may use, which tests/test_cuda_code.py checks. To renew
+# it, with nvcc and nvdisasm: python -m pytest tests/test_cuda_code.py --update-cuda-budgets
+#
+# sm_...      registers, at most; for another nvcc than the one named below, the limit holds
+# limit       registers that the launch bounds leave a thread, at most
+# LDG to STS  instructions that load from (LD) and store to (ST) global (G) and shared (S) memory
+#             16 bytes, at least; STG where float32 is written as a 16-bit type: 8 bytes
+# a/b/c/d     a number for each architecture, where they differ
+#
+# Spills and local memory have no column: there are none.
+"""
+
+
+def write_table(nvcc: str, table: Table) -> str:
+    rows = [["instance", *ARCHITECTURES, "limit", *ACCESSES]]
+    for name in sorted({name for figures in table.values() for name in figures}):
+        figures = [table[architecture][name] for architecture in ARCHITECTURES]
+        row = [name, *(str(figure["registers"]) for figure in figures)]
+        for what in ["limit", *ACCESSES]:
+            values = [str(figure[what]) for figure in figures]
+            row.append("/".join(values if len(set(values)) > 1 else values[:1]))
+        rows.append(row)
+    return f"{HEAD}\nnvcc {nvcc}\n\n{align(rows)}"
+
+
+def read_table(text: str) -> tuple[str, Table]:
+    """The release of nvcc, and the table."""
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    release, (_, *header) = lines[0].split()[1], lines[1].split()
+    table: Table = {architecture: {} for architecture in ARCHITECTURES}
+    for line in lines[2:]:
+        name, *cells = line.rsplit(maxsplit=len(header))
+        row = dict(zip(header, cells, strict=True))
+        for index, architecture in enumerate(ARCHITECTURES):
+            figures = {"registers": int(row[architecture])}
+            for what in ["limit", *ACCESSES]:
+                values = row[what].split("/")
+                figures[what] = int(values[index] if len(values) > 1 else values[0])
+            table[architecture][name] = figures
+    return release, table
+
+
+def align(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "".join("  ".join(line) + "\n" for line in lines)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure that is not its budget."""
+
+    instance: str
+    architecture: str
+    what: str
+    budget: int | str
+    now: int | str
+    fails: bool
+
+
+def compare(
+    architecture: str, budgets: dict[str, Figures], measured: dict[str, Figures], same_nvcc: bool
+) -> list[Change]:
+    changes = []
+    for name in sorted(budgets.keys() | measured.keys()):
+        if name not in measured:
+            changes.append(Change(name, architecture, "instance", "listed", "missing", True))
+        if name not in budgets:
+            changes.append(Change(name, architecture, "instance", "missing", "compiled", True))
+        budget = budgets.get(name, {}) | FORBIDDEN
+        for what, now in measured.get(name, {}).items():
+            if what not in budget or now == budget[what]:
+                continue
+            most = budget["limit" if what == "registers" and not same_nvcc else what]
+            fails = now < budget[what] if what in ACCESSES else now > most
+            changes.append(Change(name, architecture, what, budget[what], now, fails))
+    return changes
+
+
+def report(changes: list[Change]) -> str:
+    head = ["instance", "architecture", "what", "budget", "now"]
+    rows = [[c.instance, c.architecture, c.what, str(c.budget), str(c.now)] for c in changes]
+    return align([head, *rows])
+
+
+# --- Tests ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+def build() -> Build:
     """build(architecture): the instances of all files, compiled once."""
-    folder = tmp_path_factory.mktemp("cubin")
-
-    def compile_one(source: Path, architecture: str) -> list[Instance]:
-        cubin = folder / f"{source.stem}.{architecture}.cubin"
-        command = [str(NVCC), *FLAGS, f"-arch={architecture}", str(source), "-o", str(cubin)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        log = result.stdout + result.stderr
-        return [
-            Instance(entry[1], int(entry[5]), int(entry[2]), int(entry[3]) + int(entry[4]), cubin)
-            for entry in re.finditer(
-                r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, "
-                r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-                log,
-                re.DOTALL,
-            )
-        ]
+    if NVCC is None:
+        pytest.skip("no nvcc on PATH")
 
     @cache
-    def build_all(architecture: str) -> list[Instance]:
+    def build_all(architecture: str) -> list[tuple[Instance, Figures]]:
         with ThreadPoolExecutor(WORKERS) as pool:
-            results = pool.map(lambda source: compile_one(source, architecture), SOURCES)
-            return [instance for instances in results for instance in instances]
+            results = pool.map(lambda source: measure(source, architecture), SOURCES)
+            instances = [instance for result in results for instance in result]
+        names = Counter(instance.name for instance, _ in instances)
+        assert [name for name, count in names.items() if count > 1] == []
+        return instances
 
     return build_all
 
 
+@pytest.fixture(scope="session")
+def budgets(build: Build, request: pytest.FixtureRequest) -> tuple[str, Table]:
+    if request.config.getoption("--update-cuda-budgets"):
+        if find_disassembler() is None:
+            pytest.fail(f"--update-cuda-budgets: {NO_DISASSEMBLER}", pytrace=False)
+        table = {arch: {i.name: figures for i, figures in build(arch)} for arch in ARCHITECTURES}
+        TABLE.write_text(write_table(nvcc_release(), table))
+    return read_table(TABLE.read_text())
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_instance_spills(build: Build, architecture: str) -> None:
-    instances = build(architecture)
-    for schedule in ("registers", "streaming", "strided"):
-        for direction in ("forward", "backward"):
-            assert any(f"{schedule}_{direction}_kernel" in i.name for i in instances)
-    assert [i for i in instances if i.stack or i.spills] == []
-
-
-def elements(name: str) -> tuple[int, int, int]:
-    """Bytes of an element read and of one written, and the tensors that are read."""
-    types = {"f": 4, "d": 8, "6__half": 2, "13__nv_bfloat16": 2}
-    read = re.search(r"5InputI(f|d|6__half|13__nv_bfloat16)E", name)
-    written = re.search(r"6OutputI(f|d|6__half|13__nv_bfloat16|S\w_)Lb1EE", name)
-    assert read and written, name
-    size = types[read[1]]
-    # S…_ stands for a type named before: the one read.
-    return size, types.get(written[1], size), 2 if "backward" in name else 1
+def test_every_instance_keeps_its_budget(
+    build: Build,
+    budgets: tuple[str, Table],
+    architecture: str,
+    summary: Callable[[str, str], None],
+) -> None:
+    recorded, table = budgets
+    release = nvcc_release()
+    measured = {instance.name: figures for instance, figures in build(architecture)}
+    same_nvcc = release == recorded
+    changes = compare(architecture, table[architecture], measured, same_nvcc)
+    if within := [change for change in changes if not change.fails]:
+        why = f"nvcc {release}, in the table {recorded}"
+        if same_nvcc:
+            why = "to be recorded by --update-cuda-budgets"
+        summary(f"CUDA budgets, {architecture}: not as in the table; {why}", report(within))
+    if beyond := [change for change in changes if change.fails]:
+        title = f"{architecture}: {len(beyond)} beyond tests/{TABLE.name} (nvcc {release})"
+        pytest.fail(f"{title}\n{report(beyond)}", pytrace=False)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vectorised_instances_access_16_bytes(build: Build, architecture: str) -> None:
-    disassembler = find_disassembler()
-    if disassembler is None:
-        pytest.skip("no nvdisasm beside nvcc, on PATH or in the triton package")
-    instances = [i for i in build(architecture) if "Cast" not in i.name]
-    code: dict[str, str] = {}
-    for cubin in {i.cubin for i in instances}:
-        command = [disassembler, "-c", str(cubin)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]:
-            code[re.split(r"[,\s]", section, maxsplit=1)[0]] = section
+    """Whatever the table says: at least the accesses of one tile."""
+    instances = build(architecture)
+    if find_disassembler() is None:
+        pytest.skip(NO_DISASSEMBLER)
+    for instance, found in instances:
+        if "cast" in (instance.read, instance.written):
+            continue
+        vectors = int(instance.others.get("vectors", 1))
+        inputs = 2 if instance.direction == "backward" else 1
+        grows = max(1, SIZE[instance.written] // SIZE[instance.read])
+        assert found["LDG"] >= vectors * inputs, (instance.name, found)
+        assert found["STG"] >= vectors * grows, (instance.name, found)
+        if instance.schedule == "shared":
+            assert found["STS"] and found["LDS"], (instance.name, found)
 
-    for instance in instances:
-        found = Counter(
-            f"{access} {bits}"
-            for access, bits in re.findall(
-                r"\b(LDG|STG|LDS|STS)\.(?:[A-Z]\w*\.)*(64|128)\b", code[instance.name]
-            )
-        )
-        read, written, inputs = elements(instance.name)
-        bits = min(128, 128 * written // read)
-        vectors = re.search(r"registers_\w+_kernelILNS_2OpE\dELi(\d+)E", instance.name)
-        at_least = int(vectors[1]) if vectors else 1
-        assert found["LDG 128"] >= at_least * inputs, (instance.name, found)
-        assert found[f"STG {bits}"] >= at_least * max(1, written // read), (instance.name, found)
-        if "streaming" in instance.name and "ELb1E" in instance.name:
-            assert found["STS 128"] and found["LDS 128"], (instance.name, found)
+
+def test_the_table_is_as_it_is_written() -> None:
+    text = TABLE.read_text()
+    assert write_table(*read_table(text)) == text
+
+
+BUDGET = {"registers": 40, "limit": 64, "LDG": 2, "STG": 1, "LDS": 0, "STS": 0}
+
+
+@pytest.mark.parametrize(("what", "now", "same_nvcc", "fails"), [
+    ("registers", 41, True, True),
+    ("registers", 39, True, False),
+    ("registers", 64, False, False),  # another nvcc: as many as the launch bounds leave
+    ("registers", 65, False, True),
+    ("limit", 128, True, True),       # a launch bound that is gone
+    ("limit", 128, False, True),
+    ("limit", 32, True, False),
+    ("LDG", 1, True, True),
+    ("LDG", 1, False, True),
+    ("STG", 0, True, True),
+    ("STG", 2, True, False),
+    *((what, 1, same_nvcc, True) for what in FORBIDDEN for same_nvcc in [True, False]),
+])  # fmt: skip
+def test_a_change_is_reported(what: str, now: int, same_nvcc: bool, fails: bool) -> None:
+    measured = BUDGET | FORBIDDEN
+    assert compare("sm_90", {"it": BUDGET}, {"it": measured}, same_nvcc) == []
+    changes = compare("sm_90", {"it": BUDGET}, {"it": measured | {what: now}}, same_nvcc)
+    budget = BUDGET.get(what, 0)
+    assert changes == [Change("it", "sm_90", what, budget, now, fails)]
+    assert report(changes).split()[-5:] == ["it", "sm_90", what, str(budget), str(now)]
+
+
+def test_a_missing_and_an_unknown_instance_fail() -> None:
+    measured = BUDGET | FORBIDDEN | {"spills": 4}
+    assert compare("sm_90", {"old": BUDGET}, {"new": measured}, same_nvcc=True) == [
+        Change("new", "sm_90", "instance", "missing", "compiled", True),
+        Change("new", "sm_90", "spills", 0, 4, True),
+        Change("old", "sm_90", "instance", "listed", "missing", True),
+    ]
+
+
+@pytest.mark.parametrize(("kernel", "name"), [
+    ("registers_forward_kernel<OP0, 4, NS::Input<__half>, NS::Output<float, true> >",
+     "registers_forward softmax float16 -> float32 vectors=4"),
+    ("streaming_backward_kernel<OP1, true, NS::Input<float>, NS::Output<float, true>>",
+     "shared_backward log_softmax float32"),
+    ("streaming_forward_kernel<OP0, false, NS::CastInput<double>, NS::Output<double, true> >",
+     "streaming_forward softmax cast -> float64"),
+    ("strided_backward_kernel<OP0, NS::Input<__nv_bfloat16>, NS::CastOutput>",
+     "strided_backward softmax bfloat16 -> cast"),
+])  # fmt: skip
+def test_names_of_instances(kernel: str, name: str) -> None:
+    kernel = kernel.replace("OP", "(softmax_ext::Op)").replace("NS", "softmax_ext::cuda")
+    assert instance_of(f"void softmax_ext::cuda::{kernel}(int)").name == name
+
+
+@pytest.mark.parametrize("kernel", [
+    "reset_kernel(int)",
+    "registers_forward_kernel(int)",
+    "folded_forward_kernel<OP0, NS::Input<float>, NS::Output<float, true> >(int)",
+    "strided_forward_kernel<OP2, NS::Input<float>, NS::Output<float, true> >(int)",
+    "strided_forward_kernel<OP0, 4, NS::Input<float>, NS::Output<float, true> >(int)",
+    "strided_forward_kernel<OP0, NS::Input<__nv_fp8>, NS::Output<float, true> >(int)",
+    "strided_forward_kernel<OP0, NS::Input<float>, NS::Output<float, false> >(int)",
+])  # fmt: skip
+def test_a_name_that_is_not_understood_is_an_error(kernel: str) -> None:
+    kernel = kernel.replace("OP", "(softmax_ext::Op)").replace("NS", "softmax_ext::cuda")
+    with pytest.raises(ValueError, match=r"no name for .*_kernel"):
+        instance_of(kernel)
