@@ -1,9 +1,8 @@
 """Infinities, NaN, huge, tiny and equal values: in rows of every kernel, in all dtypes."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from special_rows import ROWS, is_nan_for_torch_too
 from tolerances import (
     FLOATING,
     OPS,
@@ -14,52 +13,8 @@ from tolerances import (
     ulp,
 )
 
-INF, NAN = torch.inf, torch.nan
+INF = torch.inf
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-
-
-def with_values(**at: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Overwrites the first, middle and last elements of a row."""
-
-    def fill(row: torch.Tensor) -> torch.Tensor:
-        places = {"first": 0, "middle": row.numel() // 2, "last": row.numel() - 1}
-        for place, value in at.items():
-            row[places[place]] = value
-        return row
-
-    return fill
-
-
-ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "-inf first": with_values(first=-INF),
-    "-inf last": with_values(last=-INF),
-    "-inf in three places": with_values(first=-INF, middle=-INF, last=-INF),
-    "all -inf": lambda r: r.fill_(-INF),
-    "all -inf but the first": lambda r: with_values(first=1.5)(r.fill_(-INF)),
-    "all -inf but the last": lambda r: with_values(last=1.5)(r.fill_(-INF)),
-    "all -inf but the middle": lambda r: with_values(middle=1.5)(r.fill_(-INF)),
-    "every other -inf": lambda r: r.masked_fill_(torch.arange(r.numel()) % 2 == 0, -INF),
-    "first half -inf": lambda r: r.masked_fill_(torch.arange(r.numel()) < r.numel() // 2, -INF),
-    "last half -inf": lambda r: r.masked_fill_(torch.arange(r.numel()) >= r.numel() // 2, -INF),
-    "+inf first": with_values(first=INF),
-    "+inf last": with_values(last=INF),
-    "+inf and -inf": with_values(first=INF, last=-INF),
-    "all +inf": lambda r: r.fill_(INF),
-    "NaN first": with_values(first=NAN),
-    "NaN last": with_values(last=NAN),
-    "NaN amid -inf": lambda r: with_values(middle=NAN)(r.fill_(-INF)),
-    "NaN and +inf": with_values(first=NAN, last=INF),
-    "all NaN": lambda r: r.fill_(NAN),
-    "all equal": lambda r: r.fill_(3.25),
-    "all 0": lambda r: r.fill_(0.0),
-    "0 and -0": lambda r: with_values(first=-0.0)(r.zero_()),
-    "one far above": lambda r: with_values(middle=60.0)(r),
-    "one far below": lambda r: with_values(middle=-60.0)(r),
-}
-
-
-def is_nan_for_torch_too(op: str, input: torch.Tensor, dim: int, actual: torch.Tensor) -> bool:
-    return torch.equal(actual.isnan(), TORCH[op](input, dim).isnan())
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)

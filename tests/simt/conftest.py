@@ -1,0 +1,55 @@
+"""The lanes of the host executor: `host` runs a test in each that --simt-lanes names."""
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from host import Host
+
+
+@functools.cache
+def host_of(lane: str, seed: int) -> Host:
+    return Host(lane, seed)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "host" in metafunc.fixturenames:
+        lanes = metafunc.config.getoption("--simt-lanes").split(",")
+        metafunc.parametrize("host", lanes, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def host(request: pytest.FixtureRequest) -> Iterator[Host]:
+    host = host_of(request.param, request.config.getoption("--simt-seed"))
+    yield host
+    host.close()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's others would spin on the core that the executor runs on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+DESELECTED = pytest.StashKey[set[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[DESELECTED] = set()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[DESELECTED].add(item.nodeid.split("::")[0])
+
+
+@pytest.fixture
+def whole_module(request: pytest.FixtureRequest) -> bool:
+    """Whether all tests of the test's module were selected."""
+    of_one_test = [argument for argument in request.config.args if "::" in argument]
+    module = request.node.nodeid.split("::")[0]
+    return not of_one_test and module not in request.config.stash[DESELECTED]

@@ -1,0 +1,284 @@
+"""The project's CUDA kernels, run on the CPU by the host executor (kernels.cpp)."""
+
+import argparse
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gcov import counts_below
+from lanes import FOLDER, LANES, build
+
+ORDERS = ("forward", "reverse", "random", "greedy")
+# Of a lane that a case runs slowly in. A sanitizer looks at each access in any order; one warp far
+# ahead of the others, and any order, show it the most of them.
+LANE_ORDERS = {"asan": ("greedy",), "tsan": ("random",)}
+KEPT = FOLDER / "request"  # the last one that failed
+SECONDS = 300  # of one request; more is a loop that never ends
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan knows of a GPU."""
+
+    sm_count: int
+    shared_bytes: int  # that a block can ask for
+    compute_capability: int
+
+
+# CUDA programming guide, technical specifications per compute capability.
+DEVICES = {
+    "A100": Device(108, 163 * 1024, 80),
+    "H100": Device(132, 227 * 1024, 90),
+    "B200": Device(148, 227 * 1024, 100),
+    "RTX 5090": Device(170, 99 * 1024, 120),
+    "AGX Orin": Device(16, 163 * 1024, 87),  # the fewest SMs
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What plan.h chose; blocks as launched."""
+
+    schedule: str
+    vectorized: bool
+    width: int
+    vectors: int
+    group: int
+    across: int
+    items: int
+    blocks: int
+    shared_bytes: int
+
+    @property
+    def threads(self) -> int:
+        return self.across * self.group * self.items
+
+
+@dataclass(frozen=True)
+class Result:
+    tensor: torch.Tensor
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Instance:
+    """What tells one kernel from another, and the two ways in which it reads memory."""
+
+    direction: str
+    op: str
+    load: torch.dtype
+    store: torch.dtype
+    schedule: str
+    vectorized: bool
+    vectors: int
+
+
+def word(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class Host:
+    """The kernels as compiled in one lane, in a process that lives until it reports something."""
+
+    def __init__(self, lane: str, seed: int) -> None:
+        self.program = build(lane, "kernels")
+        self.lane = lane
+        self.seed = seed
+        self.orders = LANE_ORDERS.get(lane, ORDERS)
+        self.instances: set[Instance] = set()  # what has run
+        self.sent = b""  # the last request
+        self.process: subprocess.Popen[bytes] | None = None
+        self.scratch = tempfile.TemporaryDirectory()
+        self.log = self.counts / "log"
+
+    @property
+    def counts(self) -> Path:
+        """Where gcov's go, in the lane that has them: they are of this run alone."""
+        return Path(self.scratch.name)
+
+    def close(self) -> None:
+        """Ends the process, which then writes its counts; the next request starts another."""
+        if self.process is not None:
+            self.process.communicate()
+            self.process = None
+
+    def plan(
+        self,
+        direction: str,
+        shape: tuple[int, int, int],
+        load: torch.dtype,
+        store: torch.dtype,
+        **how: object,
+    ) -> Plan:
+        """Of (outer, dim, inner). Runs nothing."""
+        request = self._request(direction, "softmax", shape, load, store, how | {"orders": ()})
+        return self._exchange(request, b"", 0)[0]
+
+    def forward(
+        self,
+        op: str,
+        input: torch.Tensor,
+        dim: int,
+        dtype: torch.dtype | None = None,
+        **how: object,
+    ) -> Result:
+        return self._run("forward", op, [input], dim, dtype or input.dtype, how)
+
+    def backward(
+        self,
+        op: str,
+        grad_output: torch.Tensor,
+        output: torch.Tensor,
+        dim: int,
+        dtype: torch.dtype | None = None,
+        **how: object,
+    ) -> Result:
+        return self._run("backward", op, [grad_output, output], dim, dtype or output.dtype, how)
+
+    def _run(
+        self,
+        direction: str,
+        op: str,
+        inputs: list[torch.Tensor],
+        dim: int,
+        dtype: torch.dtype,
+        how: dict[str, object],
+    ) -> Result:
+        sizes = inputs[0].shape
+        dim = dim % len(sizes)
+        shape = (sizes[:dim].numel(), sizes[dim], sizes[dim + 1 :].numel())
+        load = inputs[0].dtype
+        request = self._request(direction, op, shape, load, dtype, how)
+        data = b"".join(
+            t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in inputs
+        )
+        plan, body = self._exchange(request, data, inputs[0].numel() * dtype.itemsize)
+        if plan.blocks > 0:
+            what = (plan.schedule, plan.vectorized, plan.vectors)
+            self.instances.add(Instance(direction, op, load, dtype, *what))
+        result = torch.frombuffer(bytearray(body), dtype=dtype) if body else torch.empty(0)
+        return Result(result.to(dtype).view(sizes), plan)
+
+    def _request(
+        self,
+        direction: str,
+        op: str,
+        shape: tuple[int, int, int],
+        load: torch.dtype,
+        store: torch.dtype,
+        how: dict[str, object],
+    ) -> str:
+        """how: device, orders, resident, most_blocks, in_place (the number of the input),
+        load_offset and store_offset (bytes beyond a multiple of 16, the former one or one each)."""
+        how = {"device": "H100", "orders": self.orders} | how
+        outer, dim, inner = shape
+        request = {
+            "direction": direction,
+            "op": op,
+            "outer": outer,
+            "dim": dim,
+            "inner": inner,
+            "load": str(load).removeprefix("torch."),
+            "store": str(store).removeprefix("torch."),
+            **vars(DEVICES[str(how.pop("device"))]),
+            "orders": (),
+            "seed": self.seed,
+            "resident": 1,
+            "most_blocks": 2**31 - 1,
+            "in_place": -1,
+            "load_offset": 0,
+            "store_offset": 0,
+        }
+        assert how.keys() <= request.keys(), how
+        return " ".join(f"{key}={word(value)}" for key, value in (request | how).items())
+
+    def _exchange(self, request: str, data: bytes, size: int) -> tuple[Plan, bytes]:
+        """The answer to the line and the bytes: a line, and `size` bytes."""
+        self.sent = sent = f"{request}\n".encode() + data
+        if self.process is None:
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(
+                    [str(self.program)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=os.environ | counts_below(self.counts, self.program.parent),
+                )
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(sent)
+            self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], SECONDS)[0]:
+                self.process.kill()
+            head = self.process.stdout.readline().decode()
+            body = self.process.stdout.read(size) if head else b""
+        except BrokenPipeError:
+            head, body = "", b""
+        if not head or len(body) < size:
+            raise AssertionError(self._report(sent))
+        words = dict(each.split("=") for each in head.split())
+        problem = words.pop("problem").replace("_", " ")
+        assert not problem, f"{problem}: {request}"
+        schedule, vectorized = words.pop("schedule"), words.pop("vectorized") == "1"
+        return Plan(schedule, vectorized, **{key: int(text) for key, text in words.items()}), body
+
+    def _report(self, request: bytes) -> str:
+        assert self.process
+        code = self.process.wait()
+        self.process = None
+        KEPT.write_bytes(request)
+        line = request.split(b"\n", 1)[0].decode()
+        return (
+            f"the {self.lane} lane ended with {code}: {line}\n"
+            f"{self.log.read_text(errors='replace')}"
+            f"run it again: {short(self.program)} < {short(KEPT)} > /dev/null"
+        )
+
+
+def short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def main() -> None:
+    """Runs one case of random values, says what ran, and keeps the request for a debugger."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("direction", choices=["forward", "backward"])
+    parser.add_argument("op", choices=["softmax", "log_softmax"])
+    parser.add_argument("dtype", help="of what is read: float32")
+    parser.add_argument("shape", help="outer x dim x inner: 8x4097x1")
+    parser.add_argument("--store", help="the dtype of what is written, if another")
+    parser.add_argument("--device", choices=DEVICES, default="H100")
+    parser.add_argument("--lane", choices=LANES, default="o2")
+    parser.add_argument("--seed", type=int, default=0, help="of the values and the thread orders")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    shape = [int(size) for size in options.shape.split("x")]
+    load = getattr(torch, options.dtype)
+    store = getattr(torch, options.store or options.dtype)
+    x = torch.randn(shape, dtype=torch.float64)
+    host = Host(options.lane, options.seed)
+    try:
+        if options.direction == "forward":
+            result = host.forward(options.op, x.to(load), 1, store, device=options.device)
+        else:
+            output = getattr(torch, options.op)(x, 1).to(load)
+            grad = torch.randn(shape).to(load)
+            result = host.backward(options.op, grad, output, 1, store, device=options.device)
+        print(result.plan)
+    except AssertionError as error:
+        sys.exit(str(error))
+    finally:
+        KEPT.write_bytes(host.sent)
+        host.close()
+    print(
+        f"debug it: gdb {short(build('debug') / 'kernels')}, then: run < {short(KEPT)} > /dev/null"
+    )
+
+
+if __name__ == "__main__":
+    main()

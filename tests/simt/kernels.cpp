@@ -1,0 +1,185 @@
+// Runs the project's CUDA kernels on the host executor, for requests on stdin until it ends.
+//
+// A request is a line of key=value and the bytes of its tensors; the answer a line and the bytes of
+// the result (tests/simt/host.py has the other end). Without thread orders only the plan is made, and
+// neither has bytes. A request that was kept in a file can be run again, under a debugger too.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <iostream>
+#include <map>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/launch.h"
+#include "executor.h"
+
+namespace {
+
+using namespace softmax_ext;
+
+const std::map<std::string, DType> kDTypes = {
+    {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16}, {"float32", DType::kFloat32},
+    {"float64", DType::kFloat64}, {"bool", DType::kBool},         {"uint8", DType::kUInt8},
+    {"int8", DType::kInt8},       {"int16", DType::kInt16},       {"int32", DType::kInt32},
+    {"int64", DType::kInt64}};
+
+[[noreturn]] void give_up(const std::string& why) {
+  fprintf(stderr, "kernels: %s\n", why.c_str());
+  exit(2);
+}
+
+struct Request {
+  std::map<std::string, std::string> words;
+
+  const std::string& text(const std::string& key) const {
+    const auto found = words.find(key);
+    if (found == words.end()) give_up("no " + key + " in the request");
+    return found->second;
+  }
+  int64_t number(const std::string& key) const { return std::stoll(text(key)); }
+  DType dtype(const std::string& key) const { return kDTypes.at(text(key)); }
+  // One of those with a comma between them; the last stands for all that follow.
+  size_t number(const std::string& key, size_t index) const {
+    std::istringstream numbers(text(key));
+    std::string number;
+    for (size_t i = 0; i <= index && std::getline(numbers, number, ',');) ++i;
+    return std::stoull(number);
+  }
+};
+
+bool read_request(Request& request) {
+  std::string line;
+  if (!std::getline(std::cin, line)) return false;
+  request.words.clear();
+  std::istringstream words(line);
+  for (std::string word; words >> word;) {
+    const size_t equals = word.find('=');
+    if (equals == std::string::npos) give_up("not key=value: " + word);
+    request.words[word.substr(0, equals)] = word.substr(equals + 1);
+  }
+  return true;
+}
+
+// A tensor's bytes, `offset` bytes behind a multiple of 16. Its end is that of the allocation, for
+// AddressSanitizer; without it, guards around it show what was written outside.
+class Buffer {
+ public:
+  Buffer(size_t bytes, size_t offset)
+      : bytes_(bytes), offset_(kGuard + offset), memory_(offset_ + bytes + kGuard, 0xff) {}
+
+  unsigned char* data() { return memory_.data() + offset_; }
+  void read() {
+    std::cin.read(reinterpret_cast<char*>(data()), static_cast<std::streamsize>(bytes_));
+    if (!std::cin) give_up("the request ends early");
+  }
+  std::vector<unsigned char> copy() { return {data(), data() + bytes_}; }
+  bool holds(const std::vector<unsigned char>& bytes) {
+    return std::equal(bytes.begin(), bytes.end(), data());
+  }
+  void assign(const std::vector<unsigned char>& bytes) {
+    std::copy(bytes.begin(), bytes.end(), data());
+  }
+  void fill(unsigned char byte) { std::fill_n(data(), bytes_, byte); }
+  bool guards_intact() {
+    const auto intact = [](unsigned char byte) { return byte == 0xff; };
+    return std::all_of(memory_.data(), data(), intact) &&
+           std::all_of(data() + bytes_, memory_.data() + memory_.size(), intact);
+  }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kGuard = 0;
+#else
+  static constexpr size_t kGuard = 64;
+#endif
+  size_t bytes_;
+  size_t offset_;
+  std::vector<unsigned char> memory_;
+};
+
+simt::Order order_of(const std::string& text) {
+  for (const auto order :
+       {simt::Order::kForward, simt::Order::kReverse, simt::Order::kRandom, simt::Order::kGreedy}) {
+    if (text == simt::name(order)) return order;
+  }
+  give_up("no such order: " + text);
+}
+
+void answer(const Request& request) {
+  const bool forward = request.text("direction") == "forward";
+  const Shape shape{request.number("outer"), request.number("dim"), request.number("inner")};
+  const Op op = request.text("op") == name(Op::kSoftmax) ? Op::kSoftmax : Op::kLogSoftmax;
+  const DType load = request.dtype("load");
+  const DType store = request.dtype("store");
+  const int in_place = static_cast<int>(request.number("in_place"));  // -1, or the input's number
+  const DeviceProperties device{static_cast<int>(request.number("sm_count")),
+                                static_cast<int>(request.number("shared_bytes")), 2048,
+                                static_cast<int>(request.number("compute_capability"))};
+  simt::settings.max_shared_bytes = static_cast<size_t>(device.max_shared_memory_per_block);
+  simt::settings.compute_capability = device.compute_capability;
+  simt::settings.resident = static_cast<int>(request.number("resident"));
+  simt::settings.seed = static_cast<uint64_t>(request.number("seed"));
+
+  std::vector<std::string> orders;
+  std::istringstream names(request.text("orders"));
+  for (std::string order; std::getline(names, order, ',');) orders.push_back(order);
+
+  const auto elements = orders.empty() ? 0 : static_cast<size_t>(shape.numel());
+  const auto load_bytes = elements * static_cast<size_t>(size_of(load));
+  const auto store_bytes = elements * static_cast<size_t>(size_of(store));
+  std::vector<Buffer> inputs;
+  std::vector<std::vector<unsigned char>> given;
+  for (size_t i = 0; i < (forward ? 1 : 2); ++i) {
+    inputs.emplace_back(load_bytes, request.number("load_offset", i));
+    inputs.back().read();
+    given.push_back(inputs.back().copy());
+  }
+  Buffer fresh(store_bytes, request.number("store_offset", 0));
+  Buffer& output = in_place < 0 ? fresh : inputs.at(static_cast<size_t>(in_place));
+
+  const ForwardArgs forward_args{inputs.front().data(), output.data(), load, store, shape, op};
+  const BackwardArgs backward_args{
+      inputs.front().data(), inputs.back().data(), output.data(), load, store, shape, op};
+  Plan plan = forward ? plan_forward(forward_args, device) : plan_backward(backward_args, device);
+  // Fewer blocks than there are rows: each then takes several, as where the grid is at its limit.
+  plan.blocks = std::min(plan.blocks, request.number("most_blocks"));
+
+  std::vector<unsigned char> result;
+  std::string problem;
+  for (const std::string& order : orders) {
+    simt::settings.order = order_of(order);
+    for (size_t i = 0; i < inputs.size(); ++i) inputs[i].assign(given[i]);
+    if (in_place < 0) output.fill(0xff);
+    const cudaError_t error = forward ? cuda::launch_forward(forward_args, plan, nullptr)
+                                      : cuda::launch_backward(backward_args, plan, nullptr);
+    if (error != cudaSuccess) problem = "the launch returned an error";
+    if (result.empty()) {
+      result = output.copy();
+    } else if (!output.holds(result)) {
+      problem = "another result in " + order + " order";
+    }
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      if (!inputs[i].guards_intact()) problem = "an input's surroundings were written";
+      if (static_cast<int>(i) != in_place && !inputs[i].holds(given[i])) {
+        problem = "an input was written";
+      }
+    }
+    if (!fresh.guards_intact()) problem = "the output's surroundings were written";
+  }
+  std::replace(problem.begin(), problem.end(), ' ', '_');
+  printf(
+      "schedule=%s vectorized=%d width=%d vectors=%d group=%d across=%d items=%d blocks=%lld "
+      "shared_bytes=%zu problem=%s\n",
+      name(plan.schedule), plan.vectorized, plan.width, plan.vectors, plan.group, plan.across,
+      plan.items, static_cast<long long>(plan.blocks), plan.shared_bytes, problem.c_str());
+  if (!result.empty()) fwrite(result.data(), 1, result.size(), stdout);
+  fflush(stdout);
+}
+
+}  // namespace
+
+int main() {
+  for (Request request; read_request(request);) answer(request);
+}

@@ -1,0 +1,76 @@
+"""Builds the host executor's programs with g++, in the lanes that the tests run them in.
+
+Needs g++ 12 (or clang++ 15 as CXX) and ninja; nothing of CUDA.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDER = ROOT / "build" / "simt"
+
+LANES = {
+    "o2": ["-O2", "-g1", "--coverage"],
+    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "tsan": ["-O1", "-g", "-fsanitize=thread"],
+    "debug": ["-O0", "-g3"],
+    "ucontext": ["-O2", "-g1", "-DSIMT_UCONTEXT"],
+}
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-omit-frame-pointer", "-DSOFTMAX_EXT_SIMT"]
+FLAGS += [f"-I{ROOT / 'tests' / 'simt' / 'cuda'}", f"-I{ROOT / 'csrc' / 'include'}"]
+# The kernels fill their arrays in unrolled loops, which g++ does not see through.
+FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+
+EXECUTOR = [ROOT / "tests" / "simt" / f"{name}.cpp" for name in ("executor", "fiber", "report")]
+PROGRAMS = {
+    "kernels": [
+        ROOT / "tests" / "simt" / "kernels.cpp",
+        *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+    ],
+    "toys": [ROOT / "tests" / "simt" / "toys.cpp"],
+}
+
+
+def write_rules() -> None:
+    """build.ninja, for every lane."""
+    lines = [
+        f"compiler = {os.environ.get('CXX', 'g++')}",
+        "rule compile",
+        "  command = $compiler $flags -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        # Kernels are named in reports by what the dynamic linker knows of them.
+        "  command = $compiler $flags -rdynamic $in -ldl -o $out",
+    ]
+    for lane, options in LANES.items():
+        for source in chain(EXECUTOR, *PROGRAMS.values()):
+            lines += [f"build {lane}/{source.stem}.o: compile {source}"]
+            lines += [f"  flags = {' '.join(FLAGS + options)}"]
+        for program, sources in PROGRAMS.items():
+            objects = [f"{lane}/{source.stem}.o" for source in EXECUTOR + sources]
+            lines += [f"build {lane}/{program}: link {' '.join(objects)}"]
+            lines += [f"  flags = {' '.join(options)}"]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    rules = FOLDER / "build.ninja"
+    text = "\n".join(lines) + "\n"
+    if not rules.exists() or rules.read_text() != text:
+        rules.write_text(text)
+
+
+def build(lane: str, program: str) -> Path:
+    """Compiles what is not up to date."""
+    write_rules()
+    path = FOLDER / lane / program
+    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if ninja is None:
+        raise FileNotFoundError("ninja is needed to build the host executor: pip install ninja")
+    command = [ninja, "-C", str(FOLDER), f"{lane}/{program}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"the host executor's {lane} lane does not compile:\n{result.stdout}")
+    return path
