@@ -32,16 +32,22 @@ def find_gcov() -> str | None:
     return shutil.which(name) if name != compiler else None
 
 
-def read(gcov: str, counts: Path, objects: Path, sources: Collection[Path]) -> Coverage:
+def keep_notes(folder: Path, objects: Path) -> None:
+    """Copies what the compiler noted of the lines: another build while the program runs would leave
+    notes that its counts do not fit."""
     for notes in objects.glob("*.gcno"):
-        link = counts / notes.name
-        link.unlink(missing_ok=True)
-        link.symlink_to(notes)
-    command = [gcov, "--json-format", "--stdout", *sorted(p.name for p in counts.glob("*.gcda"))]
-    output = subprocess.run(command, cwd=counts, check=True, capture_output=True, text=True).stdout
+        shutil.copy(notes, folder)
+
+
+def read(gcov: str, folder: Path, sources: Collection[Path]) -> Coverage:
+    """From the counts and the notes in `folder`."""
+    command = [gcov, "--json-format", "--stdout", *sorted(p.name for p in folder.glob("*.gcda"))]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"gcov: {result.stderr}")
     lines: dict[Path, dict[int, bool]] = {source: {} for source in sources}
     functions: dict[str, bool] = defaultdict(bool)
-    for unit in map(json.loads, output.splitlines()):
+    for unit in map(json.loads, result.stdout.splitlines()):
         for file in unit["files"]:
             path = Path(unit["current_working_directory"], file["file"]).resolve()
             if path not in lines:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gcov import counts_below
+from gcov import counts_below, keep_notes
 from lanes import FOLDER, LANES, build
 
 ORDERS = ("forward", "reverse", "random", "greedy")
@@ -95,6 +95,7 @@ class Host:
         self.process: subprocess.Popen[bytes] | None = None
         self.scratch = tempfile.TemporaryDirectory()
         self.log = self.counts / "log"
+        keep_notes(self.counts, self.program.parent)
 
     @property
     def counts(self) -> Path:

@@ -1,6 +1,6 @@
 """Builds the host executor's programs with g++, in the lanes that the tests run them in.
 
-Needs g++ 12 (or clang++ 15 as CXX) and ninja; nothing of CUDA.
+Needs g++ and ninja; nothing of CUDA.
 """
 
 import os

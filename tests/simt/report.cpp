@@ -312,7 +312,10 @@ bool print_sanitizer_report() {
   const auto last = std::find_if(first, lines.end(), [](const std::string& line) {
     return line.find("SUMMARY:") != std::string::npos;
   });
-  if (first == lines.end()) return false;
+  if (first == lines.end()) {
+    print_lines("", lines);
+    return false;
+  }
 
   std::map<std::string, std::string> fibers;  // by ThreadSanitizer's names of them as threads
   uintptr_t address = 0;

@@ -743,7 +743,7 @@ def test_lines_that_ran(
     host.close()
     sources = [*CSRC.glob("cuda/*.cuh"), *CSRC.glob("cuda/launch*.cu")]
     sources += CSRC.glob("include/softmax_ext/*.h")
-    coverage = gcov.read(tool, host.counts, host.program.parent, sources)
+    coverage = gcov.read(tool, host.counts, sources)
     title = "lines of the CUDA kernels that ran on the host executor"
     summary(title, gcov.table(coverage.lines))
 

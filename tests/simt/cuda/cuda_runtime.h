@@ -262,3 +262,25 @@ void __stwb(T* to, T value, SIMT_HERE("__stwb")) {
   simt::check_aligned(to, sizeof(T), site);
   *to = value;
 }
+
+// --- Conversions ---------------------------------------------------------------------------------
+
+namespace simt {
+template <class To, class From>
+To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Of the two floats around x the odd one: rounded once more, to less than 23 bits, it gives what x
+// itself would.
+inline float round_to_odd(double x) {
+  const float nearest = static_cast<float>(x);
+  const uint32_t bits = bit_cast<uint32_t>(nearest);
+  if (!std::isfinite(nearest) || nearest == x || (bits & 1) != 0) return nearest;
+  const bool below = std::abs(static_cast<double>(nearest)) < std::abs(x);
+  return bit_cast<float>(below ? bits + 1 : bits - 1);
+}
+}  // namespace simt
