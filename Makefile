@@ -10,7 +10,7 @@ python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check
 supported_torch = $(shell grep -oE -m 1 'torch>=[0-9.,<>=]+' pyproject.toml)
 
-.PHONY: demo test bench lint format debug torch build clean FORCE
+.PHONY: demo test bench gpu-check lint format debug torch build clean FORCE
 .DELETE_ON_ERROR:
 
 demo: build
@@ -21,6 +21,15 @@ test: build
 
 bench: build
 	$(python) -m benchmarks $(ARGS)
+
+# With GPU_PYTHON= that Python does it all as it is, without pip or a virtual environment.
+gpu-check:
+ifndef GPU_PYTHON
+	@nvidia-smi -L || { echo "gpu-check needs an NVIDIA GPU, and nvidia-smi shows none" >&2; exit 2; }
+	$(MAKE) build FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$$( \
+	  nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)}"
+endif
+	$(or $(GPU_PYTHON),$(python)) -m benchmarks.gpu_check $(ARGS)
 
 lint: build
 	PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files --show-diff-on-failure

@@ -14,21 +14,23 @@ import math
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import softmax_ext
-
-Run = Callable[[], torch.Tensor]
-
-# forward: a new output. recorded: the same with a graph for the gradient. backward: the input's
-# gradient from a recorded graph. both: recorded and backward, as in a training step.
-MODES = ("forward", "recorded", "backward", "both")
-CALL = (8, 64)  # too small for anything but the cost of a call to show
+from benchmarks.common import (
+    CALL,
+    DTYPES,
+    MODES,
+    OPS,
+    TOLERANCE,
+    Run,
+    make_run,
+    smallest_step,
+    wall_seconds,
+)
 
 # (shape, dim); each stands for a kind of row.
 SHAPES: list[tuple[tuple[int, ...], int]] = [
@@ -41,22 +43,6 @@ SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((32, 1000, 196), 1),  # another dim, between others
     ((4096, 512), 0),  # the first dim
 ]
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-OPS = {
-    "softmax": (torch.softmax, softmax_ext.softmax),
-    "log_softmax": (torch.log_softmax, softmax_ext.log_softmax),
-}
-TOLERANCE = {
-    torch.float16: 2e-3,
-    torch.bfloat16: 2e-2,
-    torch.float32: 2e-5,
-    torch.float64: 1e-12,
-}
 
 
 @dataclass(frozen=True)
@@ -92,39 +78,23 @@ def runs(case: Case, device: str) -> tuple[Run, Run]:
     x = torch.randn(shape, generator=generator, device=device).to(dtype)
     grad = torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    def make(function: Callable[..., torch.Tensor]) -> Run:
-        if mode == "forward":
-            return lambda: function(x, dim)
-        leaf = x.clone().requires_grad_()
-        if mode == "recorded":
-            return lambda: function(leaf, dim)
-        if mode == "both":
-            return lambda: torch.autograd.grad(function(leaf, dim), leaf, grad)[0]
-        output = function(leaf, dim)
-        return lambda: torch.autograd.grad(output, leaf, grad, retain_graph=True)[0]
-
     theirs, ours = OPS[case.op]
-    return make(theirs), make(ours)
+    return make_run(theirs, mode, x, dim, grad), make_run(ours, mode, x, dim, grad)
 
 
 def verify(theirs: Run, ours: Run, dtype: torch.dtype) -> None:
     expected, actual = theirs().detach().double(), ours().detach().double()
     error = (actual - expected).abs().max().item()
-    # One step of the smallest size besides: results of a long row may be subnormal.
-    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    if not error <= TOLERANCE[dtype] * expected.abs().max().item() + step:
+    if not error <= TOLERANCE[dtype] * expected.abs().max().item() + smallest_step(dtype):
         raise AssertionError(f"results differ by up to {error:.3g}")
 
 
 def seconds(run: Run, repeats: int, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+    def repeated() -> None:
+        for _ in range(repeats):
+            run()
+
+    return wall_seconds(repeated, device) / repeats
 
 
 def pairs(theirs: Run, ours: Run, device: str, budget: float) -> list[tuple[float, float]]:

@@ -1,0 +1,193 @@
+"""What `make gpu-check` measures, in its order, and the arithmetic on it: nothing of a device."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from benchmarks.common import CALL, DTYPES
+
+GIB = 1 << 30
+# Short, powers of two, odd, and vocabularies.
+ROW_SIZES: tuple[int, ...] = (
+    7,
+    10,
+    64,
+    128,
+    256,
+    512,
+    1000,
+    1024,
+    2048,
+    4096,
+    5000,
+    8192,
+    16384,
+    32768,
+)
+ROW_SIZES += (50257, 65536, 128256, 152064, 262144, 1048576)
+# The last is a decoding step of a batch of one.
+FEW_ROWS = ((1, 4 << 20), (8, 256 << 10), (32, 128 << 10), (1, 152064))
+STRIDED = (((32, 1000, 196), 1), ((8, 19, 512, 512), 1), ((8192, 8192), 0))
+# torch.compile takes seconds for each, twice: bfloat16 softmax only, and of ROW_SIZES only these.
+COMPILED_ROW_SIZES = (1024, 4096, 32768, 50257, 128256)
+COMPILED_OTHERS = ((1, 152064), (32, 1000, 196))
+FLOAT64_ROW_SIZES = (1024, 50257)
+CAST_ROW_SIZES = (4096, 50257)
+# The most tensors of a cell at a time: the input, the gradients, an output of each contender with
+# its own graph, what is freed only after the next call, and the two of the copy.
+TENSORS = 16
+LAUNCHES = 64  # most calls in a batch: the device's queue takes 1024 kernels
+L2_PASSES = 3  # buffers rotate over this many times the L2
+
+
+@dataclass(frozen=True)
+class Cell:
+    group: str  # rows, few_rows, strided, cast, call; graph: a call replayed from a CUDA graph
+    op: str
+    mode: str
+    shape: tuple[int, ...]
+    dim: int
+    dtype: str
+    out_dtype: str | None = None  # another than the input's: the cast is part of the call
+
+    @property
+    def label(self) -> str:
+        dtype = self.dtype + (f" to {self.out_dtype}" if self.out_dtype else "")
+        shape = "x".join(map(str, self.shape))
+        graph = " in a CUDA graph" if self.group == "graph" else ""
+        return f"{self.op} {self.mode} {shape} dim {self.dim} {dtype}{graph}"
+
+    @property
+    def is_call(self) -> bool:
+        """Its figure is the time of a call, by the wall clock, and not of the device."""
+        return self.group in ("call", "graph")
+
+    @property
+    def compiled(self) -> bool:
+        sizes = self.shape[-1] in COMPILED_ROW_SIZES if self.group == "rows" else False
+        wanted = (self.op, self.dtype, self.out_dtype) == ("softmax", "bfloat16", None)
+        return wanted and (sizes or (not self.is_call and self.shape in COMPILED_OTHERS))
+
+    @property
+    def moved_bytes(self) -> int:
+        """The fewest: each tensor read or written once."""
+        narrow = DTYPES[self.dtype].itemsize
+        wide = DTYPES[self.out_dtype or self.dtype].itemsize
+        # Forward the input and the output; backward both of the output's and the input's gradient.
+        each = narrow + wide if self.mode == "forward" else 2 * wide + narrow
+        return each * math.prod(self.shape)
+
+    def buffer_sets(self, l2_bytes: int) -> int:
+        """Sets of tensors to rotate over, so that none is in the L2 when its turn comes again."""
+        return 1 if self.is_call else max(1, math.ceil(L2_PASSES * l2_bytes / self.moved_bytes))
+
+
+def row_cells(op: str, dtype: str, sizes: tuple[int, ...], tensor_bytes: int) -> list[Cell]:
+    itemsize = DTYPES[dtype].itemsize
+    shapes = [(max(1, tensor_bytes // (size * itemsize)), size) for size in sizes]
+    return [
+        Cell("rows", op, mode, shape, -1, dtype)
+        for mode in ("forward", "backward")
+        for shape in shapes
+    ]
+
+
+def all_cells(tensor_bytes: int = GIB) -> list[Cell]:
+    """The most telling first; tensor_bytes: of an input whose number of rows is free."""
+    both = ("forward", "backward")
+    cells: list[Cell] = []
+
+    def add(op: str, dtype: str) -> None:
+        cells.extend(row_cells(op, dtype, ROW_SIZES, tensor_bytes))
+        for mode in both:
+            cells.extend(Cell("few_rows", op, mode, shape, -1, dtype) for shape in FEW_ROWS)
+            cells.extend(Cell("strided", op, mode, shape, dim, dtype) for shape, dim in STRIDED)
+
+    add("softmax", "bfloat16")
+    for op in ("softmax", "log_softmax"):
+        for dtype in ("float32", "bfloat16"):
+            calls = [Cell("call", op, m, CALL, -1, dtype) for m in ("forward", "recorded", "both")]
+            graphs = [Cell("graph", op, m, CALL, -1, dtype) for m in ("forward", "both")]
+            cells += calls + graphs
+    add("softmax", "float32")
+    add("log_softmax", "bfloat16")
+    for op in ("softmax", "log_softmax"):
+        for size in CAST_ROW_SIZES:
+            shape = (max(1, tensor_bytes // (size * 4)), size)
+            cells += [Cell("cast", op, m, shape, -1, "bfloat16", "float32") for m in both]
+    add("log_softmax", "float32")
+    add("softmax", "float16")
+    add("log_softmax", "float16")
+    for op in ("softmax", "log_softmax"):
+        cells += row_cells(op, "float64", FLOAT64_ROW_SIZES, tensor_bytes)
+        cells += [Cell("strided", op, mode, (8192, 8192), 0, "float64") for mode in both]
+    return cells
+
+
+def calls_in_batch(seconds_of_call: float, target: float, most: int) -> int:
+    """Enough for the clock: a batch takes `target` seconds or more, as far as `most` allows."""
+    return max(1, min(most, math.ceil(target / max(seconds_of_call, 1e-9))))
+
+
+Times = list[dict[str, float]]  # of each round: seconds a call of each contender
+
+
+def summarise(times: Times, moved_bytes: int | None, copied_bytes: int) -> dict[str, object]:
+    """Medians; ratios are taken within a round. moved_bytes: None where only the call counts."""
+    contenders: dict[str, dict[str, float]] = {}
+    for name in [name for name in times[0] if name != "copy"]:
+        seconds = [round_[name] for round_ in times]
+        figures = {"us": statistics.median(seconds) * 1e6}
+        quarters = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0] * 3
+        figures["spread"] = (quarters[2] - quarters[0]) / statistics.median(seconds)
+        if moved_bytes is not None:
+            figures["gbps"] = moved_bytes / statistics.median(seconds) / 1e9
+            figures["fraction_of_copy"] = statistics.median(
+                (moved_bytes / round_[name]) / (copied_bytes / round_["copy"]) for round_ in times
+            )
+        contenders[name] = figures
+    summary: dict[str, object] = {
+        "contenders": contenders,
+        "speedup": {
+            name: statistics.median(round_[name] / round_["softmax_ext"] for round_ in times)
+            for name in contenders
+            if name != "softmax_ext"
+        },
+    }
+    if moved_bytes is not None:
+        copies = statistics.median(round_["copy"] for round_ in times)
+        summary["copy_gbps"] = copied_bytes / copies / 1e9
+    return summary
+
+
+class Budget:
+    """Seconds to spend, and what a cell has cost so far, plain or with torch.compile."""
+
+    FIRST_GUESS = 3.0
+    COMPILE_FIRST_GUESS = 30.0
+    COMPILE_SHARE = 0.45  # of all; so that the plain cells are not left without
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.spent = 0.0
+        self.spent_compiling = 0.0
+        self.plain: list[float] = []
+        self.compiling: list[float] = []
+
+    def fits(self, compiled: bool) -> bool:
+        guess = max(self.plain[-5:], default=self.FIRST_GUESS)
+        if compiled:
+            costs = self.compiling or [self.COMPILE_FIRST_GUESS]
+            more = statistics.median(costs)
+            if self.spent_compiling + more > self.COMPILE_SHARE * self.seconds:
+                return False
+            guess = max(guess, more)
+        return self.spent + guess <= self.seconds
+
+    def record(self, seconds: float, compiled: bool) -> None:
+        self.spent += seconds
+        (self.compiling if compiled else self.plain).append(seconds)
+        if compiled:
+            self.spent_compiling += seconds
