@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from gcov import counts_below, keep_notes
 from lanes import FOLDER, LANES, build
+from plans import DEVICES, Plan
 
 ORDERS = ("forward", "reverse", "random", "greedy")
 # Of a lane that a case runs slowly in. A sanitizer looks at each access in any order; one warp far
@@ -19,44 +20,6 @@ ORDERS = ("forward", "reverse", "random", "greedy")
 LANE_ORDERS = {"asan": ("greedy",), "tsan": ("random",)}
 KEPT = FOLDER / "request"  # the last one that failed
 SECONDS = 300  # of one request; more is a loop that never ends
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the plan knows of a GPU."""
-
-    sm_count: int
-    shared_bytes: int  # that a block can ask for
-    compute_capability: int
-
-
-# CUDA programming guide, technical specifications per compute capability.
-DEVICES = {
-    "A100": Device(108, 163 * 1024, 80),
-    "H100": Device(132, 227 * 1024, 90),
-    "B200": Device(148, 227 * 1024, 100),
-    "RTX 5090": Device(170, 99 * 1024, 120),
-    "AGX Orin": Device(16, 163 * 1024, 87),  # the fewest SMs
-}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What plan.h chose; blocks as launched."""
-
-    schedule: str
-    vectorized: bool
-    width: int
-    vectors: int
-    group: int
-    across: int
-    items: int
-    blocks: int
-    shared_bytes: int
-
-    @property
-    def threads(self) -> int:
-        return self.across * self.group * self.items
 
 
 @dataclass(frozen=True)
@@ -276,9 +239,8 @@ def main() -> None:
     finally:
         KEPT.write_bytes(host.sent)
         host.close()
-    print(
-        f"debug it: gdb {short(build('debug') / 'kernels')}, then: run < {short(KEPT)} > /dev/null"
-    )
+    program = short(build("debug", "kernels"))
+    print(f"debug it: gdb {program}, then: run < {short(KEPT)} > /dev/null")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What docs/debugging_kernels.md says of gdb: it stops inside a thread of a kernel."""
+"""What docs/debugging_kernels.md says: a case from the command line, and gdb inside a kernel."""
 
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from host import Host
+from host import KEPT, Host
 from lanes import ROOT, build
 
 GDB = shutil.which("gdb")
@@ -46,3 +47,20 @@ def test_gdb_stops_in_the_thread_that_a_condition_names(tmp_path: Path) -> None:
     # Lane 5 has the vectors from element 20 on, of 4 elements, 128 apart, as far as there are 1000.
     assert printed == ["1005", "1", "1919", "{1020, 1021, 1022, 1023}"], output
     assert re.search(r"^#\d+ .*registers_forward_kernel", output, re.MULTILINE), output
+
+
+def test_the_command_line_says_what_ran_and_keeps_it() -> None:
+    KEPT.unlink(missing_ok=True)
+    command = [sys.executable, "tests/simt/host.py", "backward", "log_softmax", "bfloat16"]
+    command += ["8x4097x1", "--device", "A100", "--store", "float32"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    plan, debug = result.stdout.splitlines()
+    assert plan.startswith("Plan(schedule='streaming', vectorized=False, width=8, vectors=1")
+    assert (
+        debug
+        == "debug it: gdb build/simt/debug/kernels, then: run < build/simt/request > /dev/null"
+    )
+    line, data = KEPT.read_bytes().split(b"\n", 1)
+    assert b"direction=backward op=log_softmax outer=8 dim=4097 inner=1" in line
+    assert len(data) == 2 * 8 * 4097 * 2

@@ -18,9 +18,10 @@ from pathlib import Path
 import gcov
 import pytest
 import torch
-from host import DEVICES, Host, Instance, Plan
+from host import Host, Instance
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from plans import DEVICES, Plan
 from special_rows import INF, ROWS, is_nan_for_torch_too
 from tolerances import (
     FLOATING,

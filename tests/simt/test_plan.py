@@ -4,49 +4,17 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from plans import DEVICES, Plan
 
-ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(__file__).resolve().parent
 DTYPES = ["float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32"]
 DTYPES += ["int64"]
 SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "bool": 1, "uint8": 1}
 SIZE |= {"int8": 1, "int16": 2, "int32": 4, "int64": 8}
 KIB = 1024
-
-
-@dataclass(frozen=True)
-class Device:
-    sm_count: int
-    max_shared: int  # bytes that a block can ask for
-
-
-# CUDA programming guide, technical specifications per compute capability.
-DEVICES = {
-    "A100": Device(108, 163 * KIB),
-    "H100": Device(132, 227 * KIB),
-    "B200": Device(148, 227 * KIB),
-    "RTX 5090": Device(170, 99 * KIB),
-}
-
-
-@dataclass(frozen=True)
-class Plan:
-    schedule: str
-    vectorized: bool
-    width: int
-    vectors: int
-    group: int
-    across: int
-    items: int
-    blocks: int
-    shared_bytes: int
-
-    @property
-    def threads(self) -> int:
-        return self.across * self.group * self.items
 
 
 MakePlan = Callable[..., Plan]
@@ -58,10 +26,10 @@ def make_plan(tmp_path_factory: pytest.TempPathFactory) -> MakePlan:
     if compiler is None:
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("plan") / "plan_shim.so"
-    source = ROOT / "tests" / "plan_shim.cpp"
+    source = FOLDER / "plan_shim.cpp"
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined"]
     flags += ["-fsanitize-undefined-trap-on-error", "-shared", "-fPIC"]
-    include = f"-I{ROOT / 'csrc' / 'include'}"
+    include = f"-I{FOLDER.parent.parent / 'csrc' / 'include'}"
     subprocess.run([compiler, *flags, include, str(source), "-o", str(path)], check=True)
     library = ctypes.CDLL(str(path))
     library.schedule_name.restype = ctypes.c_char_p
@@ -87,7 +55,7 @@ def make_plan(tmp_path_factory: pytest.TempPathFactory) -> MakePlan:
             2 if backward else 1,
             aligned,
             DEVICES[device].sm_count,
-            DEVICES[device].max_shared,
+            DEVICES[device].shared_bytes,
             out,
         )
         name = library.schedule_name(ctypes.c_int(out[0])).decode()
@@ -112,7 +80,7 @@ def test_registers_up_to_their_limit_then_shared_memory_then_streaming(
     for device, properties in DEVICES.items():
         # 1 KiB is left to the reductions; both inputs of a backward share the rest.
         inputs = 2 if backward else 1
-        shared = (properties.max_shared - KIB) // inputs // 16 * 16 // SIZE[dtype]
+        shared = (properties.shared_bytes - KIB) // inputs // 16 * 16 // SIZE[dtype]
         for dim, expected in [
             (1, "registers"),
             (limit, "registers"),
@@ -143,7 +111,7 @@ def test_a_row_fits_what_its_threads_hold(
             assert plan.items == 1 and plan.group % 32 == 0
         else:
             assert 32 % plan.group == 0
-        assert plan.shared_bytes <= DEVICES[device].max_shared - KIB
+        assert plan.shared_bytes <= DEVICES[device].shared_bytes - KIB
         assert (plan.shared_bytes > 0) == (plan.schedule == "shared")
         assert plan.blocks == -(-rows // plan.items)
         if plan.schedule == "registers":
