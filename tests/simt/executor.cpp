@@ -69,6 +69,23 @@ void complete(Cluster& cluster) {
   }
 }
 
+// All blocks of a cooperative launch run at a time.
+void complete_grid() {
+  Barrier& barrier = executor.barrier;
+  int alive = 0;
+  for (const auto& cluster : executor.slots) alive += cluster->alive;
+  if (barrier.arrived == 0 || barrier.arrived < alive) return;
+  barrier.arrived = 0;
+  ++barrier.generation;
+  for (const auto& cluster : executor.slots) {
+    for (Block& block : cluster->blocks) {
+      for (Thread* thread : block.threads) {
+        if (thread->state == State::kAtGrid) wake(*thread);
+      }
+    }
+  }
+}
+
 void arrive(Barrier& barrier, const Site& site) {
   if (barrier.arrived > 0 && !same(barrier.site, site)) {
     fail("divergence: a thread came to %s while others wait in %s", where(site).c_str(),
@@ -186,6 +203,7 @@ void leave(Thread& thread) {
   }
   complete(block);
   complete(cluster);
+  complete_grid();
   if (block.alive == 0 && cluster.alive > 0) {
     bury(block.dynamic);
     for (SharedArray& array : block.arrays) bury(array);
@@ -400,6 +418,7 @@ void run(const Launch& launch, void (*body)(const void*), const void* arguments)
     e.arguments = arguments;
     e.current = nullptr;
     e.begun = 0;
+    e.barrier.arrived = 0;
     check(launch);
     blockDim = launch.block;
     gridDim = launch.grid;
@@ -525,6 +544,25 @@ void wait_cluster(Site site) {
     thread.arrived_at_cluster = false;
   }
   acquire(barrier.order(thread.cluster_arrival));
+}
+
+void sync_grid(Site site) {
+  if (!executor.launch->cooperative) {
+    fail("%s: the launch is not cooperative", where(site).c_str());
+  }
+  Barrier& barrier = executor.barrier;
+  const uint64_t generation = barrier.generation;
+  release(barrier.order(generation));
+  {
+    const Quiet quiet;
+    Thread& thread = *executor.current;
+    arrive(barrier, site);
+    thread.state = State::kAtGrid;
+    thread.site = site;
+    complete_grid();
+    if (barrier.generation == generation) suspend(thread, State::kAtGrid, site);
+  }
+  acquire(barrier.order(generation));
 }
 
 uint64_t shuffle(unsigned mask, uint64_t value, int source, Site site) {

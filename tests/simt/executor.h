@@ -92,6 +92,7 @@ void allow_large_clusters(const void* kernel, bool allow);
 void sync_block(Site site);
 void arrive_cluster(Site site);
 void wait_cluster(Site site);
+void sync_grid(Site site);
 
 // Deposits a value and meets the lanes of the mask; then the value of lane `source`.
 uint64_t shuffle(unsigned mask, uint64_t value, int source, Site site);

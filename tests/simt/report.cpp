@@ -123,6 +123,7 @@ std::string describe(const Thread& thread) {
       return "waiting in " + where(thread.site) + mask;
     case State::kAtBlock:
     case State::kAtCluster:
+    case State::kAtGrid:
       return "waiting in " + where(thread.site);
     case State::kExited:
       return "exited";

@@ -16,7 +16,7 @@ namespace simt {
 
 constexpr int kWarp = 32;
 
-enum class State : uint8_t { kReady, kYielded, kAtWarp, kAtBlock, kAtCluster, kExited };
+enum class State : uint8_t { kReady, kYielded, kAtWarp, kAtBlock, kAtCluster, kAtGrid, kExited };
 
 struct Block;
 
@@ -107,6 +107,7 @@ struct Executor {
   std::set<const void*> large_clusters_allowed;
   uint64_t clusters = 0;  // of the launch
   uint64_t begun = 0;     // of those
+  Barrier barrier;        // of all its threads
 };
 
 extern Executor executor;

@@ -1,4 +1,4 @@
-// The cluster of <cooperative_groups.h> as the host executor has it.
+// The cluster and the grid of <cooperative_groups.h> as the host executor has it.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -21,5 +21,11 @@ struct cluster_group {
 };
 
 inline cluster_group this_cluster() { return {}; }
+
+struct grid_group {
+  void sync(SIMT_HERE("grid.sync")) const { simt::sync_grid(site); }
+};
+
+inline grid_group this_grid() { return {}; }
 
 }  // namespace cooperative_groups

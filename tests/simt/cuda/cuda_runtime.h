@@ -258,9 +258,24 @@ T __ldg(const T* from, SIMT_HERE("__ldg")) {
   return *from;
 }
 template <class T>
+T __ldcg(const T* from, SIMT_HERE("__ldcg")) {
+  simt::check_aligned(from, sizeof(T), site);
+  return *from;
+}
+template <class T>
 void __stwb(T* to, T value, SIMT_HERE("__stwb")) {
   simt::check_aligned(to, sizeof(T), site);
   *to = value;
+}
+
+// --- Integers ------------------------------------------------------------------------------------
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int min(int a, int b) { return std::min(a, b); }
+
+// The lower word of high:low shifted right by the lowest five bits of `bits`.
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (bits & 31));
 }
 
 // --- Conversions ---------------------------------------------------------------------------------
