@@ -9,20 +9,23 @@ import torch
 import softmax_ext
 from benchmarks.gpu_check import DONE
 
-# (shape, dim). In float32 a block's registers hold 16384 elements forward and 8192 backward, and
-# the shared memory of every supported GPU 20000 and 10000.
+# (shape, dim): each schedule, on devices with clusters and without. A chunk, which a warp has in
+# registers, is 4 KB of a row, 2 KB in float64.
 SHAPES = [
-    ((70, 10), -1),  # registers: several rows a warp
-    ((5, 1000), -1),  # registers: one warp a row
-    ((5, 1001), -1),  # registers, not vectorized
-    ((3, 8192), -1),  # registers: one block a row
-    ((3, 10000), -1),  # shared backward
-    ((3, 20000), -1),  # shared forward
-    ((2, 70001), -1),  # streaming, not vectorized
-    ((2, 200000), -1),  # streaming in every dtype
-    ((3, 37, 19), 1),  # strided
-    ((2, 1500, 64), 1),  # strided, vectorized, dim beyond a block
-    ((600, 8), 0),  # strided, the first dim
+    ((300, 7), -1),  # packed
+    ((70, 1000), 1),  # packed, interleaved
+    ((5, 37, 3), 1),
+    ((70, 64), -1),  # warp: several rows a warp
+    ((5, 1000), -1),  # warp: whole vectors
+    ((5, 1001), -1),  # warp: shifted vectors
+    ((200, 8192), -1),  # block
+    ((200, 8193), -1),
+    ((3, 50257), -1),  # cluster, grid
+    ((40, 150000), -1),  # cluster, block: in shared memory, read twice
+    ((2, 1000001), -1),  # grid
+    ((3, 37, 190), 1),  # columns
+    ((2, 1500, 64), 1),  # columns: 16 bytes at a time
+    ((1, 5000, 66), 1),  # columns: several chunks
 ]
 
 
@@ -39,7 +42,7 @@ def main() -> int:
                 if not (y.detach().cpu().isfinite().all() and result.cpu().isfinite().all()):
                     print(f"{function.__name__} of {shape} {dtype} is not finite")
                     return 1
-    for dtype in (torch.int32, torch.bfloat16):  # a cast element by element, and one fused
+    for dtype in (torch.int32, torch.bfloat16):  # a cast before the kernel, and one in it
         softmax_ext.softmax(torch.arange(3000).to(dtype).cuda(), -1, dtype=torch.float32)
     torch.cuda.synchronize()
     print(DONE)

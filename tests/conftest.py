@@ -14,7 +14,7 @@ SUMMARIES = pytest.StashKey[list[tuple[str, str]]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-large", action="store_true", help="run the tests marked `large`")
     parser.addoption(
-        "--update-cuda-budgets", action="store_true", help="write tests/cuda_budgets.txt anew"
+        "--update-cuda-budgets", action="store_true", help="write softmax_ext/cuda_budgets.txt anew"
     )
     parser.addoption(
         "--simt-lanes",

@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-TABLE = ROOT / "tests" / "cuda_budgets.txt"
+TABLE = ROOT / "softmax_ext" / "cuda_budgets.txt"
 # A100, H100, B200 and RTX 50.
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 FLAGS = ["-std=c++17", "-cubin", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
@@ -37,8 +37,9 @@ NVCC = shutil.which("nvcc")
 # The template parameters of each schedule's kernels, in their order.
 PARAMETERS = {
     "registers": ["op", "vectors", "in", "out"],
-    "streaming": ["op", "cached", "in", "out"],
-    "strided": ["op", "in", "out"],
+    "long": ["op", "in", "out"],
+    "packed": ["op", "one", "in", "out"],
+    "columns": ["op", "columns", "in", "out"],
 }
 OPS = {"(softmax_ext::Op)0": "softmax", "(softmax_ext::Op)1": "log_softmax"}
 DTYPES = {"__half": "float16", "__nv_bfloat16": "bfloat16", "float": "float32", "double": "float64"}
@@ -47,10 +48,10 @@ SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 @dataclass(frozen=True)
 class Instance:
-    schedule: str
+    kernel: str
     direction: str
     op: str
-    read: str  # a dtype; "cast" for one that only the call knows
+    read: str  # a dtype
     written: str
     others: dict[str, str]
 
@@ -58,13 +59,25 @@ class Instance:
     def name(self) -> str:
         types = self.read if self.read == self.written else f"{self.read} -> {self.written}"
         others = [f"{parameter}={value}" for parameter, value in self.others.items()]
-        return " ".join([f"{self.schedule}_{self.direction}", self.op, types, *others])
+        return " ".join([f"{self.kernel}_{self.direction}", self.op, types, *others])
+
+    @property
+    def columns(self) -> int:
+        """Neighbours that one access reads."""
+        return int(self.others.get("columns", 16 // SIZE[self.read]))
+
+    @property
+    def wide(self) -> bool:
+        """It reads 16 bytes at a time: all but the columns kernels for narrower accesses."""
+        return self.columns * SIZE[self.read] == 16
 
     @property
     def store_bits(self) -> int:
-        """Of the store of a vector that was read: 16 bytes, or 8 where it has become smaller."""
-        read, written = SIZE.get(self.read), SIZE.get(self.written)
-        return min(128, 128 * written // read) if read and written else 128
+        """Of the store of a vector that was read: 16 bytes, or 8 where it has become smaller. A
+        packed kernel stores slabs, whatever the vectors that it read."""
+        if self.kernel == "packed":
+            return 128
+        return min(128, self.columns * SIZE[self.written] * 8) if self.wide else 128
 
 
 def instance_of(demangled: str) -> Instance:
@@ -73,27 +86,21 @@ def instance_of(demangled: str) -> Instance:
     def readable(argument: str) -> str:
         if re.fullmatch(r"\d+|true|false", argument):
             return argument
-        if re.fullmatch(r"softmax_ext::cuda::Cast(In|Out)put(<\w+>)?", argument):
-            return "cast"
-        tensor = re.fullmatch(r"softmax_ext::cuda::(?:Input<(\w+)>|Output<(\w+), true>)", argument)
-        return DTYPES[tensor[1] or tensor[2]] if tensor else OPS[argument]
+        return DTYPES[argument] if argument in DTYPES else OPS[argument]
 
     try:
         kernel = re.search(r"(\w+)_(forward|backward)_kernel<(.*)>\(", demangled)
         if kernel is None:
-            raise ValueError("it is not SCHEDULE_forward_kernel or SCHEDULE_backward_kernel")
-        # Between the commas outside of angle brackets, which nest two deep.
-        arguments = re.findall(r"(?:<(?:<[^<>]*>|[^<>])*>|[^,<>])+", kernel[3])
+            raise ValueError("it is not NAME_forward_kernel or NAME_backward_kernel")
         values = {
             parameter: readable(argument.strip())
-            for parameter, argument in zip(PARAMETERS[kernel[1]], arguments, strict=True)
+            for parameter, argument in zip(PARAMETERS[kernel[1]], kernel[3].split(","), strict=True)
         }
         op, read, written = (values.pop(parameter) for parameter in ("op", "in", "out"))
     except (KeyError, ValueError) as error:
         known = "PARAMETERS, OPS and DTYPES say what is understood"
         raise ValueError(f"no name for {demangled.strip()}: {error}; {known}") from error
-    schedule = "shared" if values.pop("cached", "false") == "true" else kernel[1]
-    return Instance(schedule, kernel[2], op, read, written, values)
+    return Instance(kernel[1], kernel[2], op, read, written, values)
 
 
 # --- Measurements --------------------------------------------------------------------------------
@@ -316,7 +323,7 @@ def test_every_instance_keeps_its_budget(
             why = "to be recorded by --update-cuda-budgets"
         summary(f"CUDA budgets, {architecture}: not as in the table; {why}", report(within))
     if beyond := [change for change in changes if change.fails]:
-        title = f"{architecture}: {len(beyond)} beyond tests/{TABLE.name} (nvcc {release})"
+        title = f"{architecture}: {len(beyond)} beyond {TABLE.name} (nvcc {release})"
         pytest.fail(f"{title}\n{report(beyond)}", pytrace=False)
 
 
@@ -327,14 +334,21 @@ def test_vectorised_instances_access_16_bytes(build: Build, architecture: str) -
     if find_disassembler() is None:
         pytest.skip(NO_DISASSEMBLER)
     for instance, found in instances:
-        if "cast" in (instance.read, instance.written):
+        if not instance.wide:
             continue
-        vectors = int(instance.others.get("vectors", 1))
         inputs = 2 if instance.direction == "backward" else 1
+        # A long kernel has all of a chunk; a columns kernel its steps, of all inputs together 32
+        # words (16 in float64), and a vector's width at least (plan.h).
+        width, is_double = 16 // SIZE[instance.read], instance.read == "float64"
+        of_kernel = {"packed": 1, "long": 4 if is_double else 8}
+        of_kernel["columns"] = max(width, (16 if is_double else 32) // (4 * inputs))
+        vectors = int(instance.others.get("vectors", of_kernel.get(instance.kernel, 0)))
+        assert vectors > 0, instance.name
         grows = max(1, SIZE[instance.written] // SIZE[instance.read])
+        stores = 1 if instance.kernel == "packed" else vectors * grows
         assert found["LDG"] >= vectors * inputs, (instance.name, found)
-        assert found["STG"] >= vectors * grows, (instance.name, found)
-        if instance.schedule == "shared":
+        assert found["STG"] >= stores, (instance.name, found)
+        if instance.kernel == "long":
             assert found["STS"] and found["LDS"], (instance.name, found)
 
 
@@ -379,30 +393,29 @@ def test_a_missing_and_an_unknown_instance_fail() -> None:
 
 
 @pytest.mark.parametrize(("kernel", "name"), [
-    ("registers_forward_kernel<OP0, 4, NS::Input<__half>, NS::Output<float, true> >",
+    ("registers_forward_kernel<OP0, 4, __half, float>",
      "registers_forward softmax float16 -> float32 vectors=4"),
-    ("streaming_backward_kernel<OP1, true, NS::Input<float>, NS::Output<float, true>>",
-     "shared_backward log_softmax float32"),
-    ("streaming_forward_kernel<OP0, false, NS::CastInput<double>, NS::Output<double, true> >",
-     "streaming_forward softmax cast -> float64"),
-    ("strided_backward_kernel<OP0, NS::Input<__nv_bfloat16>, NS::CastOutput>",
-     "strided_backward softmax bfloat16 -> cast"),
+    ("long_backward_kernel<OP1, float, float>", "long_backward log_softmax float32"),
+    ("packed_forward_kernel<OP0, true, double, double>",
+     "packed_forward softmax float64 one=true"),
+    ("columns_backward_kernel<OP0, 2, __nv_bfloat16, __nv_bfloat16>",
+     "columns_backward softmax bfloat16 columns=2"),
 ])  # fmt: skip
 def test_names_of_instances(kernel: str, name: str) -> None:
-    kernel = kernel.replace("OP", "(softmax_ext::Op)").replace("NS", "softmax_ext::cuda")
+    kernel = kernel.replace("OP", "(softmax_ext::Op)")
     assert instance_of(f"void softmax_ext::cuda::{kernel}(int)").name == name
 
 
 @pytest.mark.parametrize("kernel", [
     "reset_kernel(int)",
     "registers_forward_kernel(int)",
-    "folded_forward_kernel<OP0, NS::Input<float>, NS::Output<float, true> >(int)",
-    "strided_forward_kernel<OP2, NS::Input<float>, NS::Output<float, true> >(int)",
-    "strided_forward_kernel<OP0, 4, NS::Input<float>, NS::Output<float, true> >(int)",
-    "strided_forward_kernel<OP0, NS::Input<__nv_fp8>, NS::Output<float, true> >(int)",
-    "strided_forward_kernel<OP0, NS::Input<float>, NS::Output<float, false> >(int)",
+    "folded_forward_kernel<OP0, float, float>(int)",
+    "long_forward_kernel<OP2, float, float>(int)",
+    "long_forward_kernel<OP0, 4, float, float>(int)",
+    "long_forward_kernel<OP0, __nv_fp8, float>(int)",
+    "columns_forward_kernel<OP0, float, float>(int)",
 ])  # fmt: skip
 def test_a_name_that_is_not_understood_is_an_error(kernel: str) -> None:
-    kernel = kernel.replace("OP", "(softmax_ext::Op)").replace("NS", "softmax_ext::cuda")
+    kernel = kernel.replace("OP", "(softmax_ext::Op)")
     with pytest.raises(ValueError, match=r"no name for .*_kernel"):
         instance_of(kernel)

@@ -2,6 +2,7 @@
 
 namespace softmax_ext::cuda {
 
-template cudaError_t launch_backward_typed<__half>(const BackwardArgs&, const Plan&, cudaStream_t);
+template cudaError_t launch_backward_typed<__half>(const BackwardArgs&, const Plan&, void*,
+                                                   cudaStream_t);
 
 }  // namespace softmax_ext::cuda

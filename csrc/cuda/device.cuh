@@ -1,5 +1,5 @@
-// What the kernels are made of: element types, tensors that are read and written, tiles of a row,
-// and reductions over the threads that share one.
+// What the kernels are made of: element types, vectors of 16 bytes, the part of a row that a warp has
+// in registers, and the tree that a row is reduced in.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -63,261 +63,353 @@ struct ToElement<__nv_bfloat16> {
   static __device__ __forceinline__ __nv_bfloat16 of(double x) { return __double2bfloat16(x); }
 };
 
-// --- Tensors -------------------------------------------------------------------------------------
-
-// Elements side by side in memory, read and written by accesses of 16 bytes, or of 8 where there
-// are no more.
-template <class T, int width>
-struct Vector {
-  using Word = std::conditional_t<sizeof(T) * width % sizeof(uint4) == 0, uint4, uint2>;
-  static constexpr int kWords = static_cast<int>(sizeof(T) * width / sizeof(Word));
-  static_assert(kWords * sizeof(Word) == sizeof(T) * width);
-  T data[width];
-
-  static __device__ __forceinline__ Vector load(const T* from) {
-    Word words[kWords];
-#pragma unroll
-    for (int w = 0; w < kWords; ++w)
-      words[w] = load_word<Word>(reinterpret_cast<const Word*>(from) + w);
-    Vector vector;
-    memcpy(vector.data, words, sizeof(words));
-    return vector;
-  }
-
-  template <bool global>
-  __device__ __forceinline__ void store(T* to) const {
-    Word words[kWords];
-    memcpy(words, data, sizeof(words));
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      store_word<global>(reinterpret_cast<Word*>(to) + w, words[w]);
-    }
-  }
+// What is computed before the result is rounded to Out.
+template <Op op, class Out>
+struct PrecisionOf {
+  using type = Full<computed_t<Out>>;
+};
+template <Op op>
+struct PrecisionOf<op, __half> {
+  using type = Rounded<0>;
+};
+template <>
+struct PrecisionOf<Op::kSoftmax, __nv_bfloat16> {
+  using type = Rounded<24>;
+};
+template <>
+struct PrecisionOf<Op::kLogSoftmax, __nv_bfloat16> {
+  using type = Rounded<0>;
 };
 
-// Elements from an offset on, which are read.
+template <Op op, class A, class Out>
+using forward_t = Forward<op, A, typename PrecisionOf<op, Out>::type>;
+// The exponential in a gradient; bfloat16 has the range of float32.
+template <Op op, class A, class Out>
+using backward_t = Backward<op, A,
+                            std::conditional_t<std::is_same_v<Out, __nv_bfloat16>, Rounded<24>,
+                                               typename PrecisionOf<op, Out>::type>>;
+
+// --- Vectors -------------------------------------------------------------------------------------
+
+// 16 or 8 bytes, which one access reads or writes.
+template <int words>
+struct Words {
+  uint32_t word[words];
+};
+using Vector = Words<4>;
+
 template <class T>
-struct Input {
-  using Element = T;
-  static constexpr int kWidth = limits::kVectorBytes / static_cast<int>(sizeof(T));
-  static constexpr bool kVectors = true;
-  const T* data;
+constexpr int kWidth = limits::kVectorBytes / static_cast<int>(sizeof(T));
 
-  __device__ __forceinline__ Input from(int64_t offset) const { return {data + offset}; }
-
-  template <class A>
-  __device__ __forceinline__ A load(int i) const {
-    return from_element<A>(data[i]);
-  }
-  __device__ __forceinline__ Vector<T, kWidth> load_vector(int i) const {
-    return Vector<T, kWidth>::load(data + i);
-  }
-};
-
-// Elements of a type that only the call knows, each cast to T first.
+// Vectors of a lane, and elements of a row, in a chunk: what a warp has in registers.
 template <class T>
-struct CastInput {
-  using Element = T;
-  static constexpr int kWidth = 1;
-  static constexpr bool kVectors = false;
-  const void* data;
-  DType dtype;
-  int64_t offset;
+constexpr int kChunkVectors = chunk_vectors(sizeof(T));
+template <class T>
+constexpr int kChunk = kChunkVectors<T> * limits::kWarp * kWidth<T>;
 
-  __device__ __forceinline__ CastInput from(int64_t more) const {
-    return {data, dtype, offset + more};
-  }
+template <int words>
+using word_t = std::conditional_t<words == 4, uint4, uint2>;
 
-  template <class A>
-  __device__ __forceinline__ A load(int i) const {
-    return from_element<A>(ToElement<T>::of(element<A>(offset + i)));
-  }
+template <int words>
+__device__ __forceinline__ Words<words> load_words(const void* from) {
+  const auto loaded = load_word<word_t<words>>(from);
+  Words<words> result;
+  memcpy(&result, &loaded, sizeof(result));
+  return result;
+}
 
- private:
-  template <class A>
-  __device__ __forceinline__ A element(int64_t i) const {
-    switch (dtype) {
-      case DType::kFloat16:
-        return at<A, __half>(i);
-      case DType::kBFloat16:
-        return at<A, __nv_bfloat16>(i);
-      case DType::kFloat32:
-        return at<A, float>(i);
-      case DType::kFloat64:
-        return at<A, double>(i);
-      case DType::kBool:
-        return at<A, uint8_t>(i) != 0 ? A(1) : A(0);
-      case DType::kUInt8:
-        return at<A, uint8_t>(i);
-      case DType::kInt8:
-        return at<A, int8_t>(i);
-      case DType::kInt16:
-        return at<A, int16_t>(i);
-      case DType::kInt32:
-        return at<A, int32_t>(i);
-      case DType::kInt64:
-        return at<A, int64_t>(i);
-    }
-    return A(0);
-  }
-  template <class A, class U>
-  __device__ __forceinline__ A at(int64_t i) const {
-    return from_element<A>(static_cast<const U*>(data)[i]);
-  }
-};
+template <bool global, int words>
+__device__ __forceinline__ void store_words(void* to, const Words<words>& x) {
+  word_t<words> word;
+  memcpy(&word, &x, sizeof(word));
+  store_word<global>(to, word);
+}
 
-// Elements from an offset on, which are written; in global or in shared memory.
-template <class T, bool global = true>
-struct Output {
-  static constexpr bool kVectors = true;
-  T* data;
-
-  __device__ __forceinline__ Output from(int64_t offset) const { return {data + offset}; }
-
-  template <class A>
-  __device__ __forceinline__ void store(int i, A x) const {
-    data[i] = ToElement<T>::of(x);
-  }
-  template <int width, class A>
-  __device__ __forceinline__ void store_vector(int i, const A* x) const {
-    Vector<T, width> vector;
+// Of two equal numbers of elements.
+template <class T, class Bits>
+__device__ __forceinline__ Bits max_of_elements(const Bits& a, const Bits& b) {
+  constexpr int kCount = static_cast<int>(sizeof(Bits) / sizeof(T));
+  T from_a[kCount];
+  T from_b[kCount];
+  memcpy(from_a, &a, sizeof(a));
+  memcpy(from_b, &b, sizeof(b));
 #pragma unroll
-    for (int v = 0; v < width; ++v) vector.data[v] = ToElement<T>::of(x[v]);
-    vector.template store<global>(data + i);
+  for (int v = 0; v < kCount; ++v) {
+    from_a[v] = ToElement<T>::of(
+        max_of(from_element<computed_t<T>>(from_a[v]), from_element<computed_t<T>>(from_b[v])));
   }
-};
+  Bits max;
+  memcpy(&max, from_a, sizeof(max));
+  return max;
+}
 
-// Elements of a floating type that only the call knows.
-struct CastOutput {
-  static constexpr bool kVectors = false;
-  void* data;
-  DType dtype;
-  int64_t offset;
+template <class T, class A>
+__device__ __forceinline__ Vector filled(A value) {
+  T data[kWidth<T>];
+#pragma unroll
+  for (int v = 0; v < kWidth<T>; ++v) data[v] = ToElement<T>::of(value);
+  Vector vector;
+  memcpy(&vector, data, sizeof(vector));
+  return vector;
+}
 
-  __device__ __forceinline__ CastOutput from(int64_t more) const {
-    return {data, dtype, offset + more};
-  }
+template <class T, class A>
+__device__ __forceinline__ void unpack(const Vector& vector, A (&x)[kWidth<T>]) {
+  T data[kWidth<T>];
+  memcpy(data, &vector, sizeof(data));
+#pragma unroll
+  for (int v = 0; v < kWidth<T>; ++v) x[v] = from_element<A>(data[v]);
+}
 
-  template <class A>
-  __device__ __forceinline__ void store(int i, A x) const {
-    switch (dtype) {
-      case DType::kFloat16:
-        return put<__half>(offset + i, x);
-      case DType::kBFloat16:
-        return put<__nv_bfloat16>(offset + i, x);
-      case DType::kFloat32:
-        return put<float>(offset + i, x);
-      default:
-        return put<double>(offset + i, x);
+// Element by element, two at a time where they are of 16 bits; the other one where one is NaN.
+__device__ __forceinline__ uint32_t max_of_pair(__half*, uint32_t a, uint32_t b) {
+  uint32_t max;
+  SOFTMAX_EXT_PTX(max = max_of_elements<__half>(a, b), asm("max.f16x2 %0, %1, %2;"
+                                                           : "=r"(max)
+                                                           : "r"(a), "r"(b)));
+  return max;
+}
+__device__ __forceinline__ uint32_t max_of_pair(__nv_bfloat16*, uint32_t a, uint32_t b) {
+  uint32_t max;
+  SOFTMAX_EXT_PTX(max = max_of_elements<__nv_bfloat16>(a, b), asm("max.bf16x2 %0, %1, %2;"
+                                                                  : "=r"(max)
+                                                                  : "r"(a), "r"(b)));
+  return max;
+}
+
+template <class T>
+__device__ __forceinline__ Vector max_of_vectors(const Vector& a, const Vector& b) {
+  if constexpr (sizeof(T) == 2) {
+    Vector max;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      max.word[w] = max_of_pair(static_cast<T*>(nullptr), a.word[w], b.word[w]);
     }
+    return max;
+  } else {
+    return max_of_elements<T>(a, b);
   }
+}
 
- private:
-  template <class T, class A>
-  __device__ __forceinline__ void put(int64_t i, A x) const {
-    static_cast<T*>(data)[i] = ToElement<T>::of(x);
+// Bytes `shift` and on of `low` with `high` behind it; shift is a multiple of `step` in [0, size).
+template <int step, int words>
+__device__ __forceinline__ Words<words> shifted(const Words<words>& low, const Words<words>& high,
+                                                int shift) {
+  uint32_t both[2 * words];
+#pragma unroll
+  for (int w = 0; w < words; ++w) {
+    both[w] = low.word[w];
+    both[words + w] = high.word[w];
   }
-};
+  // By halves of what is left, so that every index is known to the compiler.
+  if constexpr (words == 4) {
+#pragma unroll
+    for (int w = 0; w < 6; ++w) both[w] = (shift & 8) != 0 ? both[w + 2] : both[w];
+  }
+  if constexpr (step <= 4) {
+#pragma unroll
+    for (int w = 0; w <= words; ++w) both[w] = (shift & 4) != 0 ? both[w + 1] : both[w];
+  }
+  Words<words> result;
+#pragma unroll
+  for (int w = 0; w < words; ++w) {
+    result.word[w] =
+        step < 4 ? __funnelshift_r(both[w], both[w + 1], static_cast<unsigned>(shift & 3) * 8)
+                 : both[w];
+  }
+  return result;
+}
 
-// The vectors that a thread holds at a time, as the plan has it; `inputs` tensors are read.
-template <class In>
-constexpr int words_of_element =
-    words_of(sizeof(computed_t<typename In::Element>) == 8 ? DType::kFloat64 : DType::kFloat32);
-template <class In, int inputs>
-constexpr int registers_vectors =
-    vectors_within(limits::kRegistersWords, In::kWidth, words_of_element<In>, inputs);
-template <class In, int inputs>
-constexpr int streaming_vectors =
-    vectors_at_a_time(limits::kStreamingWords, In::kWidth, words_of_element<In>, inputs);
-template <class In, int inputs>
-constexpr int strided_vectors =
-    vectors_at_a_time(limits::kStridedWords, In::kWidth, words_of_element<In>, inputs);
+__device__ __forceinline__ int misalignment(const void* pointer, int bytes) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes));
+}
 
-// Blocks of kMaxThreads that an SM has room for at least: 2 leave each thread 64 registers, and 1
-// leaves it 128. Stated so that the compiler does not spill to have room for more.
-template <class In, int vectors, int inputs>
-constexpr int min_blocks =
-    sizeof(computed_t<typename In::Element>) == 4 && vectors * In::kWidth * inputs <= 16 ? 2 : 1;
+// --- A part of a row in registers ----------------------------------------------------------------
 
-// --- Tiles ---------------------------------------------------------------------------------------
-
-// A tile is what a group of threads takes of a row at a time: `vectors` vectors of `width` elements
-// by each. Vectorized, a thread's vectors are `group` vectors apart; otherwise its elements are
-// `group` elements apart. Either way the threads' accesses lie side by side.
-struct Lanes {
+// Its size, and the thread's place among those that have it: vectors lane, lane + 32, ... Fewer than 32
+// threads have one vector each.
+struct Part {
   int lane;
-  int group;
-  bool vectorized;
+  int size;  // elements; 0 for a row that does not exist
 };
 
-// Elements of the tile, of `step` elements, of which `left` may be left.
-template <class Index>
-__device__ __forceinline__ int tile_size(Index left, int step) {
-  return left < step ? static_cast<int>(left) : step;
+// The neighbour's vector number k, of vectors that lie side by side over the lanes of a warp and go on
+// in the first (last) lane with number k + 1 (k - 1), which is `beyond`.
+template <int words>
+__device__ __forceinline__ Words<words> from_next_lane(const Words<words>& own,
+                                                       const Words<words>& beyond, int lane) {
+  Words<words> result;
+#pragma unroll
+  for (int w = 0; w < words; ++w) {
+    const uint32_t value = lane == 0 ? beyond.word[w] : own.word[w];
+    result.word[w] = __shfl_sync(0xffffffffu, value, lane + 1);
+  }
+  return result;
+}
+template <int words>
+__device__ __forceinline__ Words<words> from_previous_lane(const Words<words>& own,
+                                                           const Words<words>& beyond, int lane) {
+  Words<words> result;
+#pragma unroll
+  for (int w = 0; w < words; ++w) {
+    const uint32_t value = lane == limits::kWarp - 1 ? beyond.word[w] : own.word[w];
+    result.word[w] = __shfl_sync(0xffffffffu, value, lane + limits::kWarp - 1);
+  }
+  return result;
 }
 
-// x gets `fill` for elements beyond `size`, which are not touched.
-template <int vectors, class In, class A>
-__device__ __forceinline__ void load_tile(const In& input, Lanes lanes, int size, A fill, A* x) {
-  constexpr int kWidth = In::kWidth;
-  if constexpr (In::kVectors) {
-    if (lanes.vectorized) {
-      // Filled before they are converted: a 16-bit vector in flight has half the registers.
-      using T = typename In::Element;
-      Vector<T, kWidth> loaded[vectors];
+// x gets the part's vectors, whatever the alignment of `from`, and `fill` behind its end. Memory is
+// read by 16 bytes, only within the part: at its ends by elements. Of a part that is not aligned,
+// which takes a whole warp, the aligned vectors are read and shifted.
+template <class T, int vectors, class A>
+__device__ __forceinline__ void load_part(const T* from, Part part, A fill, Vector (&x)[vectors]) {
+  constexpr int kBytes = limits::kVectorBytes;
+  constexpr int kSize = static_cast<int>(sizeof(T));
+  const int shift = misalignment(from, kBytes);
+  const char* const begin = reinterpret_cast<const char*>(from) - shift;
+  const int end = shift + part.size * kSize;  // bytes from `begin`
+  const int last = end / kBytes;              // the vector that is not whole, if there is one
+  const Vector beyond = filled<T>(fill);
+
+  // Of a vector that is not whole, the elements of the part.
+  const auto load_end = [&](int vector) {
+    T data[kWidth<T>];
+    memcpy(data, &beyond, sizeof(data));
 #pragma unroll
-      for (int k = 0; k < vectors; ++k) {
-        const int i = (k * lanes.group + lanes.lane) * kWidth;
+    for (int v = 0; v < kWidth<T>; ++v) {
+      const int byte = vector * kBytes + v * kSize;
+      if (byte >= shift && byte < end) data[v] = *reinterpret_cast<const T*>(begin + byte);
+    }
+    Vector result;
+    memcpy(&result, data, sizeof(result));
+    return result;
+  };
+  Vector ending = beyond;
+  if (end % kBytes != 0) ending = load_end(last);
+  const auto load = [&](int vector) {
+    Vector result = vector == last ? ending : beyond;
+    if (vector < last) result = load_words<4>(begin + int64_t{vector} * kBytes);
+    return result;
+  };
+
+  if (shift == 0) {
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v) loaded[k].data[v] = ToElement<T>::of(fill);
-        if (i < size) loaded[k] = input.load_vector(i);
-      }
+    for (int k = 0; k < vectors; ++k) x[k] = load(k * limits::kWarp + part.lane);
+    return;
+  }
+  x[0] = part.lane == 0 ? load_end(0) : load(part.lane);
 #pragma unroll
-      for (int e = 0; e < vectors * kWidth; ++e) {
-        x[e] = from_element<A>(loaded[e / kWidth].data[e % kWidth]);
-      }
+  for (int k = 1; k < vectors; ++k) x[k] = load(k * limits::kWarp + part.lane);
+  const Vector behind = load(vectors * limits::kWarp + part.lane);
+#pragma unroll
+  for (int k = 0; k < vectors; ++k) {
+    x[k] = shifted<kSize>(
+        x[k], from_next_lane(x[k], k + 1 < vectors ? x[k + 1] : behind, part.lane), shift);
+  }
+}
+
+// x is another value now, as far as the compiler knows: it would keep what it has made of x already,
+// which may take more registers than x.
+__device__ __forceinline__ void forget(Vector& x) {
+  SOFTMAX_EXT_PTX(
+      (void)x, asm volatile(""
+                            : "+r"(x.word[0]), "+r"(x.word[1]), "+r"(x.word[2]), "+r"(x.word[3])));
+}
+
+__device__ __forceinline__ void forget(int64_t& x) {
+  SOFTMAX_EXT_PTX((void)x, asm volatile("" : "+l"(x)));
+}
+
+// Writes a part, vector by vector in the order of load_part, from `width` values each. Only elements
+// of the part are written: by 16 bytes (8, where a vector has become half as large), at its ends by
+// elements.
+template <class T, int width>
+class PartWriter {
+ public:
+  __device__ __forceinline__ PartWriter(T* to, Part part)
+      : part_(part),
+        shift_(misalignment(to, kBytes)),
+        begin_(reinterpret_cast<char*>(to) - shift_),
+        end_(shift_ + part.size * kSize),
+        last_(end_ / kBytes) {}
+
+  template <class A>
+  __device__ __forceinline__ void put(int k, const A (&x)[width]) {
+    T data[width];
+#pragma unroll
+    for (int v = 0; v < width; ++v) data[v] = ToElement<T>::of(x[v]);
+    Words<kWords> pieces[kPieces];
+    memcpy(pieces, data, sizeof(pieces));
+    const int first = (k * limits::kWarp + part_.lane) * kPieces;
+    put_ = k + 1;
+    if (shift_ == 0) {
+#pragma unroll
+      for (int p = 0; p < kPieces; ++p) put_piece(first + p, pieces[p]);
       return;
     }
-  }
-  In at = input.from(lanes.lane);
-  int left = size - lanes.lane;
+    Words<kWords> before = from_previous_lane(pieces[kPieces - 1], previous_, part_.lane);
 #pragma unroll
-  for (int e = 0; e < vectors * kWidth; ++e) {
-    x[e] = left > 0 ? at.template load<A>(0) : fill;
-    at = at.from(lanes.group);
-    left -= lanes.group;
-  }
-}
-
-template <int vectors, int width, class Out, class A>
-__device__ __forceinline__ void store_tile(const Out& output, Lanes lanes, int size, const A* x) {
-  if constexpr (Out::kVectors && width > 1) {
-    if (lanes.vectorized) {
-#pragma unroll
-      for (int k = 0; k < vectors; ++k) {
-        const int i = (k * lanes.group + lanes.lane) * width;
-        if (i < size) output.template store_vector<width>(i, x + k * width);
+    for (int p = 0; p < kPieces; ++p) {
+      const auto piece = shifted<kSize>(before, pieces[p], kBytes - shift_);
+      if (k == 0 && p == 0 && part_.lane == 0) {
+        put_elements(0, piece);
+      } else {
+        put_piece(first + p, piece);
       }
-      return;
+      before = pieces[p];
+    }
+    previous_ = pieces[kPieces - 1];
+  }
+
+  // After the last vector: what is left of the part.
+  __device__ __forceinline__ void finish() {
+    if (shift_ != 0) {
+      const auto piece = from_previous_lane(previous_, previous_, part_.lane);
+      if (part_.lane == 0) {
+        put_piece(put_ * limits::kWarp * kPieces, shifted<kSize>(piece, piece, kBytes - shift_));
+      }
+    }
+    if (has_last_) put_elements(last_, ending_);
+  }
+
+ private:
+  static constexpr int kSize = static_cast<int>(sizeof(T));
+  static constexpr int kBytes = std::min(limits::kVectorBytes, width* kSize);
+  static constexpr int kWords = kBytes / 4;
+  static constexpr int kPieces = width * kSize / kBytes;  // of a vector
+
+  __device__ __forceinline__ void put_piece(int piece, const Words<kWords>& x) {
+    if (piece < last_) store_words<true>(begin_ + int64_t{piece} * kBytes, x);
+    if (piece == last_) {
+      has_last_ = true;
+      ending_ = x;
     }
   }
-  Out at = output.from(lanes.lane);
-  int left = size - lanes.lane;
-#pragma unroll
-  for (int e = 0; e < vectors * width; ++e) {
-    if (left > 0) at.store(0, x[e]);
-    at = at.from(lanes.group);
-    left -= lanes.group;
-  }
-}
 
-// --- Reductions ----------------------------------------------------------------------------------
+  __device__ __forceinline__ void put_elements(int piece, const Words<kWords>& x) const {
+    T data[kBytes / kSize];
+    memcpy(data, &x, sizeof(data));
+#pragma unroll
+    for (int v = 0; v < kBytes / kSize; ++v) {
+      const int byte = piece * kBytes + v * kSize;
+      if (byte >= shift_ && byte < end_) *reinterpret_cast<T*>(begin_ + byte) = data[v];
+    }
+  }
+
+  Part part_;
+  int shift_;
+  char* begin_;
+  int end_;      // bytes from begin_
+  int last_;     // the piece that is not whole, if there is one
+  int put_ = 0;  // vectors so far
+  bool has_last_ = false;
+  Words<kWords> previous_{};
+  Words<kWords> ending_{};
+};
+
+// --- The tree ------------------------------------------------------------------------------------
 
 struct Max {
-  template <class A>
-  static __device__ __forceinline__ A identity() {
-    return -static_cast<A>(INFINITY);
-  }
   template <class A>
   static __device__ __forceinline__ A of(A a, A b) {
     return max_of(a, b);
@@ -326,16 +418,13 @@ struct Max {
 
 struct Sum {
   template <class A>
-  static __device__ __forceinline__ A identity() {
-    return A(0);
-  }
-  template <class A>
   static __device__ __forceinline__ A of(A a, A b) {
-    return a + b;
+    return add_of(a, b);
   }
 };
 
-// Over the lanes of a warp that differ in the bits below `group`, a power of two. All 32 take part.
+// Over the lanes of a warp that differ in the bits below `group`, a power of two. All 32 take part
+// and get the same bits; that of lanes that add nothing is the same for every group.
 template <class Reduction, class A>
 __device__ __forceinline__ A warp_reduce(A value, int group) {
   for (int offset = group / 2; offset > 0; offset /= 2) {
@@ -344,65 +433,125 @@ __device__ __forceinline__ A warp_reduce(A value, int group) {
   return value;
 }
 
-// Over the threads of one threadIdx.y: blockDim.x of them, a power of two within a warp, or whole
-// warps, which then are the block. The block's threads all take part and get the same bits.
-template <class Reduction, class A>
-__device__ __forceinline__ A group_reduce(A value) {
-  const int group = static_cast<int>(blockDim.x);
-  if (group <= limits::kWarp) return warp_reduce<Reduction>(value, group);
-  SOFTMAX_EXT_STATIC_SHARED(A, partials, limits::kMaxThreads / limits::kWarp);
-  const int lane = static_cast<int>(threadIdx.x) % limits::kWarp;
-  value = warp_reduce<Reduction>(value, limits::kWarp);
-  if (lane == 0) partials[threadIdx.x / limits::kWarp] = value;
-  __syncthreads();
-  value = lane < group / limits::kWarp ? partials[lane] : Reduction::template identity<A>();
-  __syncthreads();  // before partials is written again
-  return warp_reduce<Reduction>(value, limits::kWarp);
+// The state of a chunk, or of a row, in a backward pass.
+template <class A>
+struct SumState {
+  A sum;
+};
+
+template <class State>
+constexpr bool kHasMax = std::is_same_v<State, OnlineState<decltype(State::sum)>>;
+
+// What another block has written, after the threads have met.
+template <class A>
+__device__ __forceinline__ OnlineState<A> load_fresh(const OnlineState<A>* from) {
+  return {__ldcg(&from->max), __ldcg(&from->sum)};
+}
+template <class A>
+__device__ __forceinline__ SumState<A> load_fresh(const SumState<A>* from) {
+  return {__ldcg(&from->sum)};
 }
 
-// Over the threads of one threadIdx.x and z, blockDim.y of them, a power of two: each of `width`
-// values. `buffer` has room for those of all threads. The block's threads all take part.
-template <class Reduction, int width, class A>
-__device__ __forceinline__ void across_reduce(A (&values)[width], A* buffer) {
-  const int y = static_cast<int>(threadIdx.y);
-  const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
-  const int thread =
-      static_cast<int>(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
-#pragma unroll
-  for (int v = 0; v < width; ++v) buffer[v * threads + thread] = values[v];
-  for (int step = static_cast<int>(blockDim.y) / 2; step > 0; step /= 2) {
-    __syncthreads();
-    if (y < step) {
-      const int other = thread + step * static_cast<int>(blockDim.x);
-#pragma unroll
-      for (int v = 0; v < width; ++v) {
-        values[v] = Reduction::of(values[v], buffer[v * threads + other]);
-        buffer[v * threads + thread] = values[v];
-      }
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int v = 0; v < width; ++v) {
-    values[v] = buffer[v * threads + thread - y * static_cast<int>(blockDim.x)];
-  }
-  __syncthreads();  // before buffer is written again
+// What a chunk adds to the sum of a row whose largest element is `max`.
+template <class A>
+__device__ __forceinline__ A term_of(OnlineState<A> chunk, A max) {
+  return mul_of(chunk.sum, exp_of_difference(chunk.max, max));
+}
+template <class A>
+__device__ __forceinline__ A term_of(SumState<A> chunk, A) {
+  return chunk.sum;
 }
 
-// --- Running states ------------------------------------------------------------------------------
+template <class A>
+__device__ __forceinline__ void raise_max(A& max, OnlineState<A> chunk) {
+  max = max_of(max, chunk.max);
+}
+template <class A>
+__device__ __forceinline__ void raise_max(A&, SumState<A>) {}
 
-// Adds elements to a state, which is rescaled once for all of them.
-template <int count, int stride, class A>
-__device__ __forceinline__ void accumulate(OnlineState<A>& state, const A* x) {
-  A max = state.max;
-#pragma unroll
-  for (int i = 0; i < count; ++i) max = max_of(max, x[i * stride]);
-  // All -inf so far: they count nothing, where exp(-inf - max) would be NaN.
-  const A shift = max == -static_cast<A>(INFINITY) ? A(0) : max;
-  A sum = state.sum * exp_of(state.max - shift);
-#pragma unroll
-  for (int i = 0; i < count; ++i) sum += exp_of(x[i * stride] - shift);
+template <class A>
+__device__ __forceinline__ void set_state(OnlineState<A>& state, A max, A sum) {
   state = {max, sum};
+}
+template <class A>
+__device__ __forceinline__ void set_state(SumState<A>& state, A, A sum) {
+  state = {sum};
+}
+
+// The row's state from those of its chunks, load(chunk), by a warp.
+template <class State, class Load>
+__device__ __forceinline__ State combine_chunks(int chunks, int lane, Load load) {
+  using A = decltype(State::sum);
+  A max = -static_cast<A>(INFINITY);
+#pragma unroll 1
+  for (int chunk = lane; chunk < chunks; chunk += limits::kWarp) raise_max(max, load(chunk));
+  if constexpr (kHasMax<State>) max = warp_reduce<Max>(max, limits::kWarp);
+  A sum = 0;
+#pragma unroll 1
+  for (int chunk = lane; chunk < chunks; chunk += limits::kWarp) {
+    sum = add_of(sum, term_of(load(chunk), max));
+  }
+  State state;
+  set_state(state, max, warp_reduce<Sum>(sum, limits::kWarp));
+  return state;
+}
+
+// The same to the bit, by all threads of a block, whose number is a multiple of the warp's; `memory`
+// has room for limits::kGridTerms numbers. Only the additions are one after another.
+template <class State, class Load>
+__device__ __forceinline__ State combine_chunks_of_grid(int chunks, decltype(State::sum)* memory,
+                                                        Load load) {
+  using A = decltype(State::sum);
+  SOFTMAX_EXT_STATIC_SHARED(A, warps, limits::kMostWarps);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  A max = -static_cast<A>(INFINITY);
+  if constexpr (kHasMax<State>) {
+#pragma unroll 4
+    for (int chunk = thread; chunk < chunks; chunk += threads) raise_max(max, load(chunk));
+    max = warp_reduce<Max>(max, limits::kWarp);
+    if (thread % limits::kWarp == 0) warps[thread / limits::kWarp] = max;
+    __syncthreads();
+    for (int warp = 0; warp < threads / limits::kWarp; ++warp) max = max_of(max, warps[warp]);
+  }
+  A sum = 0;
+#pragma unroll 1
+  for (int first = 0; first < chunks; first += limits::kGridTerms) {
+    const int count = min(chunks - first, limits::kGridTerms);
+#pragma unroll 4
+    for (int i = thread; i < count; i += threads) memory[i] = term_of(load(first + i), max);
+    __syncthreads();
+    if (thread < limits::kWarp) {
+#pragma unroll 8
+      for (int i = thread; i < count; i += limits::kWarp) sum = add_of(sum, memory[i]);
+    }
+    __syncthreads();
+  }
+  if (thread < limits::kWarp) {
+    sum = warp_reduce<Sum>(sum, limits::kWarp);
+    if (thread == 0) memory[0] = sum;
+  }
+  __syncthreads();
+  State state;
+  set_state(state, max, memory[0]);
+  __syncthreads();  // before memory is written again
+  return state;
+}
+
+template <class A, int width>
+__device__ __forceinline__ A max_in(const A (&x)[width]) {
+  A max = x[0];
+#pragma unroll
+  for (int v = 1; v < width; ++v) max = max_of(max, x[v]);
+  return max;
+}
+
+// The tree's leaves: neighbours that fill a vector.
+template <class A, int width>
+__device__ __forceinline__ A sum_of(const A (&terms)[width]) {
+  A sum = terms[0];
+#pragma unroll
+  for (int v = 1; v < width; ++v) sum = add_of(sum, terms[v]);
+  return sum;
 }
 
 }  // namespace softmax_ext::cuda

@@ -1,5 +1,6 @@
-// The CUDA kernels' interface: launch the plan of plan_forward or plan_backward for the arguments, on
-// the stream of the current device. They return the error of the launch; that of the run shows later.
+// The CUDA kernels' interface: launch a plan of make_plan for the arguments, on the stream of the
+// current device. `scratch` is the plan's scratch memory, of which the contents do not matter. They
+// return the error of the launch; that of the run shows later.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,7 +10,9 @@
 
 namespace softmax_ext::cuda {
 
-cudaError_t launch_forward(const ForwardArgs& args, const Plan& plan, cudaStream_t stream);
-cudaError_t launch_backward(const BackwardArgs& args, const Plan& plan, cudaStream_t stream);
+cudaError_t launch_forward(const ForwardArgs& args, const Plan& plan, void* scratch,
+                           cudaStream_t stream);
+cudaError_t launch_backward(const BackwardArgs& args, const Plan& plan, void* scratch,
+                            cudaStream_t stream);
 
 }  // namespace softmax_ext::cuda

@@ -4,8 +4,9 @@
 
 #include <type_traits>
 
+#include "column_kernels.cuh"
+#include "packed_kernels.cuh"
 #include "row_kernels.cuh"
-#include "strided_kernels.cuh"
 
 namespace softmax_ext::cuda {
 
@@ -13,73 +14,103 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, cudaStream_t stream,
                    Arguments... arguments) {
   const dim3 grid(static_cast<unsigned>(plan.blocks));
-  const dim3 block =
-      plan.schedule == Schedule::kStrided
-          ? dim3(static_cast<unsigned>(plan.across), static_cast<unsigned>(plan.group),
-                 static_cast<unsigned>(plan.items))
-          : dim3(static_cast<unsigned>(plan.group), static_cast<unsigned>(plan.items));
-  return launch_kernel(kernel, grid, block, plan.shared_bytes, 1, stream, arguments...);
+  dim3 block(static_cast<unsigned>(plan.group), static_cast<unsigned>(plan.items));
+  Together together;
+  if (plan.schedule == Schedule::kPacked) block = dim3(static_cast<unsigned>(plan.across));
+  if (plan.schedule == Schedule::kColumns) {
+    block = dim3(static_cast<unsigned>(plan.across), static_cast<unsigned>(plan.group));
+  }
+  if (plan.schedule == Schedule::kGrid) {
+    together.cooperative = true;
+  } else {
+    together.cluster = static_cast<unsigned>(plan.team);
+  }
+  return launch_kernel(kernel, grid, block, plan.shared_bytes, together, stream, arguments...);
 }
 
+inline Rows rows_of(const Shape& shape, const Plan& plan, void* scratch) {
+  return {shape.rows(), shape.dim, plan.schedule, plan.team, scratch, plan.hold == Hold::kShared};
+}
+
+inline Packing packing_of(const Shape& shape, const Plan& plan, int64_t element_bytes) {
+  const int64_t outer = plan.items / shape.inner;
+  return {static_cast<int>(outer),
+          static_cast<int>(slab_bytes(outer * shape.dim * shape.inner, element_bytes)), plan.group};
+}
+
+// Calls launch(number) with the number as a constant, the one of `numbers` that is wanted.
+template <int... numbers, class Launch>
+cudaError_t with_constant(int wanted, std::integer_sequence<int, numbers...>, Launch launch) {
+  cudaError_t error = cudaErrorInvalidValue;
+  ((wanted == numbers ? void(error = launch(std::integral_constant<int, numbers>())) : void()),
+   ...);
+  return error;
+}
+
+// Columns that a thread has: those of 16 bytes, of 8 in 16-bit types, or one.
+template <class T>
+using column_counts = std::conditional_t<sizeof(T) == 2, std::integer_sequence<int, 1, 4, 8>,
+                                         std::integer_sequence<int, 1, kWidth<T>>>;
+
+// Vectors that a thread has of a row.
+template <class T>
+using vector_counts = std::conditional_t<sizeof(T) == 8, std::integer_sequence<int, 1, 2, 4>,
+                                         std::integer_sequence<int, 1, 2, 4, 8>>;
+
 template <Op op, class In, class Out>
-cudaError_t launch_forward_op(In input, Out output, Shape shape, const Plan& plan,
+cudaError_t launch_forward_op(const ForwardArgs& args, const Plan& plan, void* scratch,
                               cudaStream_t stream) {
-  const int64_t rows = shape.rows();
-  const bool vectorized = plan.vectorized;
-  if (plan.schedule == Schedule::kStrided) {
-    return launch(strided_forward_kernel<op, In, Out>, plan, stream, input, output, shape,
-                  vectorized);
+  const auto* const input = static_cast<const In*>(args.input);
+  auto* const output = static_cast<Out*>(args.output);
+  if (plan.schedule == Schedule::kColumns) {
+    return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
+      return launch(columns_forward_kernel<op, columns(), In, Out>, plan, stream, input, output,
+                    args.shape, plan.team, scratch);
+    });
   }
-  if constexpr (In::kVectors) {
-    const auto registers = [&](auto kernel) {
-      return launch(kernel, plan, stream, input, output, rows, static_cast<int>(shape.dim),
-                    vectorized);
-    };
-    if (plan.schedule == Schedule::kRegisters) {
-      if constexpr (registers_vectors<In, 1> >= 8) {
-        if (plan.vectors == 8) return registers(registers_forward_kernel<op, 8, In, Out>);
-      }
-      if (plan.vectors == 4) return registers(registers_forward_kernel<op, 4, In, Out>);
-      if (plan.vectors == 2) return registers(registers_forward_kernel<op, 2, In, Out>);
-      return registers(registers_forward_kernel<op, 1, In, Out>);
-    }
-    if (plan.schedule == Schedule::kShared) {
-      return launch(streaming_forward_kernel<op, true, In, Out>, plan, stream, input, output, rows,
-                    shape.dim, vectorized);
-    }
+  if (plan.schedule == Schedule::kPacked) {
+    return launch(plan.vectors == 1 ? packed_forward_kernel<op, true, In, Out>
+                                    : packed_forward_kernel<op, false, In, Out>,
+                  plan, stream, input, output, args.shape,
+                  packing_of(args.shape, plan, sizeof(In)));
   }
-  return launch(streaming_forward_kernel<op, false, In, Out>, plan, stream, input, output, rows,
-                shape.dim, vectorized);
+  const Rows rows = rows_of(args.shape, plan, scratch);
+  if (plan.hold != Hold::kRegisters) {
+    return launch(long_forward_kernel<op, In, Out>, plan, stream, input, output, rows);
+  }
+  return with_constant(plan.vectors, vector_counts<In>(), [&](auto vectors) {
+    return launch(registers_forward_kernel<op, vectors(), In, Out>, plan, stream, input, output,
+                  rows);
+  });
 }
 
 template <Op op, class In, class Out>
-cudaError_t launch_backward_op(In grad_output, In output, Out grad_input, Shape shape,
-                               const Plan& plan, cudaStream_t stream) {
-  const int64_t rows = shape.rows();
-  const bool vectorized = plan.vectorized;
-  if (plan.schedule == Schedule::kStrided) {
-    return launch(strided_backward_kernel<op, In, Out>, plan, stream, grad_output, output,
-                  grad_input, shape, vectorized);
+cudaError_t launch_backward_op(const BackwardArgs& args, const Plan& plan, void* scratch,
+                               cudaStream_t stream) {
+  const auto* const grad_output = static_cast<const In*>(args.grad_output);
+  const auto* const output = static_cast<const In*>(args.output);
+  auto* const grad_input = static_cast<Out*>(args.grad_input);
+  if (plan.schedule == Schedule::kColumns) {
+    return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
+      return launch(columns_backward_kernel<op, columns(), In, Out>, plan, stream, grad_output,
+                    output, grad_input, args.shape, plan.team, scratch);
+    });
   }
-  if constexpr (Out::kVectors) {
-    const auto registers = [&](auto kernel) {
-      return launch(kernel, plan, stream, grad_output, output, grad_input, rows,
-                    static_cast<int>(shape.dim), vectorized);
-    };
-    if (plan.schedule == Schedule::kRegisters) {
-      if constexpr (registers_vectors<In, 2> >= 4) {
-        if (plan.vectors == 4) return registers(registers_backward_kernel<op, 4, In, Out>);
-      }
-      if (plan.vectors == 2) return registers(registers_backward_kernel<op, 2, In, Out>);
-      return registers(registers_backward_kernel<op, 1, In, Out>);
-    }
-    if (plan.schedule == Schedule::kShared) {
-      return launch(streaming_backward_kernel<op, true, In, Out>, plan, stream, grad_output, output,
-                    grad_input, rows, shape.dim, vectorized);
-    }
+  if (plan.schedule == Schedule::kPacked) {
+    return launch(plan.vectors == 1 ? packed_backward_kernel<op, true, In, Out>
+                                    : packed_backward_kernel<op, false, In, Out>,
+                  plan, stream, grad_output, output, grad_input, args.shape,
+                  packing_of(args.shape, plan, sizeof(In)));
   }
-  return launch(streaming_backward_kernel<op, false, In, Out>, plan, stream, grad_output, output,
-                grad_input, rows, shape.dim, vectorized);
+  const Rows rows = rows_of(args.shape, plan, scratch);
+  if (plan.hold != Hold::kRegisters) {
+    return launch(long_backward_kernel<op, In, Out>, plan, stream, grad_output, output, grad_input,
+                  rows);
+  }
+  return with_constant(plan.vectors, vector_counts<In>(), [&](auto vectors) {
+    return launch(registers_backward_kernel<op, vectors(), In, Out>, plan, stream, grad_output,
+                  output, grad_input, rows);
+  });
 }
 
 template <class T>
@@ -90,48 +121,38 @@ constexpr DType dtype_of = std::is_same_v<T, __half>          ? DType::kFloat16
 
 // T: the output's type.
 template <class T>
-cudaError_t launch_forward_typed(const ForwardArgs& args, const Plan& plan, cudaStream_t stream) {
-  const auto from = [&](auto input) {
-    using In = decltype(input);
-    const auto launch_op = args.op == Op::kSoftmax
-                               ? launch_forward_op<Op::kSoftmax, In, Output<T>>
-                               : launch_forward_op<Op::kLogSoftmax, In, Output<T>>;
-    return launch_op(input, Output<T>{static_cast<T*>(args.output)}, args.shape, plan, stream);
+cudaError_t launch_forward_typed(const ForwardArgs& args, const Plan& plan, void* scratch,
+                                 cudaStream_t stream) {
+  const auto from = [&](auto type) {
+    using In = decltype(type);
+    return args.op == Op::kSoftmax
+               ? launch_forward_op<Op::kSoftmax, In, T>(args, plan, scratch, stream)
+               : launch_forward_op<Op::kLogSoftmax, In, T>(args, plan, scratch, stream);
   };
-  if (args.input_dtype == dtype_of<T>) return from(Input<T>{static_cast<const T*>(args.input)});
+  if (args.input_dtype == dtype_of<T>) return from(T{});
   if constexpr (std::is_same_v<T, float>) {
-    if (args.input_dtype == DType::kFloat16) {
-      return from(Input<__half>{static_cast<const __half*>(args.input)});
-    }
-    if (args.input_dtype == DType::kBFloat16) {
-      return from(Input<__nv_bfloat16>{static_cast<const __nv_bfloat16*>(args.input)});
-    }
+    if (args.input_dtype == DType::kFloat16) return from(__half{});
+    if (args.input_dtype == DType::kBFloat16) return from(__nv_bfloat16{});
   }
-  return from(CastInput<T>{args.input, args.input_dtype, 0});
+  return cudaErrorInvalidValue;
 }
 
 // T: the type of output and grad_output.
 template <class T>
-cudaError_t launch_backward_typed(const BackwardArgs& args, const Plan& plan, cudaStream_t stream) {
-  const auto to = [&](auto grad_input) {
-    using Out = decltype(grad_input);
-    const auto launch_op = args.op == Op::kSoftmax
-                               ? launch_backward_op<Op::kSoftmax, Input<T>, Out>
-                               : launch_backward_op<Op::kLogSoftmax, Input<T>, Out>;
-    return launch_op(Input<T>{static_cast<const T*>(args.grad_output)},
-                     Input<T>{static_cast<const T*>(args.output)}, grad_input, args.shape, plan,
-                     stream);
+cudaError_t launch_backward_typed(const BackwardArgs& args, const Plan& plan, void* scratch,
+                                  cudaStream_t stream) {
+  const auto to = [&](auto type) {
+    using Out = decltype(type);
+    return args.op == Op::kSoftmax
+               ? launch_backward_op<Op::kSoftmax, T, Out>(args, plan, scratch, stream)
+               : launch_backward_op<Op::kLogSoftmax, T, Out>(args, plan, scratch, stream);
   };
-  if (args.grad_input_dtype == dtype_of<T>) return to(Output<T>{static_cast<T*>(args.grad_input)});
+  if (args.grad_input_dtype == dtype_of<T>) return to(T{});
   if constexpr (std::is_same_v<T, float>) {
-    if (args.grad_input_dtype == DType::kFloat16) {
-      return to(Output<__half>{static_cast<__half*>(args.grad_input)});
-    }
-    if (args.grad_input_dtype == DType::kBFloat16) {
-      return to(Output<__nv_bfloat16>{static_cast<__nv_bfloat16*>(args.grad_input)});
-    }
+    if (args.grad_input_dtype == DType::kFloat16) return to(__half{});
+    if (args.grad_input_dtype == DType::kBFloat16) return to(__nv_bfloat16{});
   }
-  return to(CastOutput{args.grad_input, args.grad_input_dtype, 0});
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace softmax_ext::cuda

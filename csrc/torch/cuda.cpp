@@ -5,6 +5,7 @@
 #if defined(SOFTMAX_EXT_CUDA)
 
 // Of c10 only: the headers of ATen/cuda want the whole toolkit, cuSPARSE and all.
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -31,7 +32,6 @@ const DeviceProperties& properties(c10::Device device) {
       properties[k].sm_count = attribute(cudaDevAttrMultiProcessorCount, k);
       properties[k].max_shared_memory_per_block =
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, k);
-      properties[k].max_threads_per_sm = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, k);
       properties[k].compute_capability = attribute(cudaDevAttrComputeCapabilityMajor, k) * 10 +
                                          attribute(cudaDevAttrComputeCapabilityMinor, k);
     }
@@ -40,18 +40,27 @@ const DeviceProperties& properties(c10::Device device) {
   return all.at(device.index());
 }
 
+template <class Args, class Launch>
+void launch_plan(const Args& args, c10::Device device, Launch launch) {
+  const c10::cuda::CUDAGuard guard(device);
+  const Plan plan = make_plan(workload(args), properties(device));
+  // Of torch's allocator: the memory is reused on this stream only after the kernel, and belongs to
+  // the graph's pool where a graph is captured.
+  c10::DataPtr scratch;
+  if (plan.scratch_bytes > 0) {
+    scratch = c10::cuda::CUDACachingAllocator::get()->allocate(plan.scratch_bytes);
+  }
+  C10_CUDA_CHECK(launch(args, plan, scratch.get(), c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
 void launch_on_cuda(const ForwardArgs& args, c10::Device device) {
-  const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::launch_forward(args, plan_forward(args, properties(device)),
-                                      c10::cuda::getCurrentCUDAStream()));
+  launch_plan(args, device, cuda::launch_forward);
 }
 
 void launch_on_cuda(const BackwardArgs& args, c10::Device device) {
-  const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::launch_backward(args, plan_backward(args, properties(device)),
-                                       c10::cuda::getCurrentCUDAStream()));
+  launch_plan(args, device, cuda::launch_backward);
 }
 
 }  // namespace softmax_ext

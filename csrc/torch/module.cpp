@@ -9,6 +9,8 @@
 #include "../cpu/launch.h"
 #include "autograd.h"
 #include "cuda.h"
+#include "operators.h"
+#include "softmax_ext/plan.h"
 
 namespace softmax_ext {
 namespace {
@@ -38,7 +40,7 @@ int64_t to_dim(Op op, py::handle value) {
 }
 
 // A torch.dtype, or the Python type that torch takes for one.
-std::optional<at::ScalarType> to_dtype(Op op, py::handle value) {
+std::optional<at::ScalarType> to_scalar_type(Op op, py::handle value) {
   if (value.is_none()) return std::nullopt;
   if (THPDtype_Check(value.ptr())) return reinterpret_cast<THPDtype*>(value.ptr())->scalar_type;
   if (value.ptr() == reinterpret_cast<PyObject*>(&PyFloat_Type)) return at::kDouble;
@@ -54,7 +56,7 @@ py::object bind(py::handle input, py::handle dim, py::handle dtype, py::handle o
   HANDLE_TH_ERRORS
   const at::Tensor& tensor = to_tensor(op, "input", input);
   const int64_t index = to_dim(op, dim);
-  const std::optional<at::ScalarType> result_dtype = to_dtype(op, dtype);
+  const std::optional<at::ScalarType> result_dtype = to_scalar_type(op, dtype);
   if (out.is_none()) {
     at::Tensor result;
     {
@@ -82,6 +84,43 @@ py::dict build_info() {
   return info;
 }
 
+// The CUDA plan of a workload on a device, neither of which need exist. outer, dim and inner are the
+// shape's; `inputs` is 1 forward, 2 backward; `schedule` None for the one that runs. An empty dict
+// where there is nothing to launch.
+py::dict plan(int64_t outer, int64_t dim, int64_t inner, py::handle load_dtype,
+              py::handle store_dtype, int inputs, bool aligned, int sm_count, int shared_bytes,
+              int compute_capability, std::optional<std::string> schedule) {
+  const auto type = [](py::handle dtype) {
+    return to_dtype(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
+  };
+  const Workload work{{outer, dim, inner}, type(load_dtype), type(store_dtype), inputs, aligned};
+  const DeviceProperties device{sm_count, shared_bytes, compute_capability};
+  Plan plan = make_plan(work, device);
+  if (schedule.has_value()) {
+    plan = Plan{};
+    for (int k = 0; k < kSchedules; ++k) {
+      const auto candidate = static_cast<Schedule>(k);
+      if (*schedule == name(candidate)) plan = make_plan(work, device, candidate);
+    }
+  }
+  py::dict result;
+  if (plan.blocks == 0) return result;
+  result["schedule"] = name(plan.schedule);
+  result["hold"] = name(plan.hold);
+  result["vectorized"] = plan.vectorized;
+  result["width"] = plan.width;
+  result["vectors"] = plan.vectors;
+  result["columns"] = plan.columns;
+  result["group"] = plan.group;
+  result["across"] = plan.across;
+  result["items"] = plan.items;
+  result["team"] = plan.team;
+  result["blocks"] = plan.blocks;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["scratch_bytes"] = plan.scratch_bytes;
+  return result;
+}
+
 PYBIND11_MODULE(_C, module) {
   // A forced instruction set that cannot be had is an error at import, not at the first call.
   cpu::kernels();
@@ -90,6 +129,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("log_softmax", bind<Op::kLogSoftmax>, py::arg("input"), py::arg("dim"),
              py::arg("dtype"), py::arg("out"));
   module.def("build_info", build_info);
+  module.def("plan", plan, py::arg("outer"), py::arg("dim"), py::arg("inner"),
+             py::arg("load_dtype"), py::arg("store_dtype"), py::arg("inputs"), py::arg("aligned"),
+             py::arg("sm_count"), py::arg("shared_bytes"), py::arg("compute_capability"),
+             py::arg("schedule") = py::none());
 }
 
 }  // namespace

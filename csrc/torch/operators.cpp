@@ -10,6 +10,7 @@
 
 #include "../cpu/launch.h"
 #include "cuda.h"
+#include "softmax_ext/plan.h"
 
 namespace softmax_ext {
 namespace {
@@ -18,33 +19,6 @@ constexpr c10::DispatchKeySet kTakenKeys =
     c10::DispatchKeySet({c10::DispatchKey::Dense, c10::DispatchKey::AutogradFunctionality,
                          c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect,
                          c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
-
-DType to_dtype(at::ScalarType dtype) {
-  switch (dtype) {
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kBool:
-      return DType::kBool;
-    case at::kByte:
-      return DType::kUInt8;
-    case at::kChar:
-      return DType::kInt8;
-    case at::kShort:
-      return DType::kInt16;
-    case at::kInt:
-      return DType::kInt32;
-    case at::kLong:
-      return DType::kInt64;
-    default:
-      TORCH_INTERNAL_ASSERT(false, "no kernel for ", dtype);
-  }
-}
 
 Shape to_shape(const at::Tensor& tensor, int64_t dim) {
   const at::IntArrayRef sizes = tensor.sizes();
@@ -83,9 +57,18 @@ void launch(const BackwardArgs& args, at::Device device) {
   }
 }
 
+// The GPU kernels have the casts of mixed precision; others are made first, as torch makes them.
+bool needs_cast(at::Device device, at::ScalarType load, at::ScalarType store, int inputs) {
+  return !device.is_cpu() && !is_native(to_dtype(load), to_dtype(store), inputs);
+}
+
 // `output` is contiguous.
 void run_forward(const at::Tensor& input, int64_t dim, Op op, const at::Tensor& output) {
   if (input.numel() == 0) return;
+  if (needs_cast(input.device(), input.scalar_type(), output.scalar_type(), 1)) {
+    run_forward(input.to(output.scalar_type()), dim, op, output);
+    return;
+  }
   const at::Tensor contiguous = input.contiguous();
   launch(ForwardArgs{contiguous.const_data_ptr(), output.mutable_data_ptr(),
                      to_dtype(input.scalar_type()), to_dtype(output.scalar_type()),
@@ -94,6 +77,33 @@ void run_forward(const at::Tensor& input, int64_t dim, Op op, const at::Tensor& 
 }
 
 }  // namespace
+
+DType to_dtype(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kBool:
+      return DType::kBool;
+    case at::kByte:
+      return DType::kUInt8;
+    case at::kChar:
+      return DType::kInt8;
+    case at::kShort:
+      return DType::kInt16;
+    case at::kInt:
+      return DType::kInt32;
+    case at::kLong:
+      return DType::kInt64;
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no kernel for ", dtype);
+  }
+}
 
 bool kernels_take(const at::Tensor& tensor) {
   const at::Device device = tensor.device();
@@ -145,6 +155,9 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
 
 at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                     at::ScalarType dtype, Op op) {
+  if (needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
+    return backward(grad_output, output, dim, output.scalar_type(), op).to(dtype);
+  }
   const at::Tensor grad_input = empty(output.sizes(), dtype, output.device());
   if (output.numel() == 0) return grad_input;
   const at::Tensor grad_contiguous = grad_output.contiguous();

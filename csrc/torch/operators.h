@@ -17,6 +17,9 @@ bool kernels_take(const at::Tensor& tensor);
 bool is_kernel_dtype(at::ScalarType dtype);         // as input
 bool is_kernel_output_dtype(at::ScalarType dtype);  // as output: floating
 
+// The kernels' name of such a type.
+DType to_dtype(at::ScalarType dtype);
+
 // softmax or log-softmax of `input`, as `dtype`, over `dim` (already wrapped), into a new
 // contiguous tensor.
 at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op);

@@ -36,9 +36,17 @@ class Instance:
     op: str
     load: torch.dtype
     store: torch.dtype
-    schedule: str
+    kernel: str
     vectorized: bool
     vectors: int
+    columns: int
+
+    @staticmethod
+    def of_plan(plan: Plan) -> tuple[str, bool, int, int]:
+        kernel = plan.schedule
+        if kernel not in ("packed", "columns"):
+            kernel = "registers" if plan.hold == "registers" else "long"
+        return kernel, plan.vectorized, plan.vectors, plan.columns
 
 
 def word(value: object) -> str:
@@ -123,10 +131,10 @@ class Host:
         )
         plan, body = self._exchange(request, data, inputs[0].numel() * dtype.itemsize)
         if plan.blocks > 0:
-            what = (plan.schedule, plan.vectorized, plan.vectors)
-            self.instances.add(Instance(direction, op, load, dtype, *what))
-        result = torch.frombuffer(bytearray(body), dtype=dtype) if body else torch.empty(0)
-        return Result(result.to(dtype).view(sizes), plan)
+            self.instances.add(Instance(direction, op, load, dtype, *Instance.of_plan(plan)))
+        if not body:  # nothing to do, or the schedule that was asked for cannot do it
+            return Result(torch.empty(sizes if inputs[0].numel() == 0 else 0, dtype=dtype), plan)
+        return Result(torch.frombuffer(bytearray(body), dtype=dtype).view(sizes), plan)
 
     def _request(
         self,
@@ -137,7 +145,7 @@ class Host:
         store: torch.dtype,
         how: dict[str, object],
     ) -> str:
-        """how: device, orders, resident, most_blocks, in_place (the number of the input),
+        """how: device, schedule, orders, resident, most_blocks, in_place (the number of the input),
         load_offset and store_offset (bytes beyond a multiple of 16, the former one or one each)."""
         how = {"device": "H100", "orders": self.orders} | how
         outer, dim, inner = shape
@@ -153,6 +161,7 @@ class Host:
             "orders": (),
             "seed": self.seed,
             "resident": 1,
+            "schedule": "any",
             "most_blocks": 2**31 - 1,
             "in_place": -1,
             "load_offset": 0,
@@ -180,6 +189,8 @@ class Host:
             if not select.select([self.process.stdout], [], [], SECONDS)[0]:
                 self.process.kill()
             head = self.process.stdout.readline().decode()
+            if " blocks=0 " in head:  # nothing was launched
+                size = 0
             body = self.process.stdout.read(size) if head else b""
         except BrokenPipeError:
             head, body = "", b""
@@ -188,8 +199,10 @@ class Host:
         words = dict(each.split("=") for each in head.split())
         problem = words.pop("problem").replace("_", " ")
         assert not problem, f"{problem}: {request}"
-        schedule, vectorized = words.pop("schedule"), words.pop("vectorized") == "1"
-        return Plan(schedule, vectorized, **{key: int(text) for key, text in words.items()}), body
+        schedule, hold = words.pop("schedule"), words.pop("hold")
+        vectorized = words.pop("vectorized") == "1"
+        numbers = {key: int(text) for key, text in words.items()}
+        return Plan(schedule, hold, vectorized, **numbers), body
 
     def _report(self, request: bytes) -> str:
         assert self.process

@@ -107,6 +107,13 @@ simt::Order order_of(const std::string& text) {
   give_up("no such order: " + text);
 }
 
+Schedule schedule_of(const std::string& text) {
+  for (int k = 0; k < kSchedules; ++k) {
+    if (text == name(static_cast<Schedule>(k))) return static_cast<Schedule>(k);
+  }
+  give_up("no such schedule: " + text);
+}
+
 void answer(const Request& request) {
   const bool forward = request.text("direction") == "forward";
   const Shape shape{request.number("outer"), request.number("dim"), request.number("inner")};
@@ -115,7 +122,7 @@ void answer(const Request& request) {
   const DType store = request.dtype("store");
   const int in_place = static_cast<int>(request.number("in_place"));  // -1, or the input's number
   const DeviceProperties device{static_cast<int>(request.number("sm_count")),
-                                static_cast<int>(request.number("shared_bytes")), 2048,
+                                static_cast<int>(request.number("shared_bytes")),
                                 static_cast<int>(request.number("compute_capability"))};
   simt::settings.max_shared_bytes = static_cast<size_t>(device.max_shared_memory_per_block);
   simt::settings.compute_capability = device.compute_capability;
@@ -142,9 +149,15 @@ void answer(const Request& request) {
   const ForwardArgs forward_args{inputs.front().data(), output.data(), load, store, shape, op};
   const BackwardArgs backward_args{
       inputs.front().data(), inputs.back().data(), output.data(), load, store, shape, op};
-  Plan plan = forward ? plan_forward(forward_args, device) : plan_backward(backward_args, device);
+  const Workload work = forward ? workload(forward_args) : workload(backward_args);
+  const std::string& wanted = request.text("schedule");
+  Plan plan =
+      wanted == "any" ? make_plan(work, device) : make_plan(work, device, schedule_of(wanted));
+  if (plan.blocks == 0) orders.clear();
   // Fewer blocks than there are rows: each then takes several, as where the grid is at its limit.
-  plan.blocks = std::min(plan.blocks, request.number("most_blocks"));
+  const int64_t most = std::max<int64_t>(request.number("most_blocks"), plan.team);
+  if (plan.blocks > most) plan.blocks = most / plan.team * plan.team;
+  Buffer scratch(plan.scratch_bytes, 0);
 
   std::vector<unsigned char> result;
   std::string problem;
@@ -152,8 +165,10 @@ void answer(const Request& request) {
     simt::settings.order = order_of(order);
     for (size_t i = 0; i < inputs.size(); ++i) inputs[i].assign(given[i]);
     if (in_place < 0) output.fill(0xff);
-    const cudaError_t error = forward ? cuda::launch_forward(forward_args, plan, nullptr)
-                                      : cuda::launch_backward(backward_args, plan, nullptr);
+    scratch.fill(0xff);
+    const cudaError_t error =
+        forward ? cuda::launch_forward(forward_args, plan, scratch.data(), nullptr)
+                : cuda::launch_backward(backward_args, plan, scratch.data(), nullptr);
     if (error != cudaSuccess) problem = "the launch returned an error";
     if (result.empty()) {
       result = output.copy();
@@ -167,13 +182,16 @@ void answer(const Request& request) {
       }
     }
     if (!fresh.guards_intact()) problem = "the output's surroundings were written";
+    if (!scratch.guards_intact()) problem = "the scratch memory's surroundings were written";
   }
   std::replace(problem.begin(), problem.end(), ' ', '_');
   printf(
-      "schedule=%s vectorized=%d width=%d vectors=%d group=%d across=%d items=%d blocks=%lld "
-      "shared_bytes=%zu problem=%s\n",
-      name(plan.schedule), plan.vectorized, plan.width, plan.vectors, plan.group, plan.across,
-      plan.items, static_cast<long long>(plan.blocks), plan.shared_bytes, problem.c_str());
+      "schedule=%s hold=%s vectorized=%d width=%d vectors=%d columns=%d group=%d across=%d "
+      "items=%d "
+      "team=%d blocks=%lld shared_bytes=%zu scratch_bytes=%zu problem=%s\n",
+      name(plan.schedule), name(plan.hold), plan.vectorized, plan.width, plan.vectors, plan.columns,
+      plan.group, plan.across, plan.items, plan.team, static_cast<long long>(plan.blocks),
+      plan.shared_bytes, plan.scratch_bytes, problem.c_str());
   if (!result.empty()) fwrite(result.data(), 1, result.size(), stdout);
   fflush(stdout);
 }

@@ -19,21 +19,30 @@ DEVICES = {
     "B200": Device(148, 227 * 1024, 100),
     "RTX 5090": Device(170, 99 * 1024, 120),
     "AGX Orin": Device(16, 163 * 1024, 87),  # the fewest SMs
+    # Of which all blocks of a launch fit the host executor; with clusters and without.
+    "4 SMs, 9.0": Device(4, 227 * 1024, 90),
+    "4 SMs, 8.0": Device(4, 99 * 1024, 80),
 }
 
 
 @dataclass(frozen=True)
 class Plan:
+    """Of plan.h, with the names of its schedule and of where it holds a row."""
+
     schedule: str
+    hold: str
     vectorized: bool
     width: int
     vectors: int
+    columns: int
     group: int
     across: int
     items: int
+    team: int
     blocks: int
     shared_bytes: int
+    scratch_bytes: int
 
     @property
     def threads(self) -> int:
-        return self.across * self.group * self.items
+        return self.across if self.schedule == "packed" else self.group * self.across * self.items

@@ -1,205 +1,404 @@
 """The choice of CUDA schedule and launch (plan.h), for any device, without a GPU."""
 
-import ctypes
-import shutil
-import subprocess
-from collections.abc import Callable
-from pathlib import Path
+import itertools
+from dataclasses import fields
 
 import pytest
+import torch
 from plans import DEVICES, Plan
 
-FOLDER = Path(__file__).resolve().parent
-DTYPES = ["float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32"]
-DTYPES += ["int64"]
-SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "bool": 1, "uint8": 1}
-SIZE |= {"int8": 1, "int16": 2, "int32": 4, "int64": 8}
+from softmax_ext import _C
+
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+DTYPES = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)
+# What has kernels, of a forward: (load, store). A backward has the reverse.
+PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)]
+SCHEDULES = ("packed", "warp", "block", "cluster", "grid", "columns")
 KIB = 1024
+VECTOR = 16  # bytes
+WARP = 32
+MOST_BLOCKS = 2**31 - 1
+
+Shape = tuple[int, int, int]  # outer, dim, inner
 
 
-MakePlan = Callable[..., Plan]
+def make_plan(
+    shape: Shape,
+    load: torch.dtype = FLOAT32,
+    store: torch.dtype | None = None,
+    *,
+    backward: bool = False,
+    aligned: bool = True,
+    device: str = "H100",
+    schedule: str | None = None,
+) -> Plan | None:
+    """Of what is read as `load` and written as `store`; None where nothing is to be launched, or
+    where the schedule cannot."""
+    inputs, properties = 1 + backward, DEVICES[device]
+    known = (properties.sm_count, properties.shared_bytes, properties.compute_capability)
+    made = _C.plan(*shape, load, store or load, inputs, aligned, *known, schedule)
+    if not made:
+        return None
+    assert list(made) == [field.name for field in fields(Plan)]
+    return Plan(**made)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def make_plan(tmp_path_factory: pytest.TempPathFactory) -> MakePlan:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    path = tmp_path_factory.mktemp("plan") / "plan_shim.so"
-    source = FOLDER / "plan_shim.cpp"
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined"]
-    flags += ["-fsanitize-undefined-trap-on-error", "-shared", "-fPIC"]
-    include = f"-I{FOLDER.parent.parent / 'csrc' / 'include'}"
-    subprocess.run([compiler, *flags, include, str(source), "-o", str(path)], check=True)
-    library = ctypes.CDLL(str(path))
-    library.schedule_name.restype = ctypes.c_char_p
-
-    def plan(
-        shape: tuple[int, int, int],
-        load: str = "float32",
-        store: str | None = None,
-        *,
-        backward: bool = False,
-        aligned: bool = True,
-        device: str = "H100",
-    ) -> Plan:
-        """The plan of a forward from `load` to `store`, or of a backward from output type `load`
-        to gradient type `store`."""
-        store = store or load
-        out = (ctypes.c_int64 * 9)()
-        library.plan(
-            *map(ctypes.c_int64, shape),
-            DTYPES.index(load if backward else store),
-            DTYPES.index(load),
-            DTYPES.index(store),
-            2 if backward else 1,
-            aligned,
-            DEVICES[device].sm_count,
-            DEVICES[device].shared_bytes,
-            out,
-        )
-        name = library.schedule_name(ctypes.c_int(out[0])).decode()
-        return Plan(name, bool(out[1]), *out[2:])
-
-    return plan
+def schedule_of(shape: Shape, *arguments: torch.dtype, **how: object) -> str:
+    plan = make_plan(shape, *arguments, **how)  # type: ignore[arg-type]
+    assert plan is not None
+    return plan.schedule
 
 
-# The largest dim held in registers, by element size: 512 threads of 32 registers for data.
-FORWARD_REGISTERS = {"float16": 16384, "bfloat16": 16384, "float32": 16384, "float64": 4096}
-BACKWARD_REGISTERS = {"float16": 8192, "bfloat16": 8192, "float32": 8192, "float64": 2048}
-ROWS = [1, 2, 7, 8, 9, 31, 32, 33, 127, 256, 257, 1000, 1024, 1025, 2048, 4097, 16384, 16385, 50257]
-ROWS += [2**20, 2**31 - 1, 2**31, 2**33 + 1]
+def chunk(dtype: torch.dtype) -> int:
+    """Elements of a row that a warp has in registers: 4 KB, and 2 KB in float64."""
+    return (2 if dtype == FLOAT64 else 4) * KIB // dtype.itemsize
 
 
-@pytest.mark.parametrize("dtype", FORWARD_REGISTERS)
-@pytest.mark.parametrize("backward", [False, True])
-def test_registers_up_to_their_limit_then_shared_memory_then_streaming(
-    make_plan: MakePlan, dtype: str, backward: bool
-) -> None:
-    limit = (BACKWARD_REGISTERS if backward else FORWARD_REGISTERS)[dtype]
-    for device, properties in DEVICES.items():
-        # 1 KiB is left to the reductions; both inputs of a backward share the rest.
-        inputs = 2 if backward else 1
-        shared = (properties.shared_bytes - KIB) // inputs // 16 * 16 // SIZE[dtype]
+backward_too = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+all_devices = pytest.mark.parametrize("device", DEVICES)
+with_clusters = [name for name, device in DEVICES.items() if device.compute_capability >= 90]
+without_clusters = [name for name in DEVICES if name not in with_clusters]
+
+
+# --- Which schedule ------------------------------------------------------------------------------
+
+
+@backward_too
+@all_dtypes
+@all_devices
+def test_rows_of_a_chunk_take_a_warp(device: str, dtype: torch.dtype, backward: bool) -> None:
+    """However many; but short ones whose vectors are not whole go through shared memory."""
+    width = VECTOR // dtype.itemsize
+    for rows in (1, 7, 4096, 2**33):
         for dim, expected in [
-            (1, "registers"),
-            (limit, "registers"),
-            (limit + 1, "shared"),
-            (shared, "shared"),
-            (shared + 1, "streaming"),
+            (1, "packed"),
+            (width - 1, "packed"),
+            (width, "warp"),
+            (width + 1, "packed"),
+            (WARP * width - 1, "packed"),
+            (WARP * width, "warp"),
+            (WARP * width + 1, "warp"),
+            (chunk(dtype) - 1, "warp"),
+            (chunk(dtype), "warp"),
         ]:
-            plan = make_plan((4096, dim, 1), dtype, backward=backward, device=device)
-            assert plan.schedule == expected, (device, dim, plan)
+            assert schedule_of((rows, dim, 1), dtype, backward=backward, device=device) == expected
+            if expected == "warp" and dim <= WARP * width:
+                how = {"backward": backward, "device": device, "aligned": False}
+                assert schedule_of((rows, dim, 1), dtype, **how) == "packed"
+        beyond = schedule_of((rows, chunk(dtype) + 1, 1), dtype, backward=backward, device=device)
+        assert beyond == "block"
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("load", "store"), [(d, d) for d in FORWARD_REGISTERS]
-                         + [("float16", "float32"), ("bfloat16", "float32")])  # fmt: skip
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("rows", [1, 7, 4096])
-def test_a_row_fits_what_its_threads_hold(
-    make_plan: MakePlan, device: str, load: str, store: str, backward: bool, rows: int
+@backward_too
+@all_dtypes
+@pytest.mark.parametrize("device", with_clusters)
+def test_longer_rows_on_a_device_with_clusters(
+    device: str, dtype: torch.dtype, backward: bool
 ) -> None:
-    if backward:
-        load, store = store, load
-    for dim in ROWS:
-        plan = make_plan((rows, dim, 1), load, store, backward=backward, device=device)
-        assert plan.width * SIZE[load] == 16
-        assert plan.across == 1
-        assert plan.threads % 32 == 0 and plan.threads <= 512
-        if plan.group > 32:
-            assert plan.items == 1 and plan.group % 32 == 0
-        else:
-            assert 32 % plan.group == 0
-        assert plan.shared_bytes <= DEVICES[device].shared_bytes - KIB
-        assert (plan.shared_bytes > 0) == (plan.schedule == "shared")
-        assert plan.blocks == -(-rows // plan.items)
-        if plan.schedule == "registers":
-            assert plan.group * plan.vectors * plan.width >= dim
-        if plan.schedule == "shared":
-            assert plan.shared_bytes >= dim * SIZE[load] * (2 if backward else 1)
+    sm_count, of = DEVICES[device].sm_count, chunk(dtype)
+    few = sm_count // 16  # that leave each row all the blocks of two clusters
+    for rows, dim, expected in [
+        (1, 3 * of, "block"),            # nothing to share out
+        (1, 3 * of + 1, "cluster"),
+        (sm_count - 1, 3 * of + 1, "cluster"),
+        (sm_count, 3 * of + 1, "block"),  # the rows fill the device
+        (sm_count, 8 * of, "block"),      # a block of 8 warps
+        (sm_count, 8 * of + 1, "cluster"),
+        (1, 8 * of + 1, "cluster"),
+        (1, 128 * of, "cluster"),         # the registers of a cluster
+        (2**33, 128 * of, "cluster"),
+        (few, 128 * of + 1, "grid"),
+        (few + 1, 1024 * of + 1, "grid"),  # whose states a block cannot keep
+        (2**33, 1024 * of + 1, "grid"),
+    ]:  # fmt: skip
+        if rows > 0:
+            shape = (rows, dim, 1)
+            actual = schedule_of(shape, dtype, backward=backward, device=device)
+            assert actual == expected, shape
+
+
+@backward_too
+@all_dtypes
+@pytest.mark.parametrize("device", without_clusters)
+def test_longer_rows_on_a_device_without_clusters(
+    device: str, dtype: torch.dtype, backward: bool
+) -> None:
+    few, of = DEVICES[device].sm_count // 2, chunk(dtype)  # that leave each row two blocks
+    for rows, dim, expected in [
+        (1, 8 * of, "block"),
+        (1, 8 * of + 1, "grid"),
+        (few, 8 * of + 1, "grid"),
+        (few + 1, 8 * of + 1, "block"),
+        (few + 1, 16 * of, "block"),      # the registers of a block
+        (few + 1, 1024 * of + 1, "grid"),  # whose states a block cannot keep
+        (2**33, 1024 * of + 1, "grid"),
+    ]:  # fmt: skip
+        shape = (rows, dim, 1)
+        actual = schedule_of(shape, dtype, backward=backward, device=device)
+        assert actual == expected, shape
+
+
+@backward_too
+@all_dtypes
+@all_devices
+def test_long_rows_are_read_once_where_a_schedule_can(
+    device: str, dtype: torch.dtype, backward: bool
+) -> None:
+    """By a cluster, or a block, that holds them; or by the grid."""
+    has_clusters = DEVICES[device].compute_capability >= 90
+    shared = "cluster" if has_clusters else "block"
+    for rows, chunks in itertools.product((1, 2, 200, 2**33), (17, 40, 129, 200, 513, 1024, 5000)):
+        shape = (rows, chunks * chunk(dtype), 1)
+        how = {"backward": backward, "device": device}
+        plan = make_plan(shape, dtype, **how)
+        others = {name: make_plan(shape, dtype, schedule=name, **how) for name in (shared, "grid")}
+        assert plan is not None and others[plan.schedule] == plan
+        if plan.hold == "none":
+            assert all(other.hold == "none" for other in others.values() if other)
+        if rows == 2**33 and others[shared] and others[shared].hold != "none":
+            assert plan.schedule == shared  # which need not meet in device memory
+
+
+@all_devices
+@all_dtypes
+@backward_too
+def test_columns_are_packed_where_they_are_narrow_or_few(
+    dtype: torch.dtype, device: str, backward: bool
+) -> None:
+    """Less than 32 bytes side by side, or a slab of 8 KB; a row of one chunk at most."""
+    how = {"device": device, "backward": backward}
+    sector, slab = 32 // dtype.itemsize, 8 * KIB // dtype.itemsize
+    assert schedule_of((1000, 500 // dtype.itemsize, sector - 1), dtype, **how) == "packed"
+    for inner in (2 * sector, 4 * sector, slab // 2):
+        assert schedule_of((1000, slab // inner, inner), dtype, **how) == "packed"
+        assert schedule_of((1000, slab // inner + 1, inner), dtype, **how) == "columns"
+    assert schedule_of((1000, chunk(dtype), 2), dtype, **how) == "packed"
+    assert schedule_of((1000, chunk(dtype) + 1, 2), dtype, **how) == "columns"
+    # Where it does not fit shared memory: a forward of 16 columns of a chunk.
+    widest = sector - 1
+    most = (DEVICES[device].shared_bytes - KIB) // ((2 + backward) * widest * dtype.itemsize)
+    plan = make_plan((1000, min(most + 1, chunk(dtype)), widest), dtype, **how)
+    assert plan and plan.schedule == ("columns" if most < chunk(dtype) else "packed")
+
+
+def test_what_a_schedule_cannot_take() -> None:
+    of = chunk(FLOAT32)
+    for shape, can in [
+        ((3, of, 1), {"packed", "warp", "block", "grid", "columns"}),
+        ((3, of + 1, 1), {"block", "cluster", "grid", "columns"}),
+        ((3, 1024 * of, 1), {"block", "cluster", "grid", "columns"}),
+        ((3, 1024 * of + 1, 1), {"grid", "columns"}),
+        ((3, of, 2), {"packed", "columns"}),
+        ((3, of, 1000), {"columns"}),
+        ((3, of + 1, 2), {"columns"}),
+    ]:
+        for device in ("A100", "H100"):
+            plans = {name: make_plan(shape, schedule=name, device=device) for name in SCHEDULES}
+            assert all(plan.schedule == name for name, plan in plans.items() if plan)
+            actual = {name for name, plan in plans.items() if plan}
+            assert actual == (can if device == "H100" else can - {"cluster"})
+    assert make_plan((3, 5, 1), schedule="no such schedule") is None
+
+
+# --- Within the limits ---------------------------------------------------------------------------
+
+
+ROWS = [1, 2, 3, 7, 8, 9, 31, 32, 33, 127, 256, 257, 1000, 1023, 1024, 1025, 2048, 2049, 4097, 8193]
+ROWS += [16384, 16385, 50257, 2**17 + 1, 2**20, 2**20 + 1, 2**21 + 1, 2**22, 2**31, 2**33 + 1]
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+@all_devices
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@backward_too
+def test_launches_are_within_the_limits(
+    backward: bool, pair: tuple[torch.dtype, torch.dtype], device: str, schedule: str | None
+) -> None:
+    load, store = reversed(pair) if backward else pair
+    how = {"backward": backward, "device": device, "schedule": schedule}
+    for dim, rows, inner in itertools.product(ROWS, (1, 5, 64, 2**20), (1, 2, 7, 16, 1000)):
+        shape = (rows, dim, inner)
+        for aligned in (True, False):
+            plan = make_plan(shape, load, store, aligned=aligned, **how)  # type: ignore[arg-type]
+            if plan is None:
+                assert schedule is not None
+                continue
+            check_limits(plan, shape, load, device, aligned)
+            check_holding(plan, dim, load, backward)
+
+
+def check_limits(plan: Plan, shape: Shape, load: torch.dtype, device: str, aligned: bool) -> None:
+    outer, dim, inner = shape
+    width = VECTOR // load.itemsize
+    assert plan.width == width
+    # The launch bounds of the kernels; those of a warp's rows are of 128 threads, as they are.
+    assert plan.threads % WARP == 0 and plan.threads <= (128 if plan.schedule == "warp" else 512)
+    assert 0 <= plan.shared_bytes <= DEVICES[device].shared_bytes
+    assert 1 <= plan.blocks <= MOST_BLOCKS and plan.blocks % plan.team == 0
+    # Vector accesses need whole vectors of aligned tensors.
+    if plan.schedule == "columns":
+        whole = aligned and inner % width == 0
+    else:
+        whole = aligned and dim % width == 0 and plan.schedule != "packed"
+    assert plan.vectorized == whole
+    if plan.schedule == "cluster":
+        assert plan.team in (2, 4, 8)
+    elif plan.schedule == "grid":
+        # All blocks are to run at once, one on an SM.
+        assert plan.blocks <= DEVICES[device].sm_count
+    elif plan.schedule == "columns":
+        assert plan.team == 1 or plan.team <= 8
+    else:
+        assert plan.team == 1
+    if plan.team > 1 and plan.schedule != "grid":
+        assert DEVICES[device].compute_capability >= 90
+    assert plan.columns == 1 or plan.schedule == "columns"
+    assert plan.across == 1 or plan.schedule in ("columns", "packed")
+    assert plan.schedule in ("warp", "packed") or plan.items == 1
+    # None is without a row, and no row without one.
+    teams = plan.blocks // plan.team
+    if plan.schedule == "columns":
+        tile = plan.across * plan.columns
+        assert teams == min(outer * -(-inner // tile), MOST_BLOCKS // plan.team)
+    elif plan.schedule == "packed":
+        assert plan.items % inner == 0
+        assert teams == min(-(-outer // (plan.items // inner)), MOST_BLOCKS)
+    elif plan.schedule == "grid":
+        assert 1 <= teams <= min(outer, DEVICES[device].sm_count)
+    else:
+        assert teams == min(-(-outer // plan.items), MOST_BLOCKS // plan.team)
+
+
+def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> None:
+    """A row fits what its threads hold, and the states of its chunks where they meet."""
+    of, number = chunk(load), max(4, load.itemsize)
+    inputs, chunks = 1 + backward, -(-dim // of)
+    state = number if backward else 2 * number
+    if plan.schedule == "packed":
+        assert chunks == 1 and plan.hold == "shared"
+        assert plan.shared_bytes >= plan.items * dim * load.itemsize * inputs
+        assert plan.group * plan.vectors * plan.width >= dim
+    elif plan.schedule == "warp":
+        assert plan.hold == "registers" and plan.group * plan.vectors * plan.width >= dim
+        assert WARP % plan.group == 0
+    elif plan.schedule == "columns":
+        along = plan.group * plan.vectors
+        assert plan.hold in ("registers", "none")
+        if plan.hold == "registers":
+            assert along >= min(dim, of) and (plan.team == chunks or chunks == 1)
+        assert plan.vectors >= plan.width and plan.vectors % plan.width == 0
+        in_shared = plan.shared_bytes >= plan.across * plan.columns * chunks * state
+        of_chunks = plan.blocks * plan.across * plan.columns * chunks * state
+        assert chunks == 1 or in_shared or plan.scratch_bytes >= of_chunks
+    else:
+        warps = plan.team * plan.group // WARP
+        each = -(-chunks // warps)
+        assert (plan.hold == "registers") == (each == 1)
+        kept = (each - 1) * plan.group * plan.vectors * VECTOR * inputs
+        assert plan.vectors * WARP * plan.width == of
+        assert plan.hold != "shared" or plan.shared_bytes >= kept
+        teams = plan.blocks // plan.team
+        states = plan.scratch_bytes // teams if plan.schedule == "grid" else plan.shared_bytes
+        assert states >= 2 * chunks * state  # of this row and the next
+    assert plan.scratch_bytes == 0 or plan.schedule in ("grid", "columns")
 
 
 @pytest.mark.parametrize(("dim", "load", "expected"), [
-    (8, "float16", (1, 1)),     # one vector
-    (64, "float16", (8, 1)),    # several rows a warp
-    (256, "float16", (32, 1)),  # a warp, one vector a thread
-    (257, "float16", (32, 2)),
-    (1024, "float16", (32, 4)),  # a warp, all the vectors that a thread can hold
-    (1025, "float16", (64, 4)),  # more than a warp: whole warps
-    (1024, "float32", (32, 8)),
-    (16384, "float32", (512, 8)),
+    (8, FLOAT16, (1, 1)),      # one vector
+    (64, FLOAT16, (8, 1)),     # several rows a warp
+    (256, FLOAT16, (32, 1)),   # a warp, one vector a thread
+    (264, FLOAT16, (32, 2)),
+    (2048, FLOAT16, (32, 8)),  # a warp, all the vectors that a thread can hold
+    (1024, FLOAT32, (32, 8)),
+    (128, FLOAT64, (32, 2)),
+    (256, FLOAT64, (32, 4)),
+    (257, FLOAT32, (32, 4)),   # not whole: by all lanes, which shift them
 ])  # fmt: skip
-def test_threads_and_vectors_of_a_row_in_registers(
-    make_plan: MakePlan, dim: int, load: str, expected: tuple[int, int]
+def test_threads_and_vectors_of_a_row(
+    dim: int, load: torch.dtype, expected: tuple[int, int]
 ) -> None:
     plan = make_plan((4096, dim, 1), load)
-    assert (plan.schedule, plan.group, plan.vectors) == ("registers", *expected)
+    assert plan and (plan.schedule, plan.group, plan.vectors) == ("warp", *expected)
 
 
-def test_vector_access_needs_aligned_pointers_and_whole_vectors(make_plan: MakePlan) -> None:
-    for dtype, width in [("float16", 8), ("bfloat16", 8), ("float32", 4), ("float64", 2)]:
-        assert make_plan((64, 10 * width, 1), dtype).vectorized
-        assert not make_plan((64, 10 * width, 1), dtype, aligned=False).vectorized
-        assert not make_plan((64, 10 * width + 1, 1), dtype).vectorized
-        assert make_plan((64, 17, 10 * width), dtype).vectorized
-        assert not make_plan((64, 17, 10 * width), dtype, aligned=False).vectorized
-        assert not make_plan((64, 16, 10 * width + 1), dtype).vectorized
+def test_short_rows_share_a_block_where_the_device_is_full_all_the_same() -> None:
+    for rows, items in [(1, 1), (132 * 4 - 3, 4), (132 * 4 - 4, 2), (131, 1), (132, 1)]:
+        plan = make_plan((rows, 1024, 1))
+        assert plan and (plan.schedule, plan.items) == ("warp", items)
 
 
-@pytest.mark.parametrize(("load", "store"), [
-    ("int64", "float32"), ("bool", "float16"), ("float32", "float16"),
-    ("float64", "float32"), ("bfloat16", "float16"), ("float16", "float64"),
+def test_a_cluster_is_as_large_as_the_rows_leave_blocks() -> None:
+    """Or as it takes for two blocks on an SM."""
+    for rows, chunks, team in [
+        (132, 16, 2), (132, 17, 4), (132, 33, 8), (66, 16, 2), (65, 16, 4), (32, 16, 8),
+        (33, 16, 4), (1, 4, 4), (1, 8, 8), (1, 128, 8), (10**6, 1024, 8),
+    ]:  # fmt: skip
+        plan = make_plan((rows, chunks * 1024, 1), schedule="cluster")
+        assert plan and plan.team == team, (rows, chunks)
+
+
+def test_a_grid_shares_the_device_among_the_rows() -> None:
+    """Each of many has as many blocks as hold it: 60 chunks each, in 12 warps."""
+    for rows, chunks, teams, team in [
+        (1, 1000, 1, 132), (1, 100, 1, 100), (2, 1000, 2, 66), (3, 1000, 3, 44), (5, 1000, 5, 26),
+        (66, 9, 66, 2), (67, 9, 67, 1), (1000, 9, 132, 1), (1000, 60, 132, 1), (1000, 61, 66, 2),
+        (1000, 1000, 7, 18), (1000, 66 * 60, 2, 66), (1000, 66 * 60 + 1, 1, 132),
+    ]:  # fmt: skip
+        plan = make_plan((rows, chunks * 1024, 1), schedule="grid")
+        assert plan and (plan.team, plan.blocks) == (team, teams * team), (rows, chunks)
+        assert plan.hold == ("registers" if chunks <= 16 * team else "shared")
+
+
+def test_small_inner_sizes_leave_neighbouring_threads_on_neighbouring_memory() -> None:
+    for inner in (2, 3, 4):
+        plan = make_plan((1000, 5000, inner))
+        assert plan and plan.schedule == "columns"
+        assert plan.across * plan.columns < 2 * inner and plan.group >= 32
+
+
+@all_dtypes
+def test_a_block_of_columns_holds_short_dims_whole(dtype: torch.dtype) -> None:
+    plan = make_plan((8, 19, 512 * 512), dtype)
+    assert plan and plan.hold == "registers" and plan.group * plan.vectors >= 19
+
+
+# --- Sizes of 64 bits, and none ------------------------------------------------------------------
+
+
+def test_block_counts_are_64_bit_and_clamped_to_the_grid() -> None:
+    for shape, blocks in [
+        ((2**31 - 1, 2048, 1), 2**31 - 1),
+        ((2**31, 2048, 1), 2**31 - 1),
+        ((2**33, 1024, 1), 2**31 - 1),     # 4 rows a block
+        ((2**32, 1024, 1), 2**30),
+        ((2**33, 4, 1), 2**33 // 128),     # as many rows as threads
+        ((2**40, 3, 3), 2**31 - 1),        # slabs
+        ((2**33, 9 * 1024, 1), 2**31 - 2),  # clusters of 2
+        ((2**40, 64, 1024), 2**31 - 1),
+    ]:  # fmt: skip
+        plan = make_plan(shape)
+        assert plan and plan.blocks == blocks, shape
+
+
+@backward_too
+@all_devices
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("shape", [
+    (1, 2**31, 1), (1, 2**33 + 1, 1), (2**31, 3, 1), (2**33, 1, 1), (2**20, 2**21 + 1, 1),
+    (1, 2, 2**33), (1, 3, 2**33 + 1), (2, 2**31, 16), (2**31, 2, 2), (2**20, 2**12 + 1, 2**10),
 ])  # fmt: skip
-def test_other_casts_stream_element_by_element(make_plan: MakePlan, load: str, store: str) -> None:
-    for dim in [1, 7, 1024, 50257]:
-        plan = make_plan((300, dim, 1), load, store)
-        assert (plan.schedule, plan.vectorized, plan.width) == ("streaming", False, 1)
-    assert make_plan((300, 7, 5), load, store).schedule == "strided"
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", FORWARD_REGISTERS)
-@pytest.mark.parametrize("backward", [False, True])
-def test_strided_launches_are_within_the_limits(
-    make_plan: MakePlan, device: str, dtype: str, backward: bool
+def test_sizes_beyond_32_bits(
+    shape: Shape, pair: tuple[torch.dtype, torch.dtype], device: str, backward: bool
 ) -> None:
-    for outer in [1, 32, 2**20]:
-        for dim in [1, 2, 19, 1000, 8192, 2**31]:
-            for inner in [2, 3, 7, 8, 32, 196, 512, 8192, 512 * 512]:
-                plan = make_plan((outer, dim, inner), dtype, backward=backward, device=device)
-                assert plan.schedule == "strided"
-                assert plan.threads <= 256 and plan.items <= 64
-                assert plan.group & (plan.group - 1) == 0 and plan.across in (1, 2, 4, 8, 16, 32)
-                # The reduction's buffer: a value a column for each thread.
-                assert plan.shared_bytes >= plan.threads * plan.width * 4
-                assert plan.shared_bytes <= 48 * KIB
-                columns = -(-inner // (plan.across * plan.width))
-                assert plan.blocks == min(-(-outer * columns // plan.items), 2**31 - 1)
-
-
-def test_small_inner_sizes_leave_neighbouring_threads_on_neighbouring_memory(
-    make_plan: MakePlan,
-) -> None:
-    for inner in [2, 3, 4]:
-        plan = make_plan((1000, 500, inner), "float32")
-        assert (plan.across, plan.width) == (1, 4) and plan.group >= 32
-
-
-def test_a_strided_block_holds_short_dims_whole(make_plan: MakePlan) -> None:
-    plan = make_plan((8, 19, 512 * 512), "float32")
-    assert plan.group * plan.vectors >= 19
-
-
-def test_block_counts_are_64_bit_and_clamped_to_the_grid(make_plan: MakePlan) -> None:
-    assert make_plan((2**31 - 1, 2048, 1), "float32").blocks == 2**31 - 1
-    assert make_plan((2**31, 2048, 1), "float32").blocks == 2**31 - 1
-    assert make_plan((2**33, 2, 1), "float32").blocks == 2**33 // 128
-    assert make_plan((2**40, 2, 3), "float32").blocks == 2**31 - 1
+    load, store = reversed(pair) if backward else pair
+    plan = make_plan(shape, load, store, backward=backward, device=device)
+    assert plan is not None
+    check_limits(plan, shape, load, device, aligned=True)
+    check_holding(plan, shape[1], load, backward)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 1), (5, 0, 1), (0, 5, 3), (5, 0, 3), (5, 3, 0)])
-def test_nothing_is_launched_for_an_empty_tensor(
-    make_plan: MakePlan, shape: tuple[int, int, int]
-) -> None:
-    assert make_plan(shape).blocks == 0
+def test_nothing_is_launched_for_an_empty_tensor(shape: Shape) -> None:
+    for schedule in (None, *SCHEDULES):
+        assert make_plan(shape, schedule=schedule) is None

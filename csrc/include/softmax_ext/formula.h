@@ -2,6 +2,9 @@
 //
 // T is float, double, or a vector of them with the functions of math.h and arithmetic operators.
 //
+// P is how exact exp and the division are: Full for a result of T, Rounded for one that is rounded to
+// 16 bits afterwards.
+//
 //   Forward<op, T>   made of the row's max and sum of exp(x - max), each a T or a scalar for all of
 //                    a vector; gives the output of x, or of e = exp(x - max) where a schedule has
 //                    kept that.
@@ -13,22 +16,54 @@
 
 namespace softmax_ext {
 
-template <Op op, class T>
+template <class T>
+struct Full {
+  static SOFTMAX_EXT_FUNCTION T exp(T x) { return exp_of(x); }
+  static SOFTMAX_EXT_FUNCTION T unscaled(T x) { return x; }
+
+  // e / sum, as exact as a division: one Newton step corrects the product with the reciprocal
+  // (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990).
+  static SOFTMAX_EXT_FUNCTION T quotient(T e, T sum, T reciprocal) {
+    const T product = mul_of(e, reciprocal);
+    return fma_of(fma_of(-product, sum, e), reciprocal, product);
+  }
+};
+
+#if defined(SOFTMAX_EXT_DEVICE)
+// exp(x) 2^exponent, with one rounding of the exponent's argument and that of exp2: what it is off by
+// changes the rounding to 16 bits of fewer than one result in a thousand. The factor cancels in
+// e / sum. With an exponent of 24 nothing is flushed to 0 that bfloat16 has.
+template <int exponent>
+struct Rounded {
+  static SOFTMAX_EXT_FUNCTION float exp(float x) {
+    return exp2_of(fma_of(x, kLog2E, static_cast<float>(exponent)));
+  }
+  // A factor of what exp gives.
+  static SOFTMAX_EXT_FUNCTION float unscaled(float x) {
+    return mul_of(x, 1.0f / static_cast<float>(1 << exponent));
+  }
+  static SOFTMAX_EXT_FUNCTION float quotient(float e, float, float reciprocal) {
+    return mul_of(e, reciprocal);
+  }
+};
+#endif
+
+template <Op op, class T, class P = Full<T>>
 struct Forward;
 
-template <class T>
-struct Forward<Op::kSoftmax, T> {
+template <class T, class P>
+struct Forward<Op::kSoftmax, T, P> {
   T max;
   T sum;
   T reciprocal;
 
   Forward() = default;
   template <class M, class S>
-  SOFTMAX_EXT_HOST_DEVICE Forward(M max, S sum) : max(max), sum(sum), reciprocal(S(1) / sum) {}
+  SOFTMAX_EXT_FUNCTION Forward(M max, S sum) : max(max), sum(sum), reciprocal(S(1) / sum) {}
 
   // The same formula with each member m of another as f(m).
   template <class U, class F>
-  static SOFTMAX_EXT_HOST_DEVICE Forward map(const Forward<Op::kSoftmax, U>& other, F f) {
+  static SOFTMAX_EXT_FUNCTION Forward map(const Forward<Op::kSoftmax, U>& other, F f) {
     Forward result;
     result.max = f(other.max);
     result.sum = f(other.sum);
@@ -36,27 +71,21 @@ struct Forward<Op::kSoftmax, T> {
     return result;
   }
 
-  SOFTMAX_EXT_HOST_DEVICE T of(T x) const { return of_exp(exp_of(x - max)); }
-
-  // e / sum, as exact as a division: one Newton step corrects the product with the reciprocal
-  // (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990).
-  SOFTMAX_EXT_HOST_DEVICE T of_exp(T e) const {
-    const T quotient = e * reciprocal;
-    return fma_of(fma_of(-quotient, sum, e), reciprocal, quotient);
-  }
+  SOFTMAX_EXT_FUNCTION T of(T x) const { return of_exp(P::exp(x - max)); }
+  SOFTMAX_EXT_FUNCTION T of_exp(T e) const { return P::quotient(e, sum, reciprocal); }
 };
 
-template <class T>
-struct Forward<Op::kLogSoftmax, T> {
+template <class T, class P>
+struct Forward<Op::kLogSoftmax, T, P> {
   T max;
   T log_sum;
 
   Forward() = default;
   template <class M, class S>
-  SOFTMAX_EXT_HOST_DEVICE Forward(M max, S sum) : max(max), log_sum(log_of(sum)) {}
+  SOFTMAX_EXT_FUNCTION Forward(M max, S sum) : max(max), log_sum(log_of(sum)) {}
 
   template <class U, class F>
-  static SOFTMAX_EXT_HOST_DEVICE Forward map(const Forward<Op::kLogSoftmax, U>& other, F f) {
+  static SOFTMAX_EXT_FUNCTION Forward map(const Forward<Op::kLogSoftmax, U>& other, F f) {
     Forward result;
     result.max = f(other.max);
     result.log_sum = f(other.log_sum);
@@ -64,27 +93,27 @@ struct Forward<Op::kLogSoftmax, T> {
   }
 
   // In this order: max + log_sum would be rounded at the size of max.
-  SOFTMAX_EXT_HOST_DEVICE T of(T x) const { return (x - max) - log_sum; }
+  SOFTMAX_EXT_FUNCTION T of(T x) const { return (x - max) - log_sum; }
 };
 
-template <Op op, class T>
+template <Op op, class T, class P = Full<T>>
 struct Backward;
 
-template <class T>
-struct Backward<Op::kSoftmax, T> {
+template <class T, class P>
+struct Backward<Op::kSoftmax, T, P> {
   T sum;
 
-  static SOFTMAX_EXT_HOST_DEVICE T term(T grad, T output) { return grad * output; }
-  SOFTMAX_EXT_HOST_DEVICE T of(T grad, T output) const { return output * (grad - sum); }
+  static SOFTMAX_EXT_FUNCTION T term(T grad, T output) { return mul_of(grad, output); }
+  SOFTMAX_EXT_FUNCTION T of(T grad, T output) const { return output * (grad - sum); }
 };
 
-template <class T>
-struct Backward<Op::kLogSoftmax, T> {
+template <class T, class P>
+struct Backward<Op::kLogSoftmax, T, P> {
   T sum;
 
-  static SOFTMAX_EXT_HOST_DEVICE T term(T grad, T) { return grad; }
-  SOFTMAX_EXT_HOST_DEVICE T of(T grad, T output) const {
-    return fma_of(-exp_of(output), sum, grad);
+  static SOFTMAX_EXT_FUNCTION T term(T grad, T) { return grad; }
+  SOFTMAX_EXT_FUNCTION T of(T grad, T output) const {
+    return fma_of(-P::exp(output), P::unscaled(sum), grad);
   }
 };
 

@@ -12,14 +12,14 @@ struct OnlineState {
   T max;
   T sum;
 
-  static SOFTMAX_EXT_HOST_DEVICE OnlineState empty() {
+  static SOFTMAX_EXT_FUNCTION OnlineState empty() {
     return {-static_cast<T>(INFINITY), static_cast<T>(0)};
   }
 };
 
 // A share of -inf only (max -inf, sum 0) changes nothing, and a sum of NaN stays NaN.
 template <class T>
-SOFTMAX_EXT_HOST_DEVICE OnlineState<T> combine(OnlineState<T> a, OnlineState<T> b) {
+SOFTMAX_EXT_FUNCTION OnlineState<T> combine(OnlineState<T> a, OnlineState<T> b) {
   const T max = max_of(a.max, b.max);
   return {max, a.sum * exp_of_difference(a.max, max) + b.sum * exp_of_difference(b.max, max)};
 }

@@ -1,6 +1,10 @@
 // Which CUDA kernel schedule runs, and with which launch: a function of the shape, the types, the
 // pointers' alignment and the device alone. Host code without CUDA, so that the choice for any
 // device can be tested on any machine.
+//
+// No choice changes a result. A row is always summed in the same tree, which its length and the type
+// that is read decide: neighbours that fill 16 bytes (a vector), then the vectors 32 apart, then the
+// 32 lanes, which is a chunk; then the chunks 32 apart, and their 32 sums. device.cuh has it.
 #pragma once
 
 #include <algorithm>
@@ -14,49 +18,58 @@ namespace softmax_ext {
 struct DeviceProperties {
   int sm_count;
   int max_shared_memory_per_block;  // bytes a block can have when it asks for them (opt-in)
-  int max_threads_per_sm;
-  int compute_capability;  // 90 for 9.0
+  int compute_capability;           // 90 for 9.0
+
+  constexpr bool has_clusters() const { return compute_capability >= 90; }
 };
 
 enum class Schedule : int {
-  kRegisters = 0,  // a group of threads holds a row in registers: one read, one write
-  kShared,         // a block holds a row in shared memory: one read, one write
-  kStreaming,      // a group of threads goes over its row twice: any dim, any types
-  kStrided,        // inner > 1: threads side by side take columns side by side; any types
+  kPacked = 0,  // short or interleaved rows: through shared memory, whatever their alignment
+  kWarp,        // a warp, or a part of one, has a row of one chunk
+  kBlock,       // the warps of a block share a row
+  kCluster,     // the warps of a cluster of blocks share a row
+  kGrid,        // the warps of many blocks share a row; all blocks meet
+  kColumns,     // inner > 1: threads side by side take columns side by side
 };
+constexpr int kSchedules = 6;
 
 constexpr const char* name(Schedule schedule) {
-  switch (schedule) {
-    case Schedule::kRegisters:
-      return "registers";
-    case Schedule::kShared:
-      return "shared";
-    case Schedule::kStreaming:
-      return "streaming";
-    case Schedule::kStrided:
-      return "strided";
-  }
-  return "unknown";
+  constexpr const char* kNames[kSchedules] = {"packed",  "warp", "block",
+                                              "cluster", "grid", "columns"};
+  return kNames[static_cast<int>(schedule)];
 }
 
-// A block is group x items threads, in the strided schedule across x group x items.
+// Where a row stays between the pass that reduces it and the one that writes the result.
+enum class Hold : int {
+  kRegisters = 0,
+  kShared,  // all but a thread's last vectors in shared memory
+  kNone,    // it is read a second time
+};
+constexpr int kHolds = 3;
+
+constexpr const char* name(Hold hold) {
+  constexpr const char* kNames[kHolds] = {"registers", "shared", "none"};
+  return kNames[static_cast<int>(hold)];
+}
+
+// A block is group x items threads, in the columns schedule across x group.
 struct Plan {
   Schedule schedule;
-  // 16-byte accesses. Without them the threads of a group take elements side by side, one each.
-  bool vectorized;
-  int width;    // elements in a vector: the elements that a thread takes at a time
-  int vectors;  // vectors that a thread holds at a time
-  int group;    // threads that share a row
-  int across;   // strided: threads side by side across the inner size; otherwise 1
-  int items;    // rows, or groups of across * width columns, that a block has at a time
+  Hold hold;
+  bool vectorized;  // rows: each vector is whole and aligned; columns: 16-byte accesses
+  int width;        // elements in a vector
+  int vectors;      // vectors that a thread holds of each input; columns: steps along dim
+  int columns;      // columns: neighbouring columns that a thread has; otherwise 1
+  int group;        // threads of a block that share a row
+  int across;       // columns: threads side by side across the inner size; otherwise 1
+  int items;        // warp: rows of a block; packed: rows of a slab; otherwise 1
+  int team;         // blocks that share a row
   int64_t blocks;
-  size_t shared_bytes;  // dynamic shared memory
+  size_t shared_bytes;   // dynamic shared memory
+  size_t scratch_bytes;  // device memory that the caller provides
 
-  constexpr int threads() const { return across * group * items; }
-  constexpr bool operator==(const Plan& other) const {
-    return schedule == other.schedule && vectorized == other.vectorized && width == other.width &&
-           vectors == other.vectors && group == other.group && across == other.across &&
-           items == other.items && blocks == other.blocks && shared_bytes == other.shared_bytes;
+  constexpr int threads() const {
+    return schedule == Schedule::kPacked ? across : group * across * items;
   }
 };
 
@@ -65,76 +78,94 @@ namespace limits {
 // The widest access of one thread.
 constexpr int kVectorBytes = 16;
 constexpr int kWarp = 32;
-// Threads of one row: 65536 registers of an SM leave each 128, so that none spills.
-constexpr int kMaxThreads = 512;
-// Two such blocks leave each thread 128: a column of the strided schedule has a state of its own.
-constexpr int kStridedThreads = 256;
-// Registers for the data of a row: the rest is for addresses, exp and loads in flight.
-constexpr int kRegistersWords = 32;
-// Of the shared and the streaming schedule, which keep a running state beside the data.
-constexpr int kStreamingWords = 16;
-// Of the strided one, which keeps a state for each column of the vector.
-constexpr int kStridedWords = 16;
-// A smaller block takes several rows: an SM has room for 16 blocks or more, which then fill it.
+// Vectors of a row in the registers of a thread: half of those that 512 threads leave each other, with
+// two inputs; the rest is for exp, addresses and what is stored. In float64, exp takes more.
+constexpr int kChunkVectors = 8;
+constexpr int kChunkVectorsFloat64 = 4;
+// In the columns schedule, whose accesses may be narrow: words of all inputs, and steps along dim.
+constexpr int kColumnWords = 32;
+constexpr int kColumnWordsFloat64 = 16;
+constexpr int kMostColumnSteps = 32;
+// Threads of a block that shares a row. 512 fill the registers of an SM; with 256, two blocks fit,
+// and one loads while the other stores.
+constexpr int kMostWarps = 16;
+constexpr int kLongWarps = 12;  // of one whose warps have several chunks each, in more registers
+constexpr int kRowWarps = 8;
+// Threads of a block whose rows take a warp or less: small, so that an SM is filled evenly.
 constexpr int kShortRowThreads = 128;
-// The hardware's limit on blockDim.z.
-constexpr int kMaxStridedItems = 64;
-// Four 16-byte loads a thread are enough in flight; beyond, more threads do better than more loads.
-constexpr int kMostVectors = 4;
-// Left free of the row: the reductions' own shared memory.
-constexpr int kReservedShared = 1024;
-// Fewer bytes side by side than a sector of device memory are paid for as a whole one.
+// What every device with clusters has room for (CUDA programming guide).
+constexpr int kClusterBlocks = 8;
+// Of a packed block: a few such slabs, with their output, fill the threads and the shared memory of
+// an SM alike.
+constexpr int kSlabBytes = 8192;
+constexpr int kPackedThreads = 128;
+// A slab of more than that has as many threads as a block may have.
+constexpr int kLargeSlabBytes = 32768;
+constexpr int kLargePackedThreads = 512;
+// Columns: the least and the wanted bytes side by side (a sector, and two of them), and threads.
 constexpr int kSectorBytes = 32;
+constexpr int kTileBytes = 64;
+constexpr int kColumnThreads = 256;
+constexpr int kMostColumnThreads = 512;
+// Chunks of a row whose states a block keeps in shared memory; with more of them the grid shares it.
+constexpr int kBlockChunks = 1024;
+// Of a row that a grid shares, numbers that a block has in shared memory while it sums the chunks.
+constexpr int kGridTerms = 4096;
+// Chunks of a column whose states a block keeps in shared memory; more are in scratch memory.
+constexpr int kColumnChunks = 32;
+// Fewer chunks than that are a block's even where there are few rows.
+constexpr int kFewChunks = 4;
+// Left free of rows: the states, and what a kernel has of its own.
+constexpr int kReservedShared = 1024;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 }  // namespace limits
 
-// 32-bit registers that a value takes where it is computed with: a float one, a double two and two
-// more for what its exp holds meanwhile.
-constexpr int words_of(DType computed) { return computed == DType::kFloat64 ? 4 : 1; }
-
-// The most vectors of `width` elements of `inputs` tensors that fit `words` 32-bit registers.
-constexpr int vectors_within(int words, int width, int element_words, int inputs) {
-  return std::max(1, words / (width * element_words * inputs));
+// Vectors of a lane in a chunk, which is 4 KB of a row (2 KB in float64).
+constexpr int chunk_vectors(int64_t element_bytes) {
+  return element_bytes == 8 ? limits::kChunkVectorsFloat64 : limits::kChunkVectors;
 }
 
-// Of the schedules that go over their data in steps.
-constexpr int vectors_at_a_time(int words, int width, int element_words, int inputs) {
-  return std::min(limits::kMostVectors, vectors_within(words, width, element_words, inputs));
+// Steps along dim of a thread in the columns schedule, of `columns` elements each: a vector's width at
+// least, since that many neighbours are summed in a thread.
+constexpr int column_steps(int columns, int64_t element_bytes, int inputs) {
+  const int words = std::max(1, columns * static_cast<int>(element_bytes) / 4) * inputs;
+  const int most = element_bytes == 8 ? limits::kColumnWordsFloat64 : limits::kColumnWords;
+  const int width = limits::kVectorBytes / static_cast<int>(element_bytes);
+  return std::clamp(most / words, width, std::max(width, limits::kMostColumnSteps));
 }
 
 // What the plan depends on.
 struct Workload {
   Shape shape;
-  DType computed_as;  // the output's type, which decides the type that is computed in
-  DType load_type;    // of what is read
-  DType store_type;   // of what is written
-  int inputs;         // tensors that are read: 1 forward, 2 backward
-  bool aligned;       // every pointer is a multiple of 16 bytes
+  DType load_type;   // of what is read
+  DType store_type;  // of what is written
+  int inputs;        // tensors that are read: 1 forward, 2 backward
+  bool aligned;      // every pointer is a multiple of 16 bytes
 };
 
 constexpr bool is_half(DType dtype) {
   return dtype == DType::kFloat16 || dtype == DType::kBFloat16;
 }
 
-// Pairs of types that have kernels of their own: no cast, or the cast between a 16-bit type and
-// float32 that mixed precision makes. The others are cast element by element.
-constexpr bool is_native(const Workload& work) {
-  const DType narrow = work.inputs == 1 ? work.load_type : work.store_type;
-  const DType wide = work.inputs == 1 ? work.store_type : work.load_type;
+// Pairs of types that have kernels: no cast, or the cast between a 16-bit type and float32 that mixed
+// precision makes.
+constexpr bool is_native(DType load_type, DType store_type, int inputs) {
+  const DType narrow = inputs == 1 ? load_type : store_type;
+  const DType wide = inputs == 1 ? store_type : load_type;
   return is_floating(narrow) && (narrow == wide || (is_half(narrow) && wide == DType::kFloat32));
 }
 
-// Elements that a thread takes at a time: those of a vector, or one where each has to be cast from
-// a type that only the call knows.
-constexpr int width_of(const Workload& work) {
-  const bool known = work.inputs == 2 || is_native(work);
-  return known ? limits::kVectorBytes / static_cast<int>(size_of(work.load_type)) : 1;
+// The shared memory of a slab of `elements` that begins anywhere in 16 bytes: a word, or one element
+// where that is larger, is left free behind every 32 words, which spreads a stride over the banks.
+constexpr int64_t slab_bytes(int64_t elements, int64_t element_bytes) {
+  const int64_t words = (elements * element_bytes + 2 * limits::kVectorBytes) / 4;
+  const int64_t pad = std::max<int64_t>(1, element_bytes / 4);
+  return ((words + (words / 32 + 1) * pad) * 4 + 15) / 16 * 16;
 }
 
 namespace detail {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t power_of_two_from(int64_t a) {
   int64_t power = 1;
@@ -142,104 +173,204 @@ constexpr int64_t power_of_two_from(int64_t a) {
   return power;
 }
 
-// Threads for `count` items of work: within a warp a power of two, beyond it whole warps.
-constexpr int group_for(int64_t count) {
-  if (count >= limits::kMaxThreads) return limits::kMaxThreads;
-  if (count > limits::kWarp) return static_cast<int>(round_up(count, limits::kWarp));
-  return static_cast<int>(power_of_two_from(count));
-}
+struct Sizes {
+  int64_t load;  // bytes of an element
+  int64_t store;
+  int width;
+  int64_t vectors;      // of a row
+  int64_t chunks;       // of a row
+  int64_t chunk_bytes;  // of one input
+  int64_t state_bytes;  // of a chunk
+  bool whole;           // vectors, all of them
 
-// Items in a block, and blocks, for `total` items of plan.across * plan.group threads each.
-constexpr void distribute(Plan& plan, int64_t total, int most, const DeviceProperties& device) {
-  const int threads = plan.across * plan.group;
-  plan.items = std::clamp(limits::kShortRowThreads / threads, 1, most);
-  while (plan.items > 1 && plan.items * threads > limits::kWarp &&
-         ceil_div(total, plan.items) < device.sm_count) {
-    plan.items /= 2;
-  }
-  plan.blocks = std::min(ceil_div(total, plan.items), limits::kMaxBlocks);
-}
+  constexpr explicit Sizes(const Workload& work)
+      : load(size_of(work.load_type)),
+        store(size_of(work.store_type)),
+        width(static_cast<int>(limits::kVectorBytes / load)),
+        vectors(ceil_div(work.shape.dim, width)),
+        chunks(ceil_div(vectors, int64_t{limits::kWarp} * chunk_vectors(load))),
+        chunk_bytes(int64_t{limits::kWarp} * chunk_vectors(load) * limits::kVectorBytes),
+        state_bytes((load == 8 ? 8 : 4) * (work.inputs == 1 ? 2 : 1)),
+        whole(work.aligned && work.shape.dim % width == 0) {}
 
-// Rows that have more than one warp have a block each: its barriers are theirs.
-constexpr void distribute_rows(Plan& plan, int64_t rows, const DeviceProperties& device) {
-  distribute(plan, rows, plan.group > limits::kWarp ? 1 : limits::kMaxThreads, device);
-}
+  // In shared memory, of the chunks' states. There are two buffers, since a block may write the next
+  // row's states while another reads this one's.
+  constexpr int64_t states() const { return (2 * chunks * state_bytes + 15) / 16 * 16; }
+  // Of what is summed where a grid shares a row.
+  constexpr int64_t grid_terms() const { return limits::kGridTerms * (load == 8 ? 8 : 4); }
+};
 
-constexpr Plan plan_rows(const Workload& work, const DeviceProperties& device) {
-  const Shape& shape = work.shape;
-  const bool native = is_native(work);
-  const int64_t size = size_of(work.load_type);
-  const int words = words_of(work.computed_as);
-
+constexpr Plan start(Schedule schedule, const Sizes& sizes) {
   Plan plan{};
-  plan.width = width_of(work);
-  plan.across = 1;
-  plan.vectorized = native && work.aligned && shape.dim % plan.width == 0;
-  const int64_t vectors = ceil_div(shape.dim, plan.width);
-
-  // Registers: a warp takes more vectors before a row takes more warps, since a warp reduces
-  // without a barrier.
-  const int most = vectors_within(limits::kRegistersWords, plan.width, words, work.inputs);
-  if (native && vectors <= int64_t{limits::kMaxThreads} * most) {
-    plan.schedule = Schedule::kRegisters;
-    plan.vectors = 1;
-    while (plan.vectors < most && vectors > int64_t{limits::kWarp} * plan.vectors) {
-      plan.vectors *= 2;
-    }
-    plan.group = group_for(ceil_div(vectors, plan.vectors));
-    distribute_rows(plan, shape.rows(), device);
-    return plan;
-  }
-
-  plan.vectors = vectors_at_a_time(limits::kStreamingWords, plan.width, words, work.inputs);
-  const int64_t available = device.max_shared_memory_per_block - limits::kReservedShared;
-  if (native && shape.dim <= available / size) {
-    const int64_t bytes = work.inputs * round_up(shape.dim * size, limits::kVectorBytes);
-    if (bytes <= available) {
-      plan.schedule = Schedule::kShared;
-      plan.shared_bytes = static_cast<size_t>(bytes);
-      // Where two rows fit an SM, two blocks: one loads while the other stores.
-      plan.group = 2 * bytes <= available ? limits::kMaxThreads / 2 : limits::kMaxThreads;
-      distribute_rows(plan, shape.rows(), device);
-      return plan;
-    }
-  }
-
-  plan.schedule = Schedule::kStreaming;
-  plan.group = group_for(ceil_div(vectors, plan.vectors));
-  distribute_rows(plan, shape.rows(), device);
+  plan.schedule = schedule;
+  plan.vectorized = sizes.whole;
+  plan.width = sizes.width;
+  plan.columns = plan.across = plan.items = plan.team = 1;
   return plan;
 }
 
-constexpr Plan plan_strided(const Workload& work, const DeviceProperties& device) {
+// --- Each schedule's plan; blocks is 0 where it cannot take the work -----------------------------
+
+constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device) {
+  const Sizes sizes(work);
   const Shape& shape = work.shape;
-  const int words = words_of(work.computed_as);
+  Plan plan = start(Schedule::kPacked, sizes);
+  plan.hold = Hold::kShared;
+  plan.vectorized = false;
+  if (sizes.chunks > 1) return plan;
+  plan.vectors = sizes.vectors <= limits::kWarp ? 1 : chunk_vectors(sizes.load);
+  plan.group = static_cast<int>(std::min<int64_t>(limits::kWarp, power_of_two_from(sizes.vectors)));
+  // Outer indices in a slab; fewer where the device would not be filled.
+  const int64_t one = shape.dim * shape.inner;
+  int64_t outer = std::clamp<int64_t>(limits::kSlabBytes / (one * sizes.load), 1, shape.outer);
+  while (outer > 1 && ceil_div(shape.outer, outer) < device.sm_count) outer = ceil_div(outer, 2);
+  const int64_t bytes =
+      work.inputs * slab_bytes(outer * one, sizes.load) + slab_bytes(outer * one, sizes.store);
+  if (bytes > device.max_shared_memory_per_block - limits::kReservedShared) return plan;
+  plan.shared_bytes = static_cast<size_t>(bytes);
+  plan.items = static_cast<int>(outer * shape.inner);
+  plan.across = outer * one * sizes.load > limits::kLargeSlabBytes ? limits::kLargePackedThreads
+                                                                   : limits::kPackedThreads;
+  plan.blocks = std::min(ceil_div(shape.outer, outer), limits::kMaxBlocks);
+  return plan;
+}
 
-  Plan plan{};
-  plan.schedule = Schedule::kStrided;
-  plan.width = width_of(work);
-  plan.vectorized = is_native(work) && work.aligned && shape.inner % plan.width == 0;
-  plan.vectors = vectors_at_a_time(limits::kStridedWords, plan.width, words, work.inputs);
-
-  // Across the inner size: the power of two that leaves the fewest threads without a column, and
-  // fewer threads, down to one sector, while there are too few blocks for the device.
-  const int64_t columns = ceil_div(shape.inner, plan.width);
-  const int access =
-      plan.vectorized ? limits::kVectorBytes : static_cast<int>(size_of(work.load_type));
-  int across = group_for(std::min<int64_t>(columns, limits::kWarp));
-  const int narrowest = std::min(across, std::max(1, limits::kSectorBytes / access));
-  for (int fewer = across / 2; fewer >= narrowest; fewer /= 2) {
-    const bool fuller = round_up(columns, fewer) < round_up(columns, across);
-    const bool needed = shape.outer * ceil_div(columns, across) < 2 * device.sm_count;
-    if (fuller || needed) across = fewer;
+constexpr Plan plan_warp(const Workload& work, const DeviceProperties& device) {
+  const Sizes sizes(work);
+  Plan plan = start(Schedule::kWarp, sizes);
+  // Vectors that are not whole are shifted between the lanes of a warp.
+  if (work.shape.inner > 1 || sizes.chunks > 1) return plan;
+  plan.group =
+      sizes.whole
+          ? static_cast<int>(std::min<int64_t>(limits::kWarp, power_of_two_from(sizes.vectors)))
+          : limits::kWarp;
+  plan.vectors = static_cast<int>(power_of_two_from(ceil_div(sizes.vectors, plan.group)));
+  if (!sizes.whole) plan.vectors = std::max(2, plan.vectors);
+  const int64_t rows = work.shape.rows();
+  plan.items = limits::kShortRowThreads / plan.group;
+  while (plan.items * plan.group > limits::kWarp && ceil_div(rows, plan.items) < device.sm_count) {
+    plan.items /= 2;
   }
-  plan.across = across;
-  // Across dim: as many as let each thread hold all that it reads, so that it reads it once.
-  plan.group = static_cast<int>(std::min<int64_t>(
-      power_of_two_from(ceil_div(shape.dim, plan.vectors)), limits::kStridedThreads / across));
-  distribute(plan, shape.outer * ceil_div(columns, across), limits::kMaxStridedItems, device);
-  const int bytes = work.computed_as == DType::kFloat64 ? 8 : 4;
-  plan.shared_bytes = static_cast<size_t>(bytes) * plan.width * plan.threads();
+  plan.blocks = std::min(ceil_div(rows, plan.items), limits::kMaxBlocks);
+  return plan;
+}
+
+// A row by `team` blocks of `warps` warps, with as little of it read twice as can be.
+constexpr Plan plan_shared_row(Schedule schedule, const Workload& work,
+                               const DeviceProperties& device, int64_t team, int64_t warps,
+                               int64_t teams) {
+  const Sizes sizes(work);
+  Plan plan = start(schedule, sizes);
+  plan.vectors = chunk_vectors(sizes.load);
+  plan.team = static_cast<int>(team);
+  const bool grid = schedule == Schedule::kGrid;
+  const int64_t states = grid ? sizes.grid_terms() : sizes.states();
+  // A chunk of each warp stays in its registers; more go to shared memory if all of them can.
+  if (sizes.chunks > team * warps) warps = std::min<int64_t>(warps, limits::kLongWarps);
+  const int64_t each = ceil_div(sizes.chunks, team * warps);
+  const int64_t kept = (each - 1) * warps * sizes.chunk_bytes * work.inputs;
+  const bool fits = kept + states <= device.max_shared_memory_per_block - limits::kReservedShared;
+  plan.hold = each == 1 ? Hold::kRegisters : fits ? Hold::kShared : Hold::kNone;
+  plan.group = static_cast<int>(warps) * limits::kWarp;
+  plan.shared_bytes = static_cast<size_t>(states + (plan.hold == Hold::kShared ? kept : 0));
+  plan.scratch_bytes = grid ? static_cast<size_t>(2 * teams * sizes.chunks * sizes.state_bytes) : 0;
+  plan.blocks = teams * team;
+  return plan;
+}
+
+constexpr Plan plan_block(const Workload& work, const DeviceProperties& device) {
+  const Sizes sizes(work);
+  if (work.shape.inner > 1 || sizes.chunks > limits::kBlockChunks) {
+    return start(Schedule::kBlock, sizes);
+  }
+  const int64_t warps = std::min<int64_t>(sizes.chunks, limits::kMostWarps);
+  return plan_shared_row(Schedule::kBlock, work, device, 1, warps,
+                         std::min(work.shape.rows(), limits::kMaxBlocks));
+}
+
+constexpr Plan plan_cluster(const Workload& work, const DeviceProperties& device) {
+  const Sizes sizes(work);
+  if (work.shape.inner > 1 || sizes.chunks < 2 || sizes.chunks > limits::kBlockChunks ||
+      !device.has_clusters()) {
+    return start(Schedule::kCluster, sizes);
+  }
+  const int64_t rows = work.shape.rows();
+  // As many blocks as it takes for two of them on an SM, or as the device has SMs free.
+  int64_t team = 2;
+  while (team < limits::kClusterBlocks && 2 * team <= sizes.chunks &&
+         (ceil_div(sizes.chunks, team) > limits::kRowWarps || rows * team < device.sm_count)) {
+    team *= 2;
+  }
+  const int64_t warps = std::min<int64_t>(ceil_div(sizes.chunks, team), limits::kMostWarps);
+  return plan_shared_row(Schedule::kCluster, work, device, team, warps,
+                         std::min(rows, limits::kMaxBlocks / team));
+}
+
+constexpr Plan plan_grid(const Workload& work, const DeviceProperties& device) {
+  const Sizes sizes(work);
+  if (work.shape.inner > 1) return start(Schedule::kGrid, sizes);
+  // One block an SM, since all are to run at the same time. Each of many rows has as many as hold it.
+  const int64_t of_warps = limits::kLongWarps * sizes.chunk_bytes * work.inputs;
+  const int64_t kept =
+      (device.max_shared_memory_per_block - limits::kReservedShared - sizes.grid_terms()) /
+      of_warps;
+  const int64_t enough = ceil_div(sizes.chunks, (1 + kept) * limits::kLongWarps);
+  const int64_t rows = work.shape.rows();
+  const int64_t teams =
+      std::clamp<int64_t>(device.sm_count / std::min<int64_t>(enough, device.sm_count), 1, rows);
+  const int64_t team = std::min<int64_t>(device.sm_count / teams, sizes.chunks);
+  const int64_t warps = std::min<int64_t>(ceil_div(sizes.chunks, team), limits::kMostWarps);
+  return plan_shared_row(Schedule::kGrid, work, device, team, warps, teams);
+}
+
+constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device) {
+  const Sizes sizes(work);
+  const Shape& shape = work.shape;
+  Plan plan = start(Schedule::kColumns, sizes);
+  const auto fits = [&](int columns) { return work.aligned && shape.inner % columns == 0; };
+  plan.columns = fits(sizes.width) ? sizes.width : sizes.load == 2 && fits(4) ? 4 : 1;
+  plan.vectorized = plan.columns == sizes.width;
+  plan.vectors = column_steps(plan.columns, sizes.load, work.inputs);
+
+  // Along dim as many threads as hold all of it, or a chunk; across the inner size a sector at least.
+  const int64_t access = plan.columns * sizes.load;
+  const int64_t needed = power_of_two_from(ceil_div(shape.inner, plan.columns));
+  const int64_t least = std::min(needed, std::max<int64_t>(1, limits::kSectorBytes / access));
+  const int64_t wanted = std::min(needed, std::max<int64_t>(1, limits::kTileBytes / access));
+  const int64_t of_chunk = int64_t{limits::kWarp} * chunk_vectors(sizes.load) * sizes.width;
+  const int64_t along = power_of_two_from(ceil_div(std::min(shape.dim, of_chunk), plan.vectors));
+  // A cluster takes a chunk a block.
+  const bool cluster = sizes.chunks > 1 && sizes.chunks <= limits::kClusterBlocks &&
+                       device.has_clusters() && along * least <= limits::kMostColumnThreads;
+  plan.team = cluster ? static_cast<int>(sizes.chunks) : 1;
+  int64_t across = least;
+  while (across < wanted && 2 * across * along <= limits::kMostColumnThreads) across *= 2;
+  while (across < needed && 2 * across * along <= limits::kColumnThreads &&
+         shape.outer * ceil_div(needed, 2 * across) >= 2 * device.sm_count) {
+    across *= 2;
+  }
+  across = std::max(across, limits::kWarp / along);  // a warp, though some have no column
+  plan.across = static_cast<int>(across);
+  plan.group = static_cast<int>(std::min(along, limits::kMostColumnThreads / across));
+  plan.hold = int64_t{plan.group} * plan.vectors >= std::min(shape.dim, of_chunk) &&
+                      (sizes.chunks == 1 || cluster)
+                  ? Hold::kRegisters
+                  : Hold::kNone;
+  // Sums of `width` neighbours along dim, for each column of the tile, or the threads' maxima; the
+  // columns' maxima and states; and those of their chunks.
+  const int64_t tile = across * plan.columns;
+  const int64_t computed = sizes.load == 8 ? 8 : 4;
+  const int64_t partials = std::max<int64_t>(plan.group * plan.vectors / sizes.width, plan.group);
+  const bool in_shared = sizes.chunks <= limits::kColumnChunks;
+  const int64_t of_chunks = 2 * tile * sizes.chunks;
+  const int64_t states = 2 * tile + (sizes.chunks > 1 && in_shared ? of_chunks : 0);
+  const int64_t running = shape.dim > int64_t{plan.group} * plan.vectors ? tile * limits::kWarp : 0;
+  plan.shared_bytes =
+      static_cast<size_t>(computed * (partials * (tile + 1) + tile + states + running) + 15) / 16 *
+      16;
+  const int64_t tiles = shape.outer * ceil_div(shape.inner, tile);
+  plan.blocks = std::min(tiles, limits::kMaxBlocks / plan.team) * plan.team;
+  plan.scratch_bytes = in_shared ? 0 : static_cast<size_t>(plan.blocks * of_chunks * computed);
   return plan;
 }
 
@@ -249,24 +380,72 @@ inline bool is_aligned(const void* pointer) {
 
 }  // namespace detail
 
-// The plan for the workload; nothing is to be launched (blocks is 0) where it has no elements.
+// The plan of that schedule for the workload; blocks is 0 where it cannot take it, or where there is
+// nothing to do.
+constexpr Plan make_plan(const Workload& work, const DeviceProperties& device, Schedule schedule) {
+  if (work.shape.numel() == 0) return Plan{};
+  switch (schedule) {
+    case Schedule::kPacked:
+      return detail::plan_packed(work, device);
+    case Schedule::kWarp:
+      return detail::plan_warp(work, device);
+    case Schedule::kBlock:
+      return detail::plan_block(work, device);
+    case Schedule::kCluster:
+      return detail::plan_cluster(work, device);
+    case Schedule::kGrid:
+      return detail::plan_grid(work, device);
+    case Schedule::kColumns:
+      return detail::plan_columns(work, device);
+  }
+  return Plan{};
+}
+
+// The schedule that is expected to be the fastest of those that can take the workload.
+constexpr Schedule choose(const Workload& work, const DeviceProperties& device) {
+  const detail::Sizes sizes(work);
+  const Shape& shape = work.shape;
+  if (shape.inner > 1) {
+    // Less than a sector side by side, or no more than a small slab in all.
+    const bool narrow = shape.inner * sizes.load < limits::kSectorBytes;
+    const bool small = shape.dim * shape.inner * sizes.load <= limits::kSlabBytes;
+    const bool fits = detail::plan_packed(work, device).blocks > 0;
+    return fits && (narrow || small) ? Schedule::kPacked : Schedule::kColumns;
+  }
+  if (!sizes.whole && sizes.vectors <= limits::kWarp) return Schedule::kPacked;
+  if (sizes.chunks == 1) return Schedule::kWarp;
+  const int64_t rows = shape.rows();
+  const bool clusters = device.has_clusters();
+  if (clusters && sizes.chunks <= limits::kRowWarps &&
+      (rows >= device.sm_count || sizes.chunks < limits::kFewChunks)) {
+    return Schedule::kBlock;
+  }
+  // A cluster that holds its row, or a block where there are no clusters; the whole device for a few
+  // long rows, and for rows that would be read twice otherwise.
+  const Schedule shared = clusters ? Schedule::kCluster : Schedule::kBlock;
+  const Plan plan = make_plan(work, device, shared);
+  const bool few =
+      sizes.chunks > limits::kRowWarps && 2 * rows * std::max(1, plan.team) <= device.sm_count;
+  if (plan.blocks > 0 && plan.hold == Hold::kRegisters && (clusters || !few)) return shared;
+  const Plan grid = make_plan(work, device, Schedule::kGrid);
+  const bool once = plan.blocks > 0 && plan.hold != Hold::kNone;
+  return few || plan.blocks == 0 || (!once && grid.hold != Hold::kNone) ? Schedule::kGrid : shared;
+}
+
 constexpr Plan make_plan(const Workload& work, const DeviceProperties& device) {
-  if (work.shape.outer == 0 || work.shape.dim == 0 || work.shape.inner == 0) return Plan{};
-  return work.shape.inner > 1 ? detail::plan_strided(work, device)
-                              : detail::plan_rows(work, device);
+  if (work.shape.numel() == 0) return Plan{};
+  return make_plan(work, device, choose(work, device));
 }
 
-inline Plan plan_forward(const ForwardArgs& args, const DeviceProperties& device) {
-  return make_plan({args.shape, args.output_dtype, args.input_dtype, args.output_dtype, 1,
-                    detail::is_aligned(args.input) && detail::is_aligned(args.output)},
-                   device);
+inline Workload workload(const ForwardArgs& args) {
+  return {args.shape, args.input_dtype, args.output_dtype, 1,
+          detail::is_aligned(args.input) && detail::is_aligned(args.output)};
 }
 
-inline Plan plan_backward(const BackwardArgs& args, const DeviceProperties& device) {
-  return make_plan({args.shape, args.output_dtype, args.output_dtype, args.grad_input_dtype, 2,
-                    detail::is_aligned(args.grad_output) && detail::is_aligned(args.output) &&
-                        detail::is_aligned(args.grad_input)},
-                   device);
+inline Workload workload(const BackwardArgs& args) {
+  return {args.shape, args.output_dtype, args.grad_input_dtype, 2,
+          detail::is_aligned(args.grad_output) && detail::is_aligned(args.output) &&
+              detail::is_aligned(args.grad_input)};
 }
 
 }  // namespace softmax_ext

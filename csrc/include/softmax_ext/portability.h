@@ -5,15 +5,20 @@
 #include <cstddef>
 #include <cstdint>
 
+// SOFTMAX_EXT_FUNCTION   of what kernels are made of, on either side
+// SOFTMAX_EXT_DEVICE     defined where CUDA kernels are compiled
 #if defined(__CUDACC__)
-#define SOFTMAX_EXT_HOST_DEVICE __host__ __device__ __forceinline__
+#define SOFTMAX_EXT_FUNCTION __device__ __forceinline__
 #else
 // Always inlined: the CPU kernels are compiled once per instruction set, and an out-of-line copy
 // shared by the linker could run AVX-512 code on a processor without it.
-#define SOFTMAX_EXT_HOST_DEVICE inline __attribute__((always_inline))
+#define SOFTMAX_EXT_FUNCTION inline __attribute__((always_inline))
 #endif
 
 #if defined(__CUDACC__) || defined(SOFTMAX_EXT_SIMT)
+#define SOFTMAX_EXT_DEVICE
+
+#include <cooperative_groups.h>
 
 #include <cuda_runtime.h>
 
@@ -37,11 +42,17 @@
 
 namespace softmax_ext {
 
-// The kernel on the stream of the current device, as clusters of `cluster` blocks where that is
-// more than 1. The error of the launch, if any, is not left for the next call to find.
+// Blocks that meet: those of a cluster, or, cooperative, all of the launch.
+struct Together {
+  unsigned cluster = 1;
+  bool cooperative = false;
+};
+
+// The kernel on the stream of the current device. The error of the launch, if any, is not left for
+// the next call to find.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                          unsigned cluster, cudaStream_t stream, Arguments... arguments) {
+                          Together together, cudaStream_t stream, Arguments... arguments) {
   // What a block gets without being asked is 48 KB, with the kernel's static arrays: at most 1 KB.
   constexpr size_t kDefaultSharedBytes = 47 * 1024;
   cudaError_t error = cudaSuccess;
@@ -52,21 +63,26 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   }
   if (error == cudaSuccess) {
     cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {cluster, 1, 1};
+    if (together.cooperative) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {together.cluster, 1, 1};
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = cluster > 1 ? 1 : 0;
+    config.numAttrs = together.cooperative || together.cluster > 1 ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   }
   return error == cudaSuccess ? cudaSuccess : cudaGetLastError();
 }
 
-// One access of sizeof(Word) bytes, 8 or 16, at a multiple of that.
+// One access of sizeof(Word) bytes at a multiple of that.
 template <class Word>
 __device__ __forceinline__ Word load_word(const void* from) {
 #if defined(SOFTMAX_EXT_SIMT)
@@ -86,6 +102,34 @@ __device__ __forceinline__ void store_word(void* to, Word word) {
   } else {
     *static_cast<Word*>(to) = word;
   }
+}
+
+// All threads of the cluster, or of the cooperative launch, meet; what each wrote before, all may
+// read afterwards. A thread may do something else between its arrival and its wait.
+__device__ __forceinline__ void arrive_at_cluster() {
+#if defined(SOFTMAX_EXT_SIMT) || __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().barrier_arrive();
+#endif
+}
+__device__ __forceinline__ void wait_for_cluster() {
+#if defined(SOFTMAX_EXT_SIMT) || __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().barrier_wait();
+#endif
+}
+__device__ __forceinline__ void sync_cluster() {
+  arrive_at_cluster();
+  wait_for_cluster();
+}
+__device__ __forceinline__ void sync_grid() { cooperative_groups::this_grid().sync(); }
+
+// The same place in the shared memory of block `rank` of the cluster, which must have begun.
+template <class T>
+__device__ __forceinline__ T* shared_of_block(T* pointer, int rank) {
+#if defined(SOFTMAX_EXT_SIMT) || __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(pointer, static_cast<unsigned>(rank));
+#else
+  return pointer;
+#endif
 }
 
 }  // namespace softmax_ext

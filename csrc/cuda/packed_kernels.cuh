@@ -1,0 +1,275 @@
+// The packed schedule: rows that are short, or of which the elements lie between those of others
+// (inner > 1), so that a warp's accesses to one row would be narrow or far apart.
+//
+// A block has a slab at a time: all rows of some outer indices, which are one piece of memory. It
+// goes to shared memory by 16 bytes across the rows' borders, and the results come back the same way,
+// whatever the alignment. Between, 1 to 32 threads have a row each. One read, one write; limit: a row
+// is of one chunk, and a slab fits the block's shared memory.
+//
+// A block reads its slab before it writes it, and touches no other, so the memory written may be that
+// of an input.
+#pragma once
+
+#include "device.cuh"
+
+namespace softmax_ext::cuda {
+
+struct Packing {
+  int outer;  // indices of a slab
+  int bytes;  // of a slab of an input in shared memory
+  int group;  // threads of a row
+};
+
+// `elements` of T in shared memory, as they lie in global memory from `global` on: at the same place
+// in 16 bytes, with room left behind every 32 words (slab_bytes in plan.h).
+template <class T>
+class Slab {
+ public:
+  __device__ __forceinline__ Slab(unsigned char* memory, const T* global, int elements)
+      : memory_(memory),
+        shift_(misalignment(global, limits::kVectorBytes)),
+        end_(shift_ + elements * kSize) {}
+
+  __device__ __forceinline__ T& operator[](int i) const {
+    return *reinterpret_cast<T*>(at(shift_ + i * kSize));
+  }
+
+  // By all threads of the block.
+  __device__ __forceinline__ void copy_from(const T* global) const {
+    const char* const begin = reinterpret_cast<const char*>(global) - shift_;
+    for_each_vector([&](int first, auto index_of) {
+      Vector x[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (is_whole(index_of(first, j))) {
+          x[j] = load_words<4>(begin + int64_t{index_of(first, j)} * limits::kVectorBytes);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int vector = index_of(first, j);
+        if (is_whole(vector)) {
+#pragma unroll
+          for (int w = 0; w < 4; ++w) {
+            *reinterpret_cast<uint32_t*>(at(vector * limits::kVectorBytes + w * 4)) = x[j].word[w];
+          }
+        } else {
+          for_each_element(vector, [&](int byte) {
+            *reinterpret_cast<T*>(at(byte)) = *reinterpret_cast<const T*>(begin + byte);
+          });
+        }
+      }
+    });
+  }
+
+  __device__ __forceinline__ void copy_to(T* global) const {
+    char* const begin = reinterpret_cast<char*>(global) - shift_;
+    for_each_vector([&](int first, auto index_of) {
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int vector = index_of(first, j);
+        if (is_whole(vector)) {
+          Vector x;
+#pragma unroll
+          for (int w = 0; w < 4; ++w) {
+            x.word[w] =
+                *reinterpret_cast<const uint32_t*>(at(vector * limits::kVectorBytes + w * 4));
+          }
+          store_words<true>(begin + int64_t{vector} * limits::kVectorBytes, x);
+        } else {
+          for_each_element(vector, [&](int byte) {
+            *reinterpret_cast<T*>(begin + byte) = *reinterpret_cast<const T*>(at(byte));
+          });
+        }
+      }
+    });
+  }
+
+ private:
+  static constexpr int kSize = static_cast<int>(sizeof(T));
+  static constexpr int kPad = kSize > 4 ? kSize : 4;
+  static constexpr int kBatch = 4;  // loads in flight
+
+  __device__ __forceinline__ unsigned char* at(int byte) const {
+    return memory_ + byte + byte / (32 * 4) * kPad;
+  }
+  __device__ __forceinline__ bool is_whole(int vector) const {
+    return (vector > 0 || shift_ == 0) && (vector + 1) * limits::kVectorBytes <= end_;
+  }
+  template <class Body>
+  __device__ __forceinline__ void for_each_vector(Body body) const {
+    const int threads = static_cast<int>(blockDim.x);
+#pragma unroll 1
+    for (int first = static_cast<int>(threadIdx.x); first * limits::kVectorBytes < end_;
+         first += kBatch * threads) {
+      body(first, [threads](int first, int j) { return first + j * threads; });
+    }
+  }
+  // Those of the slab in a vector that is not whole.
+  template <class Body>
+  __device__ __forceinline__ void for_each_element(int vector, Body body) const {
+#pragma unroll 1
+    for (int v = 0; v < kWidth<T>; ++v) {
+      const int byte = vector * limits::kVectorBytes + v * kSize;
+      if (byte >= shift_ && byte < end_) body(byte);
+    }
+  }
+
+  unsigned char* memory_;
+  int shift_;
+  int end_;  // bytes from the first whole 16
+};
+
+// The elements of a row that a thread has: those of vectors lane, lane + group, ... of the row.
+struct PackedRow {
+  int lane;
+  int group;
+  int dim;  // 0 for a row that does not exist
+  int inner;
+  int begin;  // of the row in the slab
+
+  // Calls body(v, place, whether it exists) for the elements of the thread's vector number k.
+  template <int width, class Body>
+  __device__ __forceinline__ void for_each(int k, Body body) const {
+    const int first = (k * group + lane) * width;
+    int place = begin + first * inner;
+#pragma unroll
+    for (int v = 0; v < width; ++v) {
+      body(v, place, first + v < dim);
+      place += inner;
+    }
+  }
+  template <int width>
+  __device__ __forceinline__ int vectors() const {
+    return (dim + group * width - 1) / (group * width);
+  }
+};
+
+// Calls body(row) for the rows of a slab of `outer` outer indices; all threads of a warp come along.
+template <class Body>
+__device__ __forceinline__ void for_each_packed_row(const Shape& shape, int outer, int group,
+                                                    Body body) {
+  const int dim = static_cast<int>(shape.dim);
+  const int inner = static_cast<int>(shape.inner);
+  const int rows = outer * inner;
+  const int at_a_time = static_cast<int>(blockDim.x) / group;
+  const int lane = static_cast<int>(threadIdx.x) % group;
+#pragma unroll 1
+  for (int first = 0; first < rows; first += at_a_time) {
+    const int row = first + static_cast<int>(threadIdx.x) / group;
+    const int of_outer = inner == 1 ? row : row / inner;
+    body(PackedRow{lane, group, row < rows ? dim : 0, inner,
+                   of_outer * dim * inner + (row - of_outer * inner)});
+  }
+}
+
+// Calls body(offset, outer) for each slab of the block: its first element, its outer indices.
+template <class Body>
+__device__ __forceinline__ void for_each_slab(const Shape& shape, int outer, Body body) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * outer;
+#pragma unroll 1
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * outer; first < shape.outer;
+       first += stride) {
+    const int64_t left = shape.outer - first;
+    body(first * shape.dim * shape.inner, left < outer ? static_cast<int>(left) : outer);
+  }
+}
+
+// one: a thread has one vector of a row, in registers.
+template <Op op, bool one, class In, class Out>
+__global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
+    packed_forward_kernel(const In* input, Out* output, Shape shape, Packing packing) {
+  using A = computed_t<In>;
+  using P = typename PrecisionOf<op, Out>::type;
+  constexpr int kWidth = cuda::kWidth<In>;
+  SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
+  const int64_t of_outer = shape.dim * shape.inner;
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+    const int elements = outer * static_cast<int>(of_outer);
+    const Slab<In> in(memory, input + offset, elements);
+    const Slab<Out> out(memory + packing.bytes, output + offset, elements);
+    in.copy_from(input + offset);
+    __syncthreads();
+    for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
+      A x[kWidth];
+      const auto load = [&](int k) {
+        row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
+          x[v] = exists ? from_element<A>(in[place]) : -static_cast<A>(INFINITY);
+        });
+      };
+      const int vectors = one ? 1 : row.vectors<kWidth>();
+      A max = -static_cast<A>(INFINITY);
+#pragma unroll 1
+      for (int k = 0; k < vectors; ++k) {
+        load(k);
+        max = max_of(max, max_in(x));
+      }
+      max = warp_reduce<Max>(max, row.group);
+      const A shift = shift_by(max);
+      A sum = 0;
+#pragma unroll 1
+      for (int k = 0; k < vectors; ++k) {
+        if constexpr (!one) load(k);
+        A exps[kWidth];
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v) exps[v] = P::exp(x[v] - shift);
+        sum = add_of(sum, sum_of(exps));
+      }
+      const forward_t<op, A, Out> formula(max, warp_reduce<Sum>(sum, row.group));
+#pragma unroll 1
+      for (int k = 0; k < vectors; ++k) {
+        if constexpr (!one) load(k);
+        row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
+          if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));
+        });
+      }
+    });
+    __syncthreads();
+    out.copy_to(output + offset);
+  });
+}
+
+template <Op op, bool one, class In, class Out>
+__global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
+    packed_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Shape shape,
+                           Packing packing) {
+  using A = computed_t<In>;
+  using B = backward_t<op, A, Out>;
+  constexpr int kWidth = cuda::kWidth<In>;
+  SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
+  const int64_t of_outer = shape.dim * shape.inner;
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+    const int elements = outer * static_cast<int>(of_outer);
+    const Slab<In> grad(memory, grad_output + offset, elements);
+    const Slab<In> y(memory + packing.bytes, output + offset, elements);
+    const Slab<Out> out(memory + 2 * packing.bytes, grad_input + offset, elements);
+    grad.copy_from(grad_output + offset);
+    y.copy_from(output + offset);
+    __syncthreads();
+    for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
+      const int vectors = one ? 1 : row.vectors<kWidth>();
+      A sum = 0;
+#pragma unroll 1
+      for (int k = 0; k < vectors; ++k) {
+        A terms[kWidth]{};
+        row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
+          if (exists) terms[v] = B::term(from_element<A>(grad[place]), from_element<A>(y[place]));
+        });
+        sum = add_of(sum, sum_of(terms));
+      }
+      const B formula{warp_reduce<Sum>(sum, row.group)};
+#pragma unroll 1
+      for (int k = 0; k < vectors; ++k) {
+        row.for_each<kWidth>(k, [&](int, int place, bool exists) {
+          if (!exists) return;
+          out[place] = ToElement<Out>::of(
+              formula.of(from_element<A>(grad[place]), from_element<A>(y[place])));
+        });
+      }
+    });
+    __syncthreads();
+    out.copy_to(grad_input + offset);
+  });
+}
+
+}  // namespace softmax_ext::cuda

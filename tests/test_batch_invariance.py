@@ -1,0 +1,57 @@
+"""A row's result has the same bits whatever batch it is in; on CUDA, whatever dim it lies along."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tolerances import FLOATING, OPS, OURS
+
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# A part of a vector; several vectors, and one element; a chunk of a warp (2048 elements of 16 bits,
+# 1024 of float32, 256 of float64), and one more; a cluster's; more than a block's, and not aligned.
+SIZES = [3, 65, 256, 257, 1024, 1025, 2049, 20000, 50257, 200003]
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    bits = BITS[actual.element_size()]
+    return torch.equal(actual.contiguous().view(bits), expected.contiguous().view(bits))
+
+
+def gradient(
+    function: Callable[..., torch.Tensor], x: torch.Tensor, dim: int, grad: torch.Tensor
+) -> torch.Tensor:
+    leaf = x.detach().clone().requires_grad_()
+    function(leaf, dim).backward(grad)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("size", SIZES)
+def test_alone_and_in_a_batch(size: int, op: str, dtype: torch.dtype, device: str) -> None:
+    function = OURS[op]
+    # The last rows begin anywhere in 16 bytes where the size is odd.
+    x = torch.randn(7, size).to(dtype).to(device)
+    grad = torch.randn(7, size).to(dtype).to(device)
+    y = function(x, 1)
+    dx = gradient(function, x, 1, grad)
+    for row in (0, 1, 6):
+        alone = x[row : row + 1].clone()
+        assert same(function(alone, 1), y[row : row + 1])
+        assert same(gradient(function, alone, 1, grad[row : row + 1].clone()), dx[row : row + 1])
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)  # the CPU sums columns in another order
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("inner", [2, 5, 64])
+@pytest.mark.parametrize("size", [size for size in SIZES if size < 50257])
+def test_along_another_dim(size: int, inner: int, op: str, dtype: torch.dtype, device: str) -> None:
+    function = OURS[op]
+    rows = torch.randn(inner, size).to(dtype).to(device)
+    grad = torch.randn(inner, size).to(dtype).to(device)
+    columns, column_grad = rows.t().contiguous(), grad.t().contiguous()
+    assert same(function(columns, 0).t(), function(rows, 1))
+    assert same(gradient(function, columns, 0, column_grad).t(), gradient(function, rows, 1, grad))
