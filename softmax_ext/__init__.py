@@ -6,17 +6,20 @@ torch.nn.functional.softmax stood: the same values, gradients, dtypes and errors
 
 from __future__ import annotations
 
+from softmax_ext._explain import Explanation, explain
 from softmax_ext._info import __version__, build_info
 from softmax_ext.functional import log_softmax, softmax, softmin
 from softmax_ext.modules import LogSoftmax, Softmax, Softmax2d, Softmin
 
 __all__ = [
+    "Explanation",
     "LogSoftmax",
     "Softmax",
     "Softmax2d",
     "Softmin",
     "__version__",
     "build_info",
+    "explain",
     "log_softmax",
     "softmax",
     "softmin",

@@ -25,6 +25,7 @@ PUBLIC = (
     "Softmin",
     "Softmax2d",
     "build_info",
+    "explain",
 )
 
 

@@ -1,0 +1,283 @@
+"""softmax_ext.explain, on paper: no GPU is needed, nor a build with CUDA."""
+
+import dataclasses
+import doctest
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import softmax_ext
+from benchmarks.gpu_cells import all_cells
+from benchmarks.gpu_model import DEVICES, DOCUMENT, explain_cell, model_cells, render
+from softmax_ext import Explanation, _explain, explain
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# Of every schedule, and every hold.
+SHAPES = [
+    ((4096, 7), -1, BF16),
+    ((4096, 1024), -1, BF16),
+    ((4096, 4096), -1, FP32),
+    ((4096, 50257), -1, FP16),
+    ((1, 4 << 20), -1, BF16),
+    ((1, 4 << 20), -1, FP32),
+    ((256, 1 << 20), -1, FP32),
+    ((16, 1 << 24), -1, FP32),
+    ((32, 1000, 196), 1, BF16),
+    ((8192, 8192), 0, FP64),
+    ((300, 5, 3), 1, FP64),
+    ((1,), 0, FP32),
+]
+
+
+@pytest.mark.parametrize("device", _explain.DEVICES)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("shape", "dim", "dtype"), SHAPES)
+def test_fields(
+    shape: tuple[int, ...], dim: int, dtype: torch.dtype, backward: bool, device: str
+) -> None:
+    found = explain(shape, dtype, dim, backward=backward, device=device)
+    known = _explain.DEVICES[device]
+    assert found.schedule in {"packed", "warp", "block", "cluster", "grid", "columns"}
+    assert found.hold in {"registers", "shared", "none"}
+    assert found.kernel is not None and found.kernel.split()[0].endswith(
+        "backward" if backward else "forward"
+    )
+    assert found.blocks >= 1 and found.blocks % found.team == 0
+    assert found.threads in range(32, 1025, 32)
+    assert found.shared_bytes <= known.shared_bytes_of_block
+    assert (found.scratch_bytes > 0) >= (found.schedule == "grid")
+    assert found.schedule != "cluster" or known.compute_capability >= 90
+    assert 0 < found.occupancy <= 1
+    assert found.waves > 0
+    once = (3 if backward else 2) * math.prod(shape) * dtype.itemsize
+    assert (found.bytes_moved == once) == (found.hold != "none")
+    # Faster than the memory is impossible.
+    assert found.microseconds > found.bytes_moved / (found.bandwidth * 1e3)
+    assert 0 < found.copy_fraction < 1
+    assert found.limiter in {"bandwidth", "instructions", "float64", "latency"}
+    assert found.device == device and not found.cast_first
+
+
+def test_the_shapes_here_take_every_schedule_and_hold() -> None:
+    found = [
+        explain(shape, dtype, dim, device=device)
+        for shape, dim, dtype in SHAPES
+        for device in ("A100", "H100")
+    ]
+    assert {each.schedule for each in found} == {
+        *("packed", "warp", "block", "cluster", "grid", "columns")
+    }
+    assert {each.hold for each in found} == {"registers", "shared", "none"}
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype", "backward", "moved"), [
+    (BF16, None, False, 4),
+    (BF16, None, True, 6),
+    (BF16, FP32, False, 6),
+    (BF16, FP32, True, 10),
+    (FP64, None, True, 24),
+    # A cast by torch: int64 to float32 before, float64 to float32 after.
+    (torch.int64, FP32, False, 8 + 8 + 4),
+    (FP32, BF16, False, 4 + 4 + 2),
+    (FP32, FP64, True, 24 + 8 + 4),
+])  # fmt: skip
+def test_bytes(
+    dtype: torch.dtype, out_dtype: torch.dtype | None, backward: bool, moved: int
+) -> None:
+    found = explain((512, 1024), dtype, out_dtype=out_dtype, backward=backward, device="H100")
+    assert found.bytes_moved == moved * 512 * 1024
+    native = out_dtype in (None, dtype) or (dtype, out_dtype) == (BF16, FP32)
+    assert found.cast_first == (not native)
+
+
+def test_what_is_read_again_counts_again() -> None:
+    forward = explain((16, 1 << 24), device="H100")
+    backward = explain((16, 1 << 24), backward=True, device="H100")
+    assert (forward.hold, backward.hold) == ("none", "none")
+    assert forward.bytes_moved == 3 * 4 * 16 << 24
+    assert backward.bytes_moved == 5 * 4 * 16 << 24
+    # Columns of which not even a chunk fits: for the max, the sum and the result.
+    forward = explain((8, 4096, 33), BF16, 1, device="H100")
+    assert (forward.schedule, forward.hold) == ("columns", "none")
+    assert forward.bytes_moved == 4 * 2 * 8 * 4096 * 33
+
+
+@pytest.mark.parametrize(("shape", "dim", "dtype", "kernel"), [
+    ((4096, 1024), -1, BF16, "registers_forward softmax bfloat16 vectors=4"),
+    ((256, 1 << 20), -1, FP32, "long_forward softmax float32"),
+    ((4096, 7), -1, FP32, "packed_forward softmax float32 one=true"),
+    ((4096, 777), -1, FP32, "registers_forward softmax float32 vectors=8"),
+    ((32, 1000, 196), 1, BF16, "columns_forward softmax bfloat16 columns=4"),
+    ((8192, 8192), 0, BF16, "columns_forward softmax bfloat16 columns=8"),
+])  # fmt: skip
+def test_names_of_kernels(
+    shape: tuple[int, ...], dim: int, dtype: torch.dtype, kernel: str
+) -> None:
+    assert explain(shape, dtype, dim, device="H100").kernel == kernel
+
+
+def test_names_of_kernels_that_cast() -> None:
+    forward = explain((4096, 1024), BF16, out_dtype=FP32, device="H100")
+    assert forward.kernel == "registers_forward softmax bfloat16 -> float32 vectors=4"
+    backward = explain((4096, 1024), BF16, out_dtype=FP32, backward=True, device="H100")
+    assert backward.kernel == "registers_backward softmax float32 -> bfloat16 vectors=8"
+
+
+@pytest.mark.parametrize("device", _explain.DEVICES)
+def test_the_registers_of_every_kernel_of_the_benchmark_are_known(device: str) -> None:
+    found = [explain_cell(cell, device) for cell in all_cells() if not cell.is_call]
+    assert {each.kernel for each in found if each.registers is None} == set()
+
+
+def test_registers_are_those_of_the_nearest_architecture_below(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_explain, "register_table", lambda: {80: {"k": 40}, 90: {"k": 50}})
+    device = _explain.DEVICES["H100"]
+    for capability, registers in ((75, None), (80, 40), (89, 40), (90, 50), (120, 50)):
+        on = dataclasses.replace(device, compute_capability=capability)
+        assert _explain.registers_of("k", on) == registers
+        assert _explain.registers_of("unknown", on) is None
+
+
+@pytest.mark.parametrize(("threads", "registers", "shared", "device", "blocks"), [
+    (128, 32, 0, "H100", 16),           # threads
+    (128, 33, 0, "H100", 12),           # registers are given out by eights, warps by fours
+    (128, 64, 0, "H100", 8),
+    (512, 128, 0, "H100", 1),
+    (32, 32, 0, "H100", 32),            # blocks
+    (32, 32, 0, "RTX 5090", 24),
+    (128, 32, 32 << 10, "H100", 6),     # shared memory, and 1 KB of each block that is the system's
+    (128, 32, 32 << 10, "RTX 5090", 3),
+    (128, None, 0, "H100", 4),          # unknown: what the launch bounds leave
+])  # fmt: skip
+def test_resident_blocks(
+    threads: int, registers: int | None, shared: int, device: str, blocks: int
+) -> None:
+    plan = _explain.Plan(*("block", "registers", True, 8, 8, 1, threads, 1, 1, 1, 1000, shared, 0))
+    assert _explain.resident_blocks(plan, registers, _explain.DEVICES[device]) == blocks
+
+
+def test_more_bandwidth_takes_less_time_until_something_else_limits() -> None:
+    times = [
+        explain((1 << 19, 1024), BF16, device="H100", bandwidth=bandwidth)
+        for bandwidth in (1000, 2000, 1e9)
+    ]
+    assert [each.limiter for each in times[:2]] == ["bandwidth", "bandwidth"]
+    assert times[0].microseconds == pytest.approx(2 * times[1].microseconds, rel=0.01)
+    assert times[2].limiter != "bandwidth"
+
+
+def test_a_tensor_gives_its_shape_and_dtype() -> None:
+    tensor = torch.empty(64, 1000, dtype=BF16)
+    assert explain(tensor, device="H100") == explain((64, 1000), BF16, device="H100")
+    scalar = explain(torch.tensor(1.0), device="H100")
+    assert scalar == explain((), device="H100") == explain((1,), device="H100")
+
+
+def test_a_tensor_without_elements_runs_nothing() -> None:
+    found = explain((0, 5), device="H100")
+    assert (found.blocks, found.bytes_moved, found.microseconds) == (0, 0, 0)
+    assert found.kernel is None and found.limiter == "nothing to do"
+    assert "nothing to do" in str(found)
+
+
+def test_the_printed_table() -> None:
+    found = explain((10682, 50257), BF16, device="H100")
+    assert repr(found) == str(found)
+    lines = str(found).splitlines()
+    assert {line[14] for line in lines} == {" "} and " " not in {line[15] for line in lines}
+    for shown in ("H100", "3000 GB/s (measured)", str(found.kernel), f"{found.blocks} blocks"):
+        assert shown in str(found)
+    assert "3210 GB/s (given)" in str(explain((5, 5), device="H100", bandwidth=3210))
+    assert "cast first     by torch" in str(explain((5, 5), FP64, out_dtype=BF16, device="H100"))
+
+
+@pytest.mark.parametrize("dim", [-3, 2])
+def test_a_dim_out_of_range(dim: int) -> None:
+    with pytest.raises(IndexError, match=rf"range of \[-2, 1\], but got {dim}"):
+        explain((3, 3), dim=dim, device="H100")
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype", "backward"), [
+    (torch.complex64, None, False),
+    (torch.complex64, FP32, False),
+    (torch.int64, None, False),
+    (torch.int64, FP32, True),
+    (FP32, torch.int64, False),
+    (torch.float8_e4m3fn, FP32, False),
+])  # fmt: skip
+def test_a_dtype_without_a_kernel(
+    dtype: torch.dtype, out_dtype: torch.dtype | None, backward: bool
+) -> None:
+    with pytest.raises(NotImplementedError, match="expected float16, bfloat16, float32 or float64"):
+        explain((3, 3), dtype, out_dtype=out_dtype, backward=backward, device="H100")
+
+
+@pytest.mark.parametrize("device", ["H1000", "cpu", torch.device("cpu")])
+def test_an_unknown_device(device: str | torch.device) -> None:
+    with pytest.raises(ValueError, match="A100, H100, H200, B200, RTX 5090"):
+        explain((3, 3), device=device)
+
+
+def test_other_errors() -> None:
+    with pytest.raises(ValueError, match="negative size"):
+        explain((3, -3), device="H100")
+    with pytest.raises(ValueError, match="positive bandwidth"):
+        explain((3, 3), device="H100", bandwidth=0)
+
+
+def test_the_current_device_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        name, major, minor, multi_processor_count = "NVIDIA L40S", 8, 9, 142
+        max_threads_per_multi_processor, regs_per_multiprocessor = 1536, 65536
+        shared_memory_per_multiprocessor, shared_memory_per_block_optin = 102400, 101376
+        clock_rate, memory_clock_rate, memory_bus_width = 2520000, 9001000, 384
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert explain((3, 3)).device == "H100"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    found = explain((4096, 50257))
+    assert found.device == "NVIDIA L40S" and found.schedule == "grid"
+    assert found.bandwidth == pytest.approx(0.9 * 864, rel=0.01)
+    Properties.name, Properties.multi_processor_count = "NVIDIA H200", 132
+    assert explain((3, 3), device="cuda:0").bandwidth == 4200
+    del Properties.memory_clock_rate
+    Properties.name = "another"
+    assert "a guess" in str(explain((3, 3), device="cuda"))
+
+
+def test_the_document_has_what_the_model_gives() -> None:
+    text = DOCUMENT.read_text()
+    assert render(text) == text, "to renew it: python -m benchmarks.gpu_model"
+
+
+def test_the_document_has_every_cell_for_every_device() -> None:
+    cells = model_cells()
+    assert {cell.group for cell in cells} == {"rows", "few_rows", "strided", "cast"}
+    rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    assert sum(
+        line.count(" x ") >= 2 and line.count("|") == 5 + 3 * len(DEVICES) for line in rows
+    ) == len(cells)
+
+
+def test_the_example() -> None:
+    result = doctest.testmod(_explain)
+    assert result.attempted > 0 and result.failed == 0
+    assert softmax_ext.explain is explain and "explain" in softmax_ext.__all__
+    assert softmax_ext.Explanation is Explanation
+
+
+def test_it_needs_no_gpu() -> None:
+    script = "import softmax_ext; print(softmax_ext.explain((64, 1000)).device)"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(DOCUMENT.parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.stdout.strip(), result.returncode) == ("H100", 0), result.stderr
