@@ -11,6 +11,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "../cuda/launch.h"
@@ -43,14 +44,28 @@ const DeviceProperties& properties(c10::Device device) {
 template <class Args, class Launch>
 void launch_plan(const Args& args, c10::Device device, Launch launch) {
   const c10::cuda::CUDAGuard guard(device);
-  const Plan plan = make_plan(workload(args), properties(device));
-  // Of torch's allocator: the memory is reused on this stream only after the kernel, and belongs to
-  // the graph's pool where a graph is captured.
-  c10::DataPtr scratch;
-  if (plan.scratch_bytes > 0) {
-    scratch = c10::cuda::CUDACachingAllocator::get()->allocate(plan.scratch_bytes);
+  const Workload work = workload(args);
+  DeviceProperties available = properties(device);
+  for (;;) {
+    const Plan plan = make_plan(work, available);
+    // Of torch's allocator: the memory is reused on this stream only after the kernel, and belongs to
+    // the graph's pool where a graph is captured.
+    c10::DataPtr scratch;
+    if (plan.scratch_bytes > 0) {
+      scratch = c10::cuda::CUDACachingAllocator::get()->allocate(plan.scratch_bytes);
+    }
+    const cudaError_t error = launch(args, plan, scratch.get(), c10::cuda::getCurrentCUDAStream());
+    // Blocks that have to run together may not all find room where a part of the device is given to
+    // others. Fewer of them give the same bits.
+    const bool together = plan.team > 1 || plan.schedule == Schedule::kGrid;
+    if (error != cudaSuccess && together && available.sm_count > 1) {
+      available.sm_count /= 2;
+      available.compute_capability = std::min(available.compute_capability, 80);
+      continue;
+    }
+    C10_CUDA_CHECK(error);
+    return;
   }
-  C10_CUDA_CHECK(launch(args, plan, scratch.get(), c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace
