@@ -14,6 +14,24 @@ SOFTMAX_EXT_FUNCTION double log_of(double x) { return ::log(x); }
 SOFTMAX_EXT_FUNCTION float fma_of(float a, float b, float c) { return ::fmaf(a, b, c); }
 SOFTMAX_EXT_FUNCTION double fma_of(double a, double b, double c) { return ::fma(a, b, c); }
 
+// Rounded on their own: a compiler must not fuse them into a multiply-add, here with one neighbour
+// and there with another, or the same row would have other bits in another kernel.
+#if defined(__CUDACC__)
+SOFTMAX_EXT_FUNCTION float add_of(float a, float b) { return __fadd_rn(a, b); }
+SOFTMAX_EXT_FUNCTION double add_of(double a, double b) { return __dadd_rn(a, b); }
+SOFTMAX_EXT_FUNCTION float mul_of(float a, float b) { return __fmul_rn(a, b); }
+SOFTMAX_EXT_FUNCTION double mul_of(double a, double b) { return __dmul_rn(a, b); }
+#else
+template <class T>
+SOFTMAX_EXT_FUNCTION T add_of(T a, T b) {
+  return a + b;
+}
+template <class T>
+SOFTMAX_EXT_FUNCTION T mul_of(T a, T b) {
+  return a * b;
+}
+#endif
+
 constexpr float kLog2E = 1.44269502162933349609375f;
 constexpr float kLog2ERest = 1.92596299112661746887e-8f;  // log2(e) - kLog2E
 
@@ -46,24 +64,6 @@ SOFTMAX_EXT_FUNCTION float exp_of(float x) {
   return exp2_of(f) * power;
 }
 
-// Rounded on their own: a compiler must not fuse them into a multiply-add, here with one neighbour
-// and there with another, or the same row would have other bits in another kernel.
-#if defined(__CUDACC__)
-SOFTMAX_EXT_FUNCTION float add_of(float a, float b) { return __fadd_rn(a, b); }
-SOFTMAX_EXT_FUNCTION double add_of(double a, double b) { return __dadd_rn(a, b); }
-SOFTMAX_EXT_FUNCTION float mul_of(float a, float b) { return __fmul_rn(a, b); }
-SOFTMAX_EXT_FUNCTION double mul_of(double a, double b) { return __dmul_rn(a, b); }
-#else
-template <class T>
-SOFTMAX_EXT_FUNCTION T add_of(T a, T b) {
-  return a + b;
-}
-template <class T>
-SOFTMAX_EXT_FUNCTION T mul_of(T a, T b) {
-  return a * b;
-}
-#endif
-
 // The larger of the two; the other one where one is NaN. A NaN in a row is not lost that way: it
 // reaches the row's sum through exp.
 SOFTMAX_EXT_FUNCTION float max_of(float a, float b) { return ::fmaxf(a, b); }
@@ -72,15 +72,6 @@ SOFTMAX_EXT_FUNCTION double max_of(double a, double b) { return ::fmax(a, b); }
 #else
 
 SOFTMAX_EXT_FUNCTION float exp_of(float x) { return ::expf(x); }
-
-template <class T>
-SOFTMAX_EXT_FUNCTION T add_of(T a, T b) {
-  return a + b;
-}
-template <class T>
-SOFTMAX_EXT_FUNCTION T mul_of(T a, T b) {
-  return a * b;
-}
 
 // The larger of the two; b where they cannot be ordered. A NaN in a row is never lost that way: it
 // reaches the row's sum through exp.
