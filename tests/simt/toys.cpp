@@ -601,7 +601,7 @@ struct Numbers : Buffer<T> {
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             unsigned cluster, Arguments... arguments) {
-  require(softmax_ext::launch_kernel(kernel, grid, block, shared_bytes, cluster, nullptr,
+  require(softmax_ext::launch_kernel(kernel, grid, block, shared_bytes, {cluster, false}, nullptr,
                                      arguments...));
   require(cudaDeviceSynchronize());
 }
