@@ -123,6 +123,7 @@ WRONG = {
     "cluster_ring_first": ORDERS,
     # The pointer is older than the exit of the block it points into.
     "cluster_ring_last": ORDERS,
+    "grid_sync": ORDERS,
     "shuffles": ORDERS,
 }
 SEEDS = (0, 1, 2, 3)
@@ -272,6 +273,13 @@ REPORTS = [
         + named("grid_barrier")
         + r"\n    1 to 127: waiting in __syncthreads",
         options=(("resident", 1),),
+    ),
+    Report(
+        "grid_sync_launch",
+        r"grid.sync at \S+: the launch is not cooperative",
+        ("grid_sync_launch",),
+        forward=thread(0),
+        kernel="grid_sync",
     ),
     Report(
         "cluster_sum_last",

@@ -446,6 +446,14 @@ __global__ void grid_barrier_kernel(unsigned* arrived, int* tile, int* out) {
   out[element()] = tile[kElements - 1 - element()];
 }
 
+// The same by the grid's own barrier.
+template <bool planted>
+__global__ void grid_sync_kernel(int* tile, int* out) {
+  tile[element()] = static_cast<int>(element());
+  if constexpr (!planted) cooperative_groups::this_grid().sync();  // planted: grid_sync_launch
+  out[element()] = tile[kElements - 1 - element()];
+}
+
 // What is only slow is no deadlock.
 __global__ void slow_flag_kernel(unsigned* flag, int* out) {
   if (threadIdx.x == 0) {
@@ -910,6 +918,22 @@ bool grid_barrier(bool planted) {
   return check(out, [](size_t i) { return kElements - 1 - i; });
 }
 
+bool grid_sync(bool planted) {
+  Buffer<int> tile(kElements), out(kElements);
+  require(softmax_ext::launch_kernel(planted ? grid_sync_kernel<true> : grid_sync_kernel<false>,
+                                     kBlocks, kThreads, 0, {1, true}, nullptr, tile.data(),
+                                     out.data()));
+  return check(out, [](size_t i) { return kElements - 1 - i; });
+}
+
+// The planted one is not launched as a cooperative one.
+bool grid_sync_launch(bool planted) {
+  Buffer<int> tile(kElements), out(kElements);
+  require(softmax_ext::launch_kernel(grid_sync_kernel<false>, kBlocks, kThreads, 0, {1, !planted},
+                                     nullptr, tile.data(), out.data()));
+  return check(out, [](size_t i) { return kElements - 1 - i; });
+}
+
 bool slow_flag(bool) {
   Buffer<unsigned> flag(1);
   Buffer<int> out(kWarp);
@@ -1066,6 +1090,8 @@ const Toy kToys[] = {
     {"row_sum_load", row_sum_load},
     {"row_sum_scope", row_sum_scope},
     {"grid_barrier", grid_barrier},
+    {"grid_sync", grid_sync},
+    {"grid_sync_launch", grid_sync_launch},
     {"slow_flag", slow_flag, false},
     {"atomics", atomics},
     {"shuffles", shuffles},
