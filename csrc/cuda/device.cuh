@@ -322,7 +322,7 @@ __device__ __forceinline__ void forget(int64_t& x) {
 
 // Writes a part, vector by vector in the order of load_part, from `width` values each. Only elements
 // of the part are written: by 16 bytes (8, where a vector has become half as large), at its ends by
-// elements.
+// elements. All lanes of the warp come along, since any of them may have read what one writes.
 template <class T, int width>
 class PartWriter {
  public:
@@ -331,7 +331,9 @@ class PartWriter {
         shift_(misalignment(to, kBytes)),
         begin_(reinterpret_cast<char*>(to) - shift_),
         end_(shift_ + part.size * kSize),
-        last_(end_ / kBytes) {}
+        last_(end_ / kBytes) {
+    __syncwarp();
+  }
 
   template <class A>
   __device__ __forceinline__ void put(int k, const A (&x)[width]) {
