@@ -100,17 +100,27 @@ def find_device(device: str | torch.device | None) -> Device:
 
 # Instructions of a warp, counted in the machine code for sm_90, softmax, by direction and bytes of
 # an element; to within a fifth or so.
-# Rows, if aligned: `fixed` for the part of a row that a warp has, and for each vector of a thread
-# `short`, where exp is kept, or `chunk`. If not, so many more: `shift`, `shift_vector`. `meeting`:
-# to share a row with other warps.
+# Rows: `fixed` for the part of a row that a warp has, and `vector` for each vector of a thread; so
+# many more if it is not aligned: `shift`, `shift_vector`. `meeting`: to share it with other warps.
 _ROW_INSTRUCTIONS = {
-    # direction, bytes: fixed, short, chunk, shift, shift_vector, meeting
-    (False, 2): (60, 93, 130, 300, 49, 250),
-    (False, 4): (60, 72, 126, 136, 50, 250),
-    (False, 8): (60, 160, 315, 120, 20, 700),
-    (True, 2): (20, 113, 113, 430, 68, 100),
-    (True, 4): (20, 42, 42, 110, 89, 100),
-    (True, 8): (20, 45, 45, 160, 85, 150),
+    # direction, bytes: fixed, vector, shift, shift_vector, meeting
+    (False, 2): (280, 131, 60, 22, 110),
+    (False, 4): (280, 125, 60, 20, 110),
+    (False, 8): (300, 315, 60, 15, 300),
+    (True, 2): (250, 126, 100, 40, 80),
+    (True, 4): (250, 60, 100, 36, 80),
+    (True, 8): (250, 60, 100, 30, 100),
+}
+# Short rows: `fixed` for a warp's rows, `vector` for each vector of a thread, with exp kept or not,
+# and `step` for each of the steps in which lanes reduce.
+_SHORT_INSTRUCTIONS = {
+    # direction, bytes: fixed, kept, vector, step
+    (False, 2): (100, 95, 122, 18),
+    (False, 4): (100, 75, 75, 18),
+    (False, 8): (100, 160, 315, 25),
+    (True, 2): (100, 105, 105, 9),
+    (True, 4): (100, 50, 50, 9),
+    (True, 8): (100, 50, 50, 13),
 }
 # Packed: for a thread's part of a row; for each of its vectors, in registers or not.
 _PACKED_INSTRUCTIONS = {
@@ -122,17 +132,18 @@ _PACKED_INSTRUCTIONS = {
     (True, 8): (80, 82, 90),
 }
 _PACKED_COPY = 47  # for a vector to or from shared memory
-# Columns: for each step along dim, and for each of its columns; then for each reduction, of as many
-# columns as a warp has lanes for.
+# Columns: for each step along dim, and for each of its columns; for each reduction, of as many
+# columns as a warp has lanes for; and where few threads have a column, instead of all reductions.
 _COLUMN_INSTRUCTIONS = {
-    (False, 2): (50, 14, 150),
-    (False, 4): (43, 29, 150),
-    (False, 8): (50, 90, 350),
-    (True, 2): (50, 11, 80),
-    (True, 4): (46, 11, 80),
-    (True, 8): (40, 10, 110),
+    (False, 2): (17, 12, 130, 330),
+    (False, 4): (17, 24, 130, 220),
+    (False, 8): (20, 85, 300, 0),
+    (True, 2): (28, 10, 80, 180),
+    (True, 4): (28, 10, 80, 130),
+    (True, 8): (30, 10, 110, 0),
 }
-_COLUMN_FIXED = 150
+_COLUMN_FIXED = 200
+_FEW_THREADS = 4
 _DOUBLES = {False: 39, True: 3}  # float64 instructions for an element; exp twice in forward
 
 # Of the 4 warp instructions that an SM can issue in a cycle, those that a good kernel does issue.
@@ -270,12 +281,20 @@ def make_plan(work: Work, device: Device) -> Plan | None:
     return Plan(**found) if found else None
 
 
+def is_short(plan: Plan, work: Work) -> bool:
+    """Rows of whole vectors, half a chunk at most, several of which a warp may have."""
+    vectors = _chunk(plan, work.read.itemsize) // plan.width
+    return plan.schedule == "warp" and plan.vectorized and plan.group * plan.vectors <= vectors / 2
+
+
 def kernel_name(plan: Plan, work: Work) -> str:
     """As in cuda_budgets.txt."""
     if plan.schedule == "packed":
         kernel, parameter = "packed", f" one={str(plan.vectors == 1).lower()}"
     elif plan.schedule == "columns":
         kernel, parameter = "columns", f" columns={plan.columns}"
+    elif is_short(plan, work):
+        kernel, parameter = "short", f" vectors={plan.vectors}"
     elif plan.hold == "registers":
         kernel, parameter = "registers", f" vectors={plan.vectors}"
     else:
@@ -338,6 +357,16 @@ def _reductions(plan: Plan, tile: int) -> int:
     return math.ceil(tile * min(32, partials) / plan.threads)
 
 
+def _is_few(plan: Plan, work: Work) -> bool:
+    """Columns: whether each thread combines what those of its column have."""
+    return (
+        work.read.itemsize < 8
+        and plan.group <= _FEW_THREADS
+        and plan.group * plan.vectors >= work.dim
+        and plan.group * plan.vectors <= 32 * plan.width
+    )
+
+
 def _pieces(plan: Plan, work: Work) -> int:
     """Columns: parts of a chunk, one after another."""
     length = min(work.dim, _chunk(plan, work.read.itemsize))
@@ -368,23 +397,31 @@ def instructions(plan: Plan, work: Work) -> float:
         slabs = math.ceil(work.rows / plan.items)
         return slabs * plan.warps * (of_rows + _PACKED_COPY * (read + written))
     if plan.schedule == "columns":
-        step, column, reduction = _COLUMN_INSTRUCTIONS[key]
+        step, column, reduction, few = _COLUMN_INSTRUCTIONS[key]
         tile = plan.across * plan.columns
         chunks = math.ceil(work.dim / _chunk(plan, itemsize))
         pieces = _pieces(plan, work) * chunks  # of a column
-        of_piece = plan.vectors * (step + column * plan.columns)
-        of_piece += reduction * _reductions(plan, tile)
+        # Warps side by side end where the column does.
+        steps = min(plan.vectors, work.dim / plan.group) if plan.across >= 32 else plan.vectors
+        of_piece = steps * (step + column * plan.columns)
+        of_piece += few if _is_few(plan, work) else reduction * _reductions(plan, tile)
         tiles = work.outer * math.ceil(work.inner / tile)
         return tiles * plan.warps * (_COLUMN_FIXED * plan.team + pieces * of_piece)
-    fixed, short, chunk, shift, shift_vector, meeting = _ROW_INSTRUCTIONS[key]
+    if is_short(plan, work):
+        fixed, kept, vector, step = _SHORT_INSTRUCTIONS[key]
+        of_vector = kept if plan.vectors * plan.width <= 32 else vector
+        steps = int(math.log2(plan.group))
+        return plan.blocks * plan.warps * (fixed + plan.vectors * of_vector + steps * step)
+    fixed, vector, shift, shift_vector, meeting = _ROW_INSTRUCTIONS[key]
     if not plan.vectorized:
-        fixed, short, chunk = fixed + shift, short + shift_vector, chunk + shift_vector
+        fixed, vector = fixed + shift, vector + shift_vector
     if plan.schedule == "warp":
-        full = plan.vectors * plan.width * 32 == _chunk(plan, itemsize)
-        return plan.blocks * plan.warps * (fixed + plan.vectors * (chunk if full else short))
+        return plan.blocks * plan.warps * (fixed + plan.vectors * vector)
     warps = plan.team * plan.warps
-    chunks = max(warps, math.ceil(work.dim / _chunk(plan, itemsize)))
-    return work.rows * (warps * meeting + chunks * (fixed + plan.vectors * chunk))
+    # Of a chunk that a warp has only a part of, only that is computed.
+    computed = work.dim / _chunk(plan, itemsize)
+    parts = max(warps, math.ceil(computed))
+    return work.rows * (warps * meeting + parts * fixed + computed * plan.vectors * vector)
 
 
 def meeting_latency(plan: Plan) -> float:
@@ -407,7 +444,8 @@ def block_latency(plan: Plan, work: Work) -> float:
         chunks = math.ceil(work.dim / _chunk(plan, itemsize) / plan.team)
         pieces = _pieces(plan, work) * chunks
         loads = 1 if plan.hold == "registers" else kernel_reads(plan, work) * pieces
-        reductions = pieces * _reductions(plan, plan.across * plan.columns)
+        of_piece = 1 if _is_few(plan, work) else _reductions(plan, plan.across * plan.columns)
+        reductions = pieces * of_piece
     elif plan.schedule != "warp":
         reductions = math.ceil(work.dim / _chunk(plan, itemsize) / (plan.team * plan.warps))
         loads = 2 * reductions - 1 if plan.hold == "none" else reductions

@@ -38,6 +38,7 @@ NVCC = shutil.which("nvcc")
 PARAMETERS = {
     "registers": ["op", "vectors", "in", "out"],
     "long": ["op", "in", "out"],
+    "short": ["op", "vectors", "in", "out"],
     "packed": ["op", "one", "in", "out"],
     "columns": ["op", "columns", "in", "out"],
 }

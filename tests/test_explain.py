@@ -106,7 +106,8 @@ def test_what_is_read_again_counts_again() -> None:
 
 
 @pytest.mark.parametrize(("shape", "dim", "dtype", "kernel"), [
-    ((4096, 1024), -1, BF16, "registers_forward softmax bfloat16 vectors=4"),
+    ((4096, 1024), -1, BF16, "short_forward softmax bfloat16 vectors=4"),
+    ((4096, 1023), -1, BF16, "registers_forward softmax bfloat16 vectors=4"),
     ((256, 1 << 20), -1, FP32, "long_forward softmax float32"),
     ((4096, 7), -1, FP32, "packed_forward softmax float32 one=true"),
     ((4096, 777), -1, FP32, "registers_forward softmax float32 vectors=8"),
@@ -121,7 +122,7 @@ def test_names_of_kernels(
 
 def test_names_of_kernels_that_cast() -> None:
     forward = explain((4096, 1024), BF16, out_dtype=FP32, device="H100")
-    assert forward.kernel == "registers_forward softmax bfloat16 -> float32 vectors=4"
+    assert forward.kernel == "short_forward softmax bfloat16 -> float32 vectors=4"
     backward = explain((4096, 1024), BF16, out_dtype=FP32, backward=True, device="H100")
     assert backward.kernel == "registers_backward softmax float32 -> bfloat16 vectors=8"
 

@@ -55,6 +55,28 @@ struct Packet {
 #pragma unroll
     for (int c = 0; c < columns; ++c) x[c] = from_element<A>(data[c]);
   }
+  // Column by column the larger.
+  __device__ __forceinline__ void raise(const Packet& other) {
+    if constexpr (sizeof(T) == 2 && kBytes >= 4) {
+      uint32_t words[kBytes / 4];
+      uint32_t others[kBytes / 4];
+      memcpy(words, pieces, sizeof(words));
+      memcpy(others, other.pieces, sizeof(others));
+#pragma unroll
+      for (int w = 0; w < kBytes / 4; ++w) {
+        words[w] = max_of_pair(static_cast<T*>(nullptr), words[w], others[w]);
+      }
+      memcpy(pieces, words, sizeof(words));
+    } else {
+      *this = max_of_elements<T>(*this, other);
+    }
+  }
+  static __device__ __forceinline__ Packet filled(computed_t<T> value) {
+    computed_t<T> x[columns];
+#pragma unroll
+    for (int c = 0; c < columns; ++c) x[c] = value;
+    return of(x);
+  }
   template <class A>
   static __device__ __forceinline__ Packet of(const A (&x)[columns]) {
     T data[columns];
@@ -83,11 +105,11 @@ struct ForwardTile {
   Packet<In, columns> x[kSteps];
 
   __device__ __forceinline__ void load(int s, int64_t offset, bool exists) {
-    A fill[columns];
-#pragma unroll
-    for (int c = 0; c < columns; ++c) fill[c] = -static_cast<A>(INFINITY);
-    x[s] = Packet<In, columns>::of(fill);
-    if (exists) x[s].load(input + offset);
+    if (!exists) {
+      x[s] = Packet<In, columns>::filled(-static_cast<A>(INFINITY));
+    } else {
+      x[s].load(input + offset);
+    }
   }
   // `shift` is what is subtracted from the elements of each column.
   __device__ __forceinline__ void terms(int s, const A (&shift)[columns], A (&result)[columns]) {
@@ -124,11 +146,12 @@ struct BackwardTile {
   Packet<In, columns> y[kSteps];
 
   __device__ __forceinline__ void load(int s, int64_t offset, bool exists) {
-    const A zeros[columns]{};
-    grad[s] = y[s] = Packet<In, columns>::of(zeros);
-    if (!exists) return;
-    grad[s].load(grad_output + offset);
-    y[s].load(output + offset);
+    if (!exists) {
+      grad[s] = y[s] = Packet<In, columns>::filled(A(0));
+    } else {
+      grad[s].load(grad_output + offset);
+      y[s].load(output + offset);
+    }
   }
   __device__ __forceinline__ void terms(int s, const A (&)[columns], A (&result)[columns]) {
     A outputs[columns];
@@ -149,7 +172,8 @@ struct BackwardTile {
   static __device__ __forceinline__ Formula formula(State state) { return Formula{state.sum}; }
 };
 
-// What the threads of a block tell each other, in shared memory.
+// What the threads of a block tell each other, in shared memory. A thread's columns are `across` apart
+// there, so that threads side by side use banks side by side.
 template <class A, class State>
 struct TileMemory {
   A* partials;    // [leaf or thread along dim][column], rows of `pitch`
@@ -160,9 +184,13 @@ struct TileMemory {
   int pitch;
 };
 
+// a / power, rounded up.
+__device__ __forceinline__ int64_t ceil_div_power(int64_t a, int power) {
+  return (a + power - 1) >> __popc(power - 1);
+}
+
 template <class Tile>
-__device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, int team,
-                                            void* scratch) {
+__device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void* scratch) {
   using A = typename Tile::A;
   using State = typename Tile::State;
   constexpr int kColumns = Tile::kColumns;
@@ -171,17 +199,26 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, int 
   constexpr int kLeaves = kSteps / kWidth;  // of a thread
   constexpr bool kForward = Tile::kInputs == 1;
   constexpr int kOfChunk = kChunk<typename Tile::Element>;
+  // exp leaves float64 no registers for what the elements of a column share.
+  constexpr bool kReload = kForward && sizeof(A) == 8;
+  // Steps between which no thread asks whether the column goes on.
+  constexpr int kTogether = 8 / kColumns < kWidth ? (8 + kColumns - 1) / kColumns : kWidth;
 
   const int x = static_cast<int>(threadIdx.x), y = static_cast<int>(threadIdx.y);
   const int across = static_cast<int>(blockDim.x), along = static_cast<int>(blockDim.y);
   const int thread = y * across + x;
   const int width = across * kColumns;
-  const int own = x * kColumns;
   const int of_piece = along * kSteps;
   const int chunks = static_cast<int>((shape.dim + kOfChunk - 1) / kOfChunk);
   // Pieces of what the threads hold: of a chunk, and of dim. One of more than a chunk has all of dim.
   const int of_chunk = of_piece < kOfChunk ? kOfChunk >> __popc(of_piece - 1) : 1;
-  const int pieces = static_cast<int>((shape.dim + of_piece - 1) / of_piece);
+  const int pieces = static_cast<int>(ceil_div_power(shape.dim, of_piece));
+  // A thread adds its own leaves, if they are those that lanes would add first; what a few threads
+  // have is combined by each of them, what more have by the lanes of a warp. float64 has no registers
+  // left for that.
+  const bool folded = sizeof(A) == 4 && pieces == 1 && along * kLeaves <= limits::kWarp;
+  const int leaves = folded ? along : along * kLeaves;
+  const bool few = folded && along <= 4;
 
   SOFTMAX_EXT_DYNAMIC_SHARED(A, shared);
   TileMemory<A, State> memory;
@@ -197,8 +234,8 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, int 
     memory.lane_sums = reinterpret_cast<A*>(memory.chunks + (chunks > 1 ? chunks * width : 0));
   }
 
-  const int64_t tiles_of_outer = (shape.inner + width - 1) / width;
-  const int rank = static_cast<int>(blockIdx.x) % team;
+  const int64_t tiles_of_outer = ceil_div_power(shape.inner, width);
+  const int team = static_cast<int>(gridDim.y), rank = static_cast<int>(blockIdx.y);
   // Calls body(column, lane, whether it exists) with `lanes` threads for each column, a power of two
   // up to a warp. All threads come along, for the reductions in body.
   const auto for_each_column = [&](int lanes, auto body) {
@@ -208,48 +245,86 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, int 
       body(column, thread & (lanes - 1), column < width);
     }
   };
+  const auto slot = [&](int c) { return c * across + x; };
+  const auto put_partials = [&](int row, const auto& values) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) memory.partials[row * memory.pitch + slot(c)] = values[c];
+  };
+  // Of the thread's columns, what few threads have put, as the lanes of a warp would combine it.
+  const auto combine_few = [&](auto reduction, auto& values) {
+    using Reduction = decltype(reduction);
+    if (along == 1) return;
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const A* const column = memory.partials + slot(c);
+      A even = column[0];
+      A odd = column[memory.pitch];
+      if (along > 2) {
+        even = Reduction::of(even, column[2 * memory.pitch]);
+        odd = Reduction::of(odd, column[3 * memory.pitch]);
+      }
+      values[c] = Reduction::of(even, odd);
+    }
+    __syncthreads();
+  };
+  const auto get_shift = [&](auto& shift) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) shift[c] = shift_by(memory.maxima[slot(c)]);
+  };
+  const auto get_formulas = [&](auto& formulas) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) formulas[c] = Tile::formula(memory.states[slot(c)]);
+  };
   // Lanes beyond the leaves, or the threads along dim, have nothing to add.
-  const int lanes_of_leaves = min(along * kLeaves, limits::kWarp);
+  const int lanes_of_leaves = min(leaves, limits::kWarp);
   const int lanes_of_threads = min(along, limits::kWarp);
 
   bool begun = team == 1;  // all blocks of the cluster
   if (team > 1) arrive_at_cluster();
 
 #pragma unroll 1
-  for (int64_t item = blockIdx.x / static_cast<unsigned>(team);;
-       item += gridDim.x / static_cast<unsigned>(team)) {
+  for (int64_t item = blockIdx.x;; item += gridDim.x) {
     const int64_t outer = item / tiles_of_outer;
     if (outer >= shape.outer) break;
-    const int64_t column = (item - outer * tiles_of_outer) * width + own;
+    const int64_t column = (item - outer * tiles_of_outer) * width + x * kColumns;
     const int64_t offset = outer * shape.dim * shape.inner + column;
     const bool exists = column < shape.inner;
-    // body(s, place, whether it exists) for the thread's steps along dim in a piece.
-    const auto for_each_step = [&](int piece, auto body) {
-      const int64_t begin = int64_t{piece} * of_piece + y * kWidth;
-      const int64_t left = shape.dim - begin;
-      const int size = !exists || left < 0 ? 0
-                       : left < of_piece   ? static_cast<int>(left)
-                                           : of_piece;
-      int64_t inner = shape.inner;
-      forget(inner);  // places are cheaper to compute again than to keep
-      int64_t place = offset + begin * inner;
+    // How far from the thread's first step in a piece the column goes.
+    const auto size_in = [&](int piece) {
+      const int64_t left = shape.dim - (int64_t{piece} * of_piece + y * kWidth);
+      return !exists || left < 0 ? 0 : left < of_piece ? static_cast<int>(left) : of_piece;
+    };
+    // body(s, whether it exists) for the thread's steps along dim that do, and those together with one.
+    const auto for_each_step = [&](int size, auto body) {
 #pragma unroll
       for (int leaf = 0; leaf < kLeaves; ++leaf) {
-        int64_t of_leaf = place;
 #pragma unroll
         for (int v = 0; v < kWidth; ++v) {
-          body(leaf * kWidth + v, of_leaf, leaf * along * kWidth + v < size);
-          of_leaf += inner;
+          const int distance = leaf * along * kWidth + v;
+          if (v % kTogether == 0 && distance >= size) break;
+          body(leaf * kWidth + v, kTogether == 1 || distance < size);
         }
-        place += along * kWidth * inner;
       }
+    };
+    // The same with the place in memory.
+    const auto for_each_place = [&](int piece, auto body) {
+      int64_t inner = shape.inner;
+      forget(inner);  // places are cheaper to compute again than to keep
+      int64_t of_leaf = offset + (int64_t{piece} * of_piece + y * kWidth) * inner;
+      int64_t place = of_leaf;
+      for_each_step(size_in(piece), [&](int s, bool is_there) {
+        if (s > 0 && s % kWidth == 0) place = of_leaf += along * kWidth * inner;
+        body(s, place, is_there);
+        place += inner;
+      });
     };
     int in_registers = -1;
     const auto load = [&](int piece) {
       if (piece == in_registers) return;
       in_registers = piece;
-      for_each_step(piece,
-                    [&](int s, int64_t place, bool is_there) { tile.load(s, place, is_there); });
+      for_each_place(piece,
+                     [&](int s, int64_t place, bool is_there) { tile.load(s, place, is_there); });
     };
 
 #pragma unroll 1
@@ -259,54 +334,75 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, int 
       A shift[kColumns]{};
       if constexpr (kForward) {
         A max[kColumns];
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) max[c] = -static_cast<A>(INFINITY);
+        auto largest = Packet<typename Tile::Element, kColumns>::filled(-static_cast<A>(INFINITY));
 #pragma unroll 1
         for (int piece = begin; piece < end; ++piece) {
           load(piece);
+          for_each_step(size_in(piece), [&](int s, bool) { largest.raise(tile.x[s]); });
+        }
+        largest.unpack(max);
+        put_partials(y, max);
+        if (few) {
+          combine_few(Max{}, max);
 #pragma unroll
-          for (int s = 0; s < kSteps; ++s) {
-            A values[kColumns];
-            tile.x[s].unpack(values);
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) max[c] = max_of(max[c], values[c]);
+          for (int c = 0; c < kColumns; ++c) {
+            if (y == 0) memory.maxima[slot(c)] = max[c];
           }
+        } else {
+          __syncthreads();
+          for_each_column(lanes_of_threads, [&](int column, int lane, bool is_there) {
+            A max = -static_cast<A>(INFINITY);
+            for (int other = lane; is_there && other < along; other += limits::kWarp) {
+              max = max_of(max, memory.partials[other * memory.pitch + column]);
+            }
+            max = warp_reduce<Max>(max, lanes_of_threads);
+            if (is_there && lane == 0) memory.maxima[column] = max;
+          });
+          __syncthreads();
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) max[c] = memory.maxima[slot(c)];
         }
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) memory.partials[y * memory.pitch + own + c] = max[c];
-        __syncthreads();
-        for_each_column(lanes_of_threads, [&](int column, int lane, bool is_there) {
-          A max = -static_cast<A>(INFINITY);
-          for (int other = lane; is_there && other < along; other += limits::kWarp) {
-            max = max_of(max, memory.partials[other * memory.pitch + column]);
-          }
-          max = warp_reduce<Max>(max, lanes_of_threads);
-          if (is_there && lane == 0) memory.maxima[column] = max;
-        });
-        __syncthreads();
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) shift[c] = shift_by(memory.maxima[own + c]);
+        for (int c = 0; c < kColumns; ++c) shift[c] = shift_by(max[c]);
       }
 
 #pragma unroll 1
       for (int piece = begin; piece < end; ++piece) {
         load(piece);
-#pragma unroll
-        for (int leaf = 0; leaf < kLeaves; ++leaf) {
-          A sums[kColumns];
-#pragma unroll
-          for (int v = 0; v < kWidth; ++v) {
-            A terms[kColumns];
-            tile.terms(leaf * kWidth + v, shift, terms);
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-              sums[c] = v == 0 ? terms[c] : add_of(sums[c], terms[c]);
-            }
-          }
+        A sums[kLeaves][kColumns]{};
+        for_each_step(size_in(piece), [&](int s, bool) {
+          A terms[kColumns];
+          if constexpr (kReload) get_shift(shift);
+          tile.terms(s, shift, terms);
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
-            memory.partials[(leaf * along + y) * memory.pitch + own + c] = sums[c];
+            A& sum = sums[s / kWidth][c];
+            sum = s % kWidth == 0 ? terms[c] : add_of(sum, terms[c]);
           }
+        });
+        if (folded) {
+          A of_thread[kColumns];
+#pragma unroll
+          for (int c = 0; c < kColumns; ++c) {
+            A of_column[kLeaves];
+#pragma unroll
+            for (int leaf = 0; leaf < kLeaves; ++leaf) of_column[leaf] = sums[leaf][c];
+            of_thread[c] = sum_of_leaves(of_column);
+          }
+          put_partials(y, of_thread);
+          if (few) {
+            combine_few(Sum{}, of_thread);
+#pragma unroll
+            for (int c = 0; c < kColumns; ++c) {
+              if (y > 0) continue;
+              set_state(memory.states[slot(c)], memory.maxima[slot(c)], row_sum(of_thread[c]));
+            }
+            if (along > 1) __syncthreads();
+            break;
+          }
+        } else {
+#pragma unroll
+          for (int leaf = 0; leaf < kLeaves; ++leaf) put_partials(leaf * along + y, sums[leaf]);
         }
         __syncthreads();
         if (!begun) wait_for_cluster();
@@ -315,7 +411,7 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, int 
           A sum = 0;
           if (is_there) {
             if (piece > begin) sum = memory.lane_sums[column * limits::kWarp + lane];
-            for (int leaf = lane; leaf < along * kLeaves; leaf += limits::kWarp) {
+            for (int leaf = lane; leaf < leaves; leaf += limits::kWarp) {
               sum = add_of(sum, memory.partials[leaf * memory.pitch + column]);
             }
           }
@@ -324,7 +420,7 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, int 
             return;
           }
           State state;
-          state.sum = warp_reduce<Sum>(sum, lanes_of_leaves);
+          state.sum = row_sum(warp_reduce<Sum>(sum, lanes_of_leaves));
           if (!is_there) return;
           if constexpr (kForward) state.max = memory.maxima[column];
           if (chunks == 1) {
@@ -349,10 +445,9 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, int 
       __syncthreads();
     }
     typename Tile::Formula formulas[kColumns];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) formulas[c] = Tile::formula(memory.states[own + c]);
+    get_formulas(formulas);
 
-      // From the end on: what is still in registers, then what is the likeliest to be in a cache.
+    // From the end on: what is still in registers, then what is the likeliest to be in a cache.
 #pragma unroll 1
     for (int chunk = chunks - team + rank; chunk >= 0; chunk -= team) {
       const int begin = chunk * of_chunk;
@@ -360,7 +455,8 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, int 
 #pragma unroll 1
       for (int piece = end - 1; piece >= begin; --piece) {
         load(piece);
-        for_each_step(piece, [&](int s, int64_t place, bool is_there) {
+        for_each_place(piece, [&](int s, int64_t place, bool is_there) {
+          if constexpr (kReload) get_formulas(formulas);
           if (is_there) tile.store(s, formulas, place);
         });
       }
@@ -372,22 +468,22 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, int 
 
 template <Op op, int columns, class In, class Out>
 __global__ void __launch_bounds__(limits::kMostColumnThreads, 1)
-    columns_forward_kernel(const In* input, Out* output, Shape shape, int team, void* scratch) {
+    columns_forward_kernel(const In* input, Out* output, Shape shape, void* scratch) {
   ForwardTile<op, columns, In, Out> tile;
   tile.input = input;
   tile.output = output;
-  run_columns(tile, shape, team, scratch);
+  run_columns(tile, shape, scratch);
 }
 
 template <Op op, int columns, class In, class Out>
 __global__ void __launch_bounds__(limits::kMostColumnThreads, 1)
     columns_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Shape shape,
-                            int team, void* scratch) {
+                            void* scratch) {
   BackwardTile<op, columns, In, Out> tile;
   tile.grad_output = grad_output;
   tile.output = output;
   tile.grad_input = grad_input;
-  run_columns(tile, shape, team, scratch);
+  run_columns(tile, shape, scratch);
 }
 
 }  // namespace softmax_ext::cuda

@@ -202,13 +202,12 @@ __device__ __forceinline__ Words<words> shifted(const Words<words>& low, const W
     both[words + w] = high.word[w];
   }
   // By halves of what is left, so that every index is known to the compiler.
-  if constexpr (words == 4) {
 #pragma unroll
-    for (int w = 0; w < 6; ++w) both[w] = (shift & 8) != 0 ? both[w + 2] : both[w];
-  }
-  if constexpr (step <= 4) {
+  for (int half = words / 2; half > 0 && 4 * half >= step; half /= 2) {
 #pragma unroll
-    for (int w = 0; w <= words; ++w) both[w] = (shift & 4) != 0 ? both[w + 1] : both[w];
+    for (int w = 0; w < words + half; ++w) {
+      both[w] = (shift & (4 * half)) != 0 ? both[w + half] : both[w];
+    }
   }
   Words<words> result;
 #pragma unroll
@@ -220,21 +219,8 @@ __device__ __forceinline__ Words<words> shifted(const Words<words>& low, const W
   return result;
 }
 
-__device__ __forceinline__ int misalignment(const void* pointer, int bytes) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes));
-}
-
-// --- A part of a row in registers ----------------------------------------------------------------
-
-// Its size, and the thread's place among those that have it: vectors lane, lane + 32, ... Fewer than 32
-// threads have one vector each.
-struct Part {
-  int lane;
-  int size;  // elements; 0 for a row that does not exist
-};
-
-// The neighbour's vector number k, of vectors that lie side by side over the lanes of a warp and go on
-// in the first (last) lane with number k + 1 (k - 1), which is `beyond`.
+// The next lane's vector number k, of vectors that lie side by side over the lanes of a warp and go on
+// in the first lane with number k + 1, which is `beyond`.
 template <int words>
 __device__ __forceinline__ Words<words> from_next_lane(const Words<words>& own,
                                                        const Words<words>& beyond, int lane) {
@@ -246,65 +232,174 @@ __device__ __forceinline__ Words<words> from_next_lane(const Words<words>& own,
   }
   return result;
 }
-template <int words>
-__device__ __forceinline__ Words<words> from_previous_lane(const Words<words>& own,
-                                                           const Words<words>& beyond, int lane) {
-  Words<words> result;
+
+__device__ __forceinline__ int misalignment(const void* pointer, int bytes) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % static_cast<unsigned>(bytes));
+}
+
+// --- A part of a row in registers ----------------------------------------------------------------
+
+// Elements side by side, all that a row has or a chunk, of which a lane has vectors lane, lane + 32, ...
+//
+// Its vectors are those of the memory that is written, so that they are written as they are: the
+// first has `lead` elements in front of the part, and of a part that fills its vectors as many of the
+// last elements are in the vector behind them.
+struct Part {
+  int lane;
+  int size;    // elements; 0 for a row that does not exist
+  int left;    // elements of the row from the part on, or more than the part's vector behind takes
+  bool first;  // of the row
+  int lead;
+
+  // Counted from the beginning of the first vector: where the row begins, of what is there, and ends.
+  __device__ __forceinline__ int begin() const { return first ? lead : 0; }
+  __device__ __forceinline__ int end() const { return lead + left; }
+  // Whether the row ends in these vectors, or in the one behind them.
+  template <int width>
+  __device__ __forceinline__ bool ends() const {
+    return left < size + width;
+  }
+  // The elements of the row's last part that its vectors, of `room` elements, have no room for.
+  __device__ __forceinline__ int rest(int room) const {
+    return left == size ? lead + size - room : 0;
+  }
+};
+
+// A row of whole vectors in memory that is aligned, of which a lane has vectors lane, lane + lanes, ...
+struct WholePart {
+  int lane;
+  int lanes;  // that share it, a power of two
+  int size;
+};
+
+// The lead of a row written to `to`, in vectors of `width` elements: where there is a choice, since a
+// vector is written in two pieces, that of the row read.
+template <int width, class In, class Out>
+__device__ __forceinline__ int lead_of(const In* from, const Out* to) {
+  constexpr int kOfPiece = limits::kVectorBytes / static_cast<int>(sizeof(Out));
+  constexpr int kPiece = width < kOfPiece ? width : kOfPiece;
+  const int lead = misalignment(to, kPiece * sizeof(Out)) / static_cast<int>(sizeof(Out));
+  if constexpr (kPiece < width) {
+    const int of_read = misalignment(from, width * sizeof(In)) / static_cast<int>(sizeof(In));
+    if (of_read % kPiece == lead) return of_read;
+  }
+  return lead;
+}
+
+// In every lane, what the first lanes of the warp have an element each of.
+template <class T>
+__device__ __forceinline__ Vector gathered(T element, int lane) {
+  Vector result;
+  if constexpr (sizeof(T) == 2) {
+    uint16_t bits;
+    memcpy(&bits, &element, sizeof(bits));
+    const uint32_t next = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits), lane + 1);
+    const uint32_t pair = next << 16 | bits;
 #pragma unroll
-  for (int w = 0; w < words; ++w) {
-    const uint32_t value = lane == limits::kWarp - 1 ? beyond.word[w] : own.word[w];
-    result.word[w] = __shfl_sync(0xffffffffu, value, lane + limits::kWarp - 1);
+    for (int w = 0; w < 4; ++w) result.word[w] = __shfl_sync(0xffffffffu, pair, 2 * w);
+  } else {
+    constexpr int kWords = sizeof(T) / 4;
+    uint32_t words[kWords];
+    memcpy(words, &element, sizeof(words));
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      result.word[w] = __shfl_sync(0xffffffffu, words[w % kWords], w / kWords);
+    }
   }
   return result;
 }
 
-// x gets the part's vectors, whatever the alignment of `from`, and `fill` behind its end. Memory is
-// read by 16 bytes, only within the part: at its ends by elements. Of a part that is not aligned,
-// which takes a whole warp, the aligned vectors are read and shifted.
+// The other way: element number `lane`, of those that lane `source` has.
+template <class T, int width>
+__device__ __forceinline__ T scattered(const T (&data)[width], int source, int lane) {
+  constexpr int kWords = width * static_cast<int>(sizeof(T)) / 4;
+  constexpr int kOwn = sizeof(T) == 8 ? 2 : 1;
+  uint32_t words[kWords];
+  memcpy(words, data, sizeof(words));
+  uint32_t own[kOwn]{};
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    const uint32_t word = __shfl_sync(0xffffffffu, words[w], source);
+    if (lane * static_cast<int>(sizeof(T)) / (4 * kOwn) == w / kOwn) own[w % kOwn] = word;
+  }
+  if (sizeof(T) == 2 && lane % 2 == 1) own[0] >>= 16;
+  T element;
+  memcpy(&element, own, sizeof(element));
+  return element;
+}
+
+// x gets the part's vectors, with `fill` where the row has no elements; `behind`, in the first lane,
+// the one behind them, if the part is to be summed. Memory is read by 16 bytes, and only within the
+// row: a vector that it does not fill is read by elements. What is not aligned as that written is
+// shifted.
 template <class T, int vectors, class A>
-__device__ __forceinline__ void load_part(const T* from, Part part, A fill, Vector (&x)[vectors]) {
-  constexpr int kBytes = limits::kVectorBytes;
+__device__ __forceinline__ void load_part(const T* from, Part part, bool summed, A fill,
+                                          Vector (&x)[vectors], Vector& behind) {
+  constexpr int kWidth = cuda::kWidth<T>;
   constexpr int kSize = static_cast<int>(sizeof(T));
-  const int shift = misalignment(from, kBytes);
-  const char* const begin = reinterpret_cast<const char*>(from) - shift;
-  const int end = shift + part.size * kSize;  // bytes from `begin`
-  const int last = end / kBytes;              // the vector that is not whole, if there is one
+  const char* const first = reinterpret_cast<const char*>(from) - part.lead * kSize;
+  const int shift = misalignment(first, limits::kVectorBytes);
+  const T* const base = reinterpret_cast<const T*>(first - shift);
+  const int begin = part.begin() + shift / kSize;
+  const int end = part.end() + shift / kSize;
   const Vector beyond = filled<T>(fill);
 
-  // Of a vector that is not whole, the elements of the part.
-  const auto load_end = [&](int vector) {
-    T data[kWidth<T>];
-    memcpy(data, &beyond, sizeof(data));
+  const T* const own = base + part.lane * kWidth;
+  const auto load = [&](int k) {
+    constexpr int kStep = limits::kWarp * kWidth;
+    Vector result = beyond;
+    const int place = k * kStep + part.lane * kWidth;
+    if ((k > 0 || place >= begin) && place + kWidth <= end) result = load_words<4>(own + k * kStep);
+    return result;
+  };
 #pragma unroll
-    for (int v = 0; v < kWidth<T>; ++v) {
-      const int byte = vector * kBytes + v * kSize;
-      if (byte >= shift && byte < end) data[v] = *reinterpret_cast<const T*>(begin + byte);
-    }
-    Vector result;
-    memcpy(&result, data, sizeof(result));
-    return result;
-  };
-  Vector ending = beyond;
-  if (end % kBytes != 0) ending = load_end(last);
-  const auto load = [&](int vector) {
-    Vector result = vector == last ? ending : beyond;
-    if (vector < last) result = load_words<4>(begin + int64_t{vector} * kBytes);
-    return result;
-  };
+  for (int k = 0; k < vectors; ++k) x[k] = load(k);
+  const bool any_behind = (part.lead != 0 && summed) || shift != 0;
+  behind = beyond;
+  if (any_behind && part.lane < 2) behind = load(vectors);
 
-  if (shift == 0) {
+  const auto load_elements = [&](int vector) {
+    T element = ToElement<T>::of(fill);
+    const int place = vector * kWidth + part.lane;
+    if (part.lane < kWidth && place >= begin && place < end) element = base[place];
+    const Vector loaded = gathered(element, part.lane);
 #pragma unroll
-    for (int k = 0; k < vectors; ++k) x[k] = load(k * limits::kWarp + part.lane);
-    return;
+    for (int k = 0; k < vectors; ++k) {
+      if (vector == k * limits::kWarp + part.lane) x[k] = loaded;
+    }
+    if (vector == vectors * limits::kWarp + part.lane) behind = loaded;
+  };
+  if (begin % kWidth != 0) load_elements(begin / kWidth);
+  if (part.ends<kWidth>() && end % kWidth != 0) load_elements(end / kWidth);
+  if (shift != 0) {
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) {
+      x[k] = shifted<kSize>(
+          x[k], from_next_lane(x[k], k + 1 < vectors ? x[k + 1] : behind, part.lane), shift);
+    }
+    behind = shifted<kSize>(behind, from_next_lane(behind, behind, part.lane), shift);
   }
-  x[0] = part.lane == 0 ? load_end(0) : load(part.lane);
-#pragma unroll
-  for (int k = 1; k < vectors; ++k) x[k] = load(k * limits::kWarp + part.lane);
-  const Vector behind = load(vectors * limits::kWarp + part.lane);
+}
+
+// A leaf of the row's tree for each lane: vector number k as it would be without a lead.
+template <class T, int vectors>
+__device__ __forceinline__ Vector leaf_of(const Vector (&x)[vectors], const Vector& behind, int k,
+                                          Part part) {
+  if (part.lead == 0) return x[k];
+  const Vector next = from_next_lane(x[k], k + 1 < vectors ? x[k + 1] : behind, part.lane);
+  return shifted<sizeof(T)>(x[k], next, part.lead * static_cast<int>(sizeof(T)));
+}
+
+template <class T, int vectors, class A>
+__device__ __forceinline__ void load_part(const T* from, WholePart part, A fill,
+                                          Vector (&x)[vectors]) {
+  constexpr int kWidth = cuda::kWidth<T>;
+  const T* const own = from + part.lane * kWidth;
+  const int step = part.lanes * kWidth;
 #pragma unroll
   for (int k = 0; k < vectors; ++k) {
-    x[k] = shifted<kSize>(
-        x[k], from_next_lane(x[k], k + 1 < vectors ? x[k + 1] : behind, part.lane), shift);
+    x[k] = filled<T>(fill);
+    if (k * step + part.lane * kWidth < part.size) x[k] = load_words<4>(own + k * step);
   }
 }
 
@@ -320,93 +415,73 @@ __device__ __forceinline__ void forget(int64_t& x) {
   SOFTMAX_EXT_PTX((void)x, asm volatile("" : "+l"(x)));
 }
 
-// Writes a part, vector by vector in the order of load_part, from `width` values each. Only elements
-// of the part are written: by 16 bytes (8, where a vector has become half as large), at its ends by
-// elements. All lanes of the warp come along, since any of them may have read what one writes.
+// `width` values as T, to aligned memory, by 16 bytes (8, where a vector has become half as large).
 template <class T, int width>
+struct Pieces {
+  static constexpr int kBytes = width * static_cast<int>(sizeof(T));
+  static constexpr int kCount = std::max(1, kBytes / limits::kVectorBytes);
+  Words<kBytes / kCount / 4> piece[kCount];
+
+  template <class A>
+  static __device__ __forceinline__ Pieces of(const A (&x)[width]) {
+    T data[width];
+#pragma unroll
+    for (int v = 0; v < width; ++v) data[v] = ToElement<T>::of(x[v]);
+    Pieces pieces;
+    memcpy(&pieces, data, sizeof(pieces));
+    return pieces;
+  }
+  __device__ __forceinline__ void store(T* to) const {
+#pragma unroll
+    for (int p = 0; p < kCount; ++p) store_words<true>(to + p * (width / kCount), piece[p]);
+  }
+};
+
+// Writes a part, vector by vector in the order of load_part, from `width` values each; by elements
+// where the row does not fill the vector. All lanes of the warp come along, since any of them may have read what one writes.
+template <class T, int width, int vectors>
 class PartWriter {
  public:
   __device__ __forceinline__ PartWriter(T* to, Part part)
-      : part_(part),
-        shift_(misalignment(to, kBytes)),
-        begin_(reinterpret_cast<char*>(to) - shift_),
-        end_(shift_ + part.size * kSize),
-        last_(end_ / kBytes) {
+      : lane_(part.lane), first_(to - part.lead), begin_(part.begin()), end_(part.end()) {
+    const bool one = begin_ > 0 && end_ < width;  // the first vector is the last
+    const bool within = end_ < vectors * limits::kWarp * width;
+    if (within && end_ % width != 0 && !one) last_ = end_ / width;
     __syncwarp();
   }
 
   template <class A>
   __device__ __forceinline__ void put(int k, const A (&x)[width]) {
-    T data[width];
-#pragma unroll
-    for (int v = 0; v < width; ++v) data[v] = ToElement<T>::of(x[v]);
-    Words<kWords> pieces[kPieces];
-    memcpy(pieces, data, sizeof(pieces));
-    const int first = (k * limits::kWarp + part_.lane) * kPieces;
-    put_ = k + 1;
-    if (shift_ == 0) {
-#pragma unroll
-      for (int p = 0; p < kPieces; ++p) put_piece(first + p, pieces[p]);
-      return;
+    constexpr int kStep = limits::kWarp * width;
+    const auto pieces = Pieces<T, width>::of(x);
+    const int place = k * kStep + lane_ * width;
+    if ((k > 0 || place >= begin_) && place + width <= end_) {
+      pieces.store(first_ + lane_ * width + k * kStep);
     }
-    Words<kWords> before = from_previous_lane(pieces[kPieces - 1], previous_, part_.lane);
-#pragma unroll
-    for (int p = 0; p < kPieces; ++p) {
-      const auto piece = shifted<kSize>(before, pieces[p], kBytes - shift_);
-      if (k == 0 && p == 0 && part_.lane == 0) {
-        put_elements(0, piece);
-      } else {
-        put_piece(first + p, piece);
-      }
-      before = pieces[p];
-    }
-    previous_ = pieces[kPieces - 1];
+    if (k == 0 && begin_ > 0) put_elements(0, pieces);
+    if (k == last_ / limits::kWarp) ending_ = pieces;
   }
 
-  // After the last vector: what is left of the part.
+  // After the last vector.
   __device__ __forceinline__ void finish() {
-    if (shift_ != 0) {
-      const auto piece = from_previous_lane(previous_, previous_, part_.lane);
-      if (part_.lane == 0) {
-        put_piece(put_ * limits::kWarp * kPieces, shifted<kSize>(piece, piece, kBytes - shift_));
-      }
-    }
-    if (has_last_) put_elements(last_, ending_);
+    if (last_ >= 0) put_elements(last_, ending_);
   }
 
  private:
-  static constexpr int kSize = static_cast<int>(sizeof(T));
-  static constexpr int kBytes = std::min(limits::kVectorBytes, width* kSize);
-  static constexpr int kWords = kBytes / 4;
-  static constexpr int kPieces = width * kSize / kBytes;  // of a vector
-
-  __device__ __forceinline__ void put_piece(int piece, const Words<kWords>& x) {
-    if (piece < last_) store_words<true>(begin_ + int64_t{piece} * kBytes, x);
-    if (piece == last_) {
-      has_last_ = true;
-      ending_ = x;
-    }
-  }
-
-  __device__ __forceinline__ void put_elements(int piece, const Words<kWords>& x) const {
-    T data[kBytes / kSize];
+  __device__ __forceinline__ void put_elements(int vector, const Pieces<T, width>& x) const {
+    T data[width];
     memcpy(data, &x, sizeof(data));
-#pragma unroll
-    for (int v = 0; v < kBytes / kSize; ++v) {
-      const int byte = piece * kBytes + v * kSize;
-      if (byte >= shift_ && byte < end_) *reinterpret_cast<T*>(begin_ + byte) = data[v];
-    }
+    const T element = scattered(data, vector % limits::kWarp, lane_);
+    const int place = vector * width + lane_;
+    if (lane_ < width && place >= begin_ && place < end_) first_[place] = element;
   }
 
-  Part part_;
-  int shift_;
-  char* begin_;
-  int end_;      // bytes from begin_
-  int last_;     // the piece that is not whole, if there is one
-  int put_ = 0;  // vectors so far
-  bool has_last_ = false;
-  Words<kWords> previous_{};
-  Words<kWords> ending_{};
+  int lane_;
+  T* first_;  // the part's vectors
+  int begin_;
+  int end_;        // of the row, from first_
+  int last_ = -1;  // the vector that the row ends in, if it does not fill it
+  Pieces<T, width> ending_{};
 };
 
 // --- The tree ------------------------------------------------------------------------------------
@@ -433,6 +508,12 @@ __device__ __forceinline__ A warp_reduce(A value, int group) {
     value = Reduction::of(value, __shfl_xor_sync(0xffffffffu, value, offset));
   }
   return value;
+}
+
+// A sum that is -0 where lanes without elements are left out is 0 where their zeros are added.
+template <class A>
+__device__ __forceinline__ A row_sum(A sum) {
+  return add_of(sum, A(0));
 }
 
 // The state of a chunk, or of a row, in a backward pass.
@@ -537,6 +618,18 @@ __device__ __forceinline__ State combine_chunks_of_grid(int chunks, decltype(Sta
   set_state(state, max, memory[0]);
   __syncthreads();  // before memory is written again
   return state;
+}
+
+// The sum of `count` leaves (a power of two), as the lanes of a warp have it, which add those farthest
+// apart first.
+template <int count, class A>
+__device__ __forceinline__ A sum_of_leaves(A (&leaves)[count]) {
+#pragma unroll
+  for (int half = count / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) leaves[i] = add_of(leaves[i], leaves[i + half]);
+  }
+  return leaves[0];
 }
 
 template <class A, int width>

@@ -13,7 +13,8 @@ namespace softmax_ext::cuda {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, cudaStream_t stream,
                    Arguments... arguments) {
-  const dim3 grid(static_cast<unsigned>(plan.blocks));
+  const auto team = static_cast<unsigned>(plan.team);
+  const dim3 grid(static_cast<unsigned>(plan.blocks) / team, team);
   dim3 block(static_cast<unsigned>(plan.group), static_cast<unsigned>(plan.items));
   Together together;
   if (plan.schedule == Schedule::kPacked) block = dim3(static_cast<unsigned>(plan.across));
@@ -23,13 +24,13 @@ cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, cudaStream_t
   if (plan.schedule == Schedule::kGrid) {
     together.cooperative = true;
   } else {
-    together.cluster = static_cast<unsigned>(plan.team);
+    together.cluster = dim3(1, team);
   }
   return launch_kernel(kernel, grid, block, plan.shared_bytes, together, stream, arguments...);
 }
 
 inline Rows rows_of(const Shape& shape, const Plan& plan, void* scratch) {
-  return {shape.rows(), shape.dim, plan.schedule, plan.team, scratch, plan.hold == Hold::kShared};
+  return {shape.rows(), shape.dim, plan.schedule, scratch, plan.hold == Hold::kShared};
 }
 
 inline Packing packing_of(const Shape& shape, const Plan& plan, int64_t element_bytes) {
@@ -54,8 +55,13 @@ using column_counts = std::conditional_t<sizeof(T) == 2, std::integer_sequence<i
 
 // Vectors that a thread has of a row.
 template <class T>
-using vector_counts = std::conditional_t<sizeof(T) == 8, std::integer_sequence<int, 1, 2, 4>,
-                                         std::integer_sequence<int, 1, 2, 4, 8>>;
+using vector_counts = std::conditional_t<sizeof(T) == 8, std::integer_sequence<int, 2, 4>,
+                                         std::integer_sequence<int, 2, 4, 8>>;
+
+// Of a short row, whose threads have as many of the two inputs together.
+template <class T>
+using short_backward_counts = std::conditional_t<sizeof(T) == 8, std::integer_sequence<int, 2>,
+                                                 std::integer_sequence<int, 2, 4>>;
 
 template <Op op, class In, class Out>
 cudaError_t launch_forward_op(const ForwardArgs& args, const Plan& plan, void* scratch,
@@ -65,7 +71,7 @@ cudaError_t launch_forward_op(const ForwardArgs& args, const Plan& plan, void* s
   if (plan.schedule == Schedule::kColumns) {
     return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
       return launch(columns_forward_kernel<op, columns(), In, Out>, plan, stream, input, output,
-                    args.shape, plan.team, scratch);
+                    args.shape, scratch);
     });
   }
   if (plan.schedule == Schedule::kPacked) {
@@ -75,6 +81,12 @@ cudaError_t launch_forward_op(const ForwardArgs& args, const Plan& plan, void* s
                   packing_of(args.shape, plan, sizeof(In)));
   }
   const Rows rows = rows_of(args.shape, plan, scratch);
+  if (plan.short_rows()) {
+    return with_constant(plan.vectors, vector_counts<In>(), [&](auto vectors) {
+      return launch(short_forward_kernel<op, vectors(), In, Out>, plan, stream, input, output,
+                    rows);
+    });
+  }
   if (plan.hold != Hold::kRegisters) {
     return launch(long_forward_kernel<op, In, Out>, plan, stream, input, output, rows);
   }
@@ -93,7 +105,7 @@ cudaError_t launch_backward_op(const BackwardArgs& args, const Plan& plan, void*
   if (plan.schedule == Schedule::kColumns) {
     return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
       return launch(columns_backward_kernel<op, columns(), In, Out>, plan, stream, grad_output,
-                    output, grad_input, args.shape, plan.team, scratch);
+                    output, grad_input, args.shape, scratch);
     });
   }
   if (plan.schedule == Schedule::kPacked) {
@@ -103,6 +115,12 @@ cudaError_t launch_backward_op(const BackwardArgs& args, const Plan& plan, void*
                   packing_of(args.shape, plan, sizeof(In)));
   }
   const Rows rows = rows_of(args.shape, plan, scratch);
+  if (plan.short_rows()) {
+    return with_constant(plan.vectors, short_backward_counts<In>(), [&](auto vectors) {
+      return launch(short_backward_kernel<op, vectors(), In, Out>, plan, stream, grad_output,
+                    output, grad_input, rows);
+    });
+  }
   if (plan.hold != Hold::kRegisters) {
     return launch(long_backward_kernel<op, In, Out>, plan, stream, grad_output, output, grad_input,
                   rows);

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
         });
         sum = add_of(sum, sum_of(terms));
       }
-      const B formula{warp_reduce<Sum>(sum, row.group)};
+      const B formula{row_sum(warp_reduce<Sum>(sum, row.group))};
 #pragma unroll 1
       for (int k = 0; k < vectors; ++k) {
         row.for_each<kWidth>(k, [&](int, int place, bool exists) {

@@ -9,15 +9,20 @@
 //             each row of a few has a part of
 //
 //   kernel     a warp has                      reads  writes
+//   short      several rows, in registers      1      1    of whole aligned vectors, half a chunk at
+//                                                          most
 //   registers  one chunk, in registers         1      1
 //   long       several, one after another:     1      1    the last in registers, those before it in
 //                                                          shared memory;
 //                                              2      1    or, where they do not fit, nowhere
 //
-// A chunk is what the registers of a warp hold: 4 KB of a row (1 KB in float64). Rows begin anywhere.
+// A chunk is what the registers of a warp hold: 4 KB of a row (2 KB in float64). Rows begin anywhere:
+// vectors are those of the memory written, and are shifted between lanes for the row's sum alone,
+// whose tree begins with the row.
 //
-// A warp touches the elements of its own chunks only, and reads each before it writes it, so the
-// memory written may be that of an input.
+// A warp writes the vectors of its own chunks only. It reads no others but one behind each chunk,
+// which is before the row's warps meet, and so before any of them writes: the memory written may be
+// that of an input.
 #pragma once
 
 #include <type_traits>
@@ -30,36 +35,32 @@ struct Rows {
   int64_t rows;
   int64_t dim;
   Schedule schedule;
-  int team;       // blocks that share a row
   void* scratch;  // of the grid schedule: the chunks' states
   bool keep;      // of the long kernel: in shared memory
 };
 
-// The rows' chunks as this warp sees them.
+// The rows' chunks as this warp sees them. Blocks that share a row, a team, are blocks along y.
 struct Sharing {
   int warps;   // that share a row
   int warp;    // this one's number among them
   int chunks;  // of a row
-  int team;    // the number of this block's team
 };
 
 __device__ __forceinline__ Sharing sharing(const Rows& rows, int of_chunk) {
   const int warps = static_cast<int>(blockDim.x) / limits::kWarp;
-  const int block = static_cast<int>(blockIdx.x) % rows.team;
-  return {rows.team * warps, block * warps + static_cast<int>(threadIdx.x) / limits::kWarp,
-          static_cast<int>((rows.dim + of_chunk - 1) / of_chunk),
-          static_cast<int>(blockIdx.x) / rows.team};
+  return {static_cast<int>(gridDim.y) * warps,
+          static_cast<int>(blockIdx.y) * warps + static_cast<int>(threadIdx.x) / limits::kWarp,
+          static_cast<int>((rows.dim + of_chunk - 1) / of_chunk)};
 }
 
 // Calls body(row, exists) until every row has been had. A block, or a team of blocks, has blockDim.y
 // rows at a time; those without one come along, for the meetings in body.
 template <class Body>
-__device__ __forceinline__ void for_each_row(const Rows& rows, const Sharing& share, Body body) {
-  const int64_t at_a_time =
-      static_cast<int64_t>(gridDim.x / static_cast<unsigned>(rows.team)) * blockDim.y;
+__device__ __forceinline__ void for_each_row(const Rows& rows, Body body) {
+  const int64_t at_a_time = int64_t{gridDim.x} * blockDim.y;
 #pragma unroll 1
   for (int64_t first = 0; first < rows.rows; first += at_a_time) {
-    const int64_t row = first + int64_t{share.team} * blockDim.y + threadIdx.y;
+    const int64_t row = first + int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     body(row, row < rows.rows);
   }
 }
@@ -72,7 +73,6 @@ class Meeting {
   __device__ __forceinline__ Meeting(const Rows& rows, const Sharing& share, State* shared)
       : schedule_(rows.schedule),
         share_(share),
-        blocks_(rows.team),
         shared_(shared),
         scratch_(static_cast<State*>(rows.scratch)) {
     if (schedule_ == Schedule::kCluster) arrive_at_cluster();
@@ -89,7 +89,8 @@ class Meeting {
     if (chunk >= share_.chunks) return;
     const int lane = static_cast<int>(threadIdx.x) % limits::kWarp;
     if (schedule_ == Schedule::kCluster) {
-      if (lane < blocks_) shared_of_block(shared_, lane)[turn * share_.chunks + chunk] = state;
+      if (lane < static_cast<int>(gridDim.y))
+        shared_of_block(shared_, lane)[turn * share_.chunks + chunk] = state;
     } else if (lane == 0) {
       State* const states =
           schedule_ == Schedule::kGrid ? in_scratch(turn) : shared_ + turn * share_.chunks;
@@ -118,43 +119,47 @@ class Meeting {
 
  private:
   __device__ __forceinline__ State* in_scratch(int turn) const {
-    const int teams = static_cast<int>(gridDim.x) / blocks_;
-    return scratch_ + (int64_t{turn} * teams + share_.team) * share_.chunks;
+    return scratch_ + (int64_t{turn} * gridDim.x + blockIdx.x) * share_.chunks;
   }
 
   bool begun_ = false;
   Schedule schedule_;
   Sharing share_;
-  int blocks_;
   State* shared_;
   State* scratch_;
 };
 
 // --- A chunk in registers ------------------------------------------------------------------------
 
-// Whether the part's vectors end before number k. Asked for every other one, so that the compiler has
+// Whether `elements` end before vector number k. Asked for every other one, so that the compiler has
 // two to interleave.
 template <int width>
-__device__ __forceinline__ bool no_more(int k, Part part) {
-  return k > 0 && k % 2 == 0 && k * limits::kWarp * width >= part.size;
+__device__ __forceinline__ bool no_more(int k, int elements) {
+  return k > 0 && k % 2 == 0 && k * limits::kWarp * width >= elements;
 }
 
-// Of a forward pass. Short parts keep exp(x - max), which the output is made of.
+// Of a forward pass.
 template <Op op, int vectors, class In, class Out>
 struct ForwardChunk {
   using A = computed_t<In>;
-  using F = forward_t<op, computed_t<In>, Out>;
+  using State = OnlineState<A>;
+  using Element = In;
+  using F = forward_t<op, A, Out>;
   using P = typename PrecisionOf<op, Out>::type;
+  static constexpr int kInputs = 1;
+  static constexpr int kVectors = vectors;
   static constexpr int kWidth = cuda::kWidth<In>;
-  static constexpr bool kKeepExps =
-      op == Op::kSoftmax && vectors * kWidth <= 32 && vectors < kChunkVectors<In>;
-  static constexpr bool kForget = sizeof(In) == 2 && !kKeepExps;
-
+  const In* input;
+  Out* output;
   Vector x[vectors];
-  A exps[kKeepExps ? vectors * kWidth : 1];
+  Vector behind;
 
-  __device__ __forceinline__ void load(const In* from, Part part) {
-    load_part(from, part, -static_cast<A>(INFINITY), x);
+  __device__ __forceinline__ int lead(int64_t offset) const {
+    return lead_of<kWidth>(input + offset, output + offset);
+  }
+
+  __device__ __forceinline__ void load(int64_t offset, Part part, bool summed) {
+    load_part(input + offset, part, summed, -static_cast<A>(INFINITY), x, behind);
   }
 
   template <class Body>
@@ -163,51 +168,51 @@ struct ForwardChunk {
     for (int k = 0; k < vectors; ++k) body(k, x[k]);
   }
 
-  __device__ __forceinline__ OnlineState<A> state(int group, Part part) {
-    Vector largest = x[0];
+  __device__ __forceinline__ State state(Part part) {
+    // The first leaves have none of the elements in front of the part, the last those behind it.
+    Vector largest = leaf_of<In>(x, behind, 0, part);
 #pragma unroll
     for (int k = 1; k < vectors; ++k) largest = max_of_vectors<In>(largest, x[k]);
+    if (vectors > 1 && part.lead != 0) {
+      largest = max_of_vectors<In>(largest, leaf_of<In>(x, behind, vectors - 1, part));
+    }
     A of_largest[kWidth];
     unpack<In>(largest, of_largest);
-    const A max = warp_reduce<Max>(max_in(of_largest), group);
+    const A max = warp_reduce<Max>(max_in(of_largest), limits::kWarp);
     const A shift = shift_by(max);
     A sum = 0;
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
-      if (no_more<kWidth>(k, part)) break;
+      if (no_more<kWidth>(k, part.size)) break;
       A values[kWidth];
-      if constexpr (kForget) forget(x[k]);
-      unpack<In>(x[k], values);
+      if constexpr (sizeof(In) == 2) forget(x[k]);
+      unpack<In>(leaf_of<In>(x, behind, k, part), values);
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) {
-        values[v] = P::exp(values[v] - shift);
-        if constexpr (kKeepExps) exps[k * kWidth + v] = values[v];
-      }
+      for (int v = 0; v < kWidth; ++v) values[v] = P::exp(values[v] - shift);
       sum = add_of(sum, sum_of(values));
     }
-    return {max, warp_reduce<Sum>(sum, group)};
+    return {max, warp_reduce<Sum>(sum, limits::kWarp)};
   }
 
-  __device__ __forceinline__ void store(OnlineState<A> state, Out* to, Part part) {
+  __device__ __forceinline__ void store(State state, int64_t offset, Part part) {
     const F formula(state.max, state.sum);
-    PartWriter<Out, kWidth> writer(to, part);
+    PartWriter<Out, kWidth, vectors> writer(output + offset, part);
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
-      if (no_more<kWidth>(k, part)) break;
+      if (no_more<kWidth>(k, part.end())) break;
       A values[kWidth];
-      if constexpr (kForget) forget(x[k]);
+      if constexpr (sizeof(In) == 2) forget(x[k]);
       unpack<In>(x[k], values);
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) {
-        if constexpr (kKeepExps) {
-          values[v] = formula.of_exp(exps[k * kWidth + v]);
-        } else {
-          values[v] = formula.of(values[v]);
-        }
-      }
+      for (int v = 0; v < kWidth; ++v) values[v] = formula.of(values[v]);
       writer.put(k, values);
     }
     writer.finish();
+    constexpr int kRoom = vectors * limits::kWarp * kWidth;
+    if (part.lane < part.rest(kRoom)) {
+      const int64_t place = offset + kRoom - part.lead + part.lane;
+      output[place] = ToElement<Out>::of(formula.of(from_element<A>(input[place])));
+    }
   }
 };
 
@@ -215,15 +220,28 @@ struct ForwardChunk {
 template <Op op, int vectors, class In, class Out>
 struct BackwardChunk {
   using A = computed_t<In>;
-  using B = backward_t<op, computed_t<In>, Out>;
+  using State = SumState<A>;
+  using Element = In;
+  using B = backward_t<op, A, Out>;
+  static constexpr int kInputs = 2;
+  static constexpr int kVectors = vectors;
   static constexpr int kWidth = cuda::kWidth<In>;
 
+  const In* grad_output;
+  const In* output;
+  Out* grad_input;
   Vector grad[vectors];
   Vector y[vectors];
+  Vector grad_behind;
+  Vector y_behind;
 
-  __device__ __forceinline__ void load(const In* grad_from, const In* y_from, Part part) {
-    load_part(grad_from, part, A(0), grad);
-    load_part(y_from, part, A(0), y);
+  __device__ __forceinline__ int lead(int64_t offset) const {
+    return lead_of<kWidth>(grad_output + offset, grad_input + offset);
+  }
+
+  __device__ __forceinline__ void load(int64_t offset, Part part, bool summed) {
+    load_part(grad_output + offset, part, summed, A(0), grad, grad_behind);
+    load_part(output + offset, part, summed, A(0), y, y_behind);
   }
 
   template <class Body>
@@ -235,53 +253,179 @@ struct BackwardChunk {
     }
   }
 
-  __device__ __forceinline__ SumState<A> state(int group, Part part) const {
+  __device__ __forceinline__ State state(Part part) const {
     A sum = 0;
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
-      if (no_more<kWidth>(k, part)) break;
+      if (no_more<kWidth>(k, part.size)) break;
       A g[kWidth];
-      A output[kWidth];
-      unpack<In>(grad[k], g);
-      unpack<In>(y[k], output);
+      A outputs[kWidth]{};
+      unpack<In>(leaf_of<In>(grad, grad_behind, k, part), g);
+      if constexpr (op == Op::kSoftmax) unpack<In>(leaf_of<In>(y, y_behind, k, part), outputs);
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) g[v] = B::term(g[v], output[v]);
+      for (int v = 0; v < kWidth; ++v) g[v] = B::term(g[v], outputs[v]);
       sum = add_of(sum, sum_of(g));
     }
-    return {warp_reduce<Sum>(sum, group)};
+    return {row_sum(warp_reduce<Sum>(sum, limits::kWarp))};
   }
 
-  __device__ __forceinline__ void store(SumState<A> state, Out* to, Part part) {
+  __device__ __forceinline__ void store(State state, int64_t offset, Part part) {
     const B formula{state.sum};
-    PartWriter<Out, kWidth> writer(to, part);
+    PartWriter<Out, kWidth, vectors> writer(grad_input + offset, part);
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
-      if (no_more<kWidth>(k, part)) break;
+      if (no_more<kWidth>(k, part.end())) break;
       A g[kWidth];
-      A output[kWidth];
+      A outputs[kWidth];
       if constexpr (sizeof(In) == 2) {
         forget(grad[k]);
         forget(y[k]);
       }
       unpack<In>(grad[k], g);
-      unpack<In>(y[k], output);
+      unpack<In>(y[k], outputs);
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) g[v] = formula.of(g[v], output[v]);
+      for (int v = 0; v < kWidth; ++v) g[v] = formula.of(g[v], outputs[v]);
       writer.put(k, g);
     }
     writer.finish();
+    constexpr int kRoom = vectors * limits::kWarp * kWidth;
+    if (part.lane < part.rest(kRoom)) {
+      const int64_t place = offset + kRoom - part.lead + part.lane;
+      grad_input[place] = ToElement<Out>::of(
+          formula.of(from_element<A>(grad_output[place]), from_element<A>(output[place])));
+    }
   }
 };
 
-// The part of a row that chunk number `chunk` is, of `of_chunk` elements if it is not the last.
-__device__ __forceinline__ Part part_of_chunk(int64_t dim, bool exists, int64_t chunk,
-                                              int of_chunk) {
-  const int64_t left = dim - chunk * of_chunk;
-  const int size = left < of_chunk ? static_cast<int>(left) : of_chunk;
-  return {static_cast<int>(threadIdx.x) % limits::kWarp, exists && left > 0 ? size : 0};
+// Chunk number `chunk` of a row that begins at `offset`.
+template <class Chunk>
+__device__ __forceinline__ Part part_of_chunk(const Chunk& chunk, const Rows& rows, bool exists,
+                                              int64_t offset, int64_t number) {
+  constexpr int kOfChunk = kChunk<typename Chunk::Element>;
+  const int lane = static_cast<int>(threadIdx.x) % limits::kWarp;
+  const int64_t left = rows.dim - number * kOfChunk;
+  if (!exists || left <= 0) return {lane, 0, 0, true, 0};
+  return {lane, static_cast<int>(min(left, int64_t{kOfChunk})),
+          static_cast<int>(min(left, int64_t{kOfChunk} + Chunk::kWidth)), number == 0,
+          chunk.lead(offset)};
 }
 
 // --- Kernels -------------------------------------------------------------------------------------
+
+// The row's sum by the lanes that share it, each of which has the sums of leaves lane, lane + lanes,
+// ...: of up to 64 leaves, lanes of a warp would add those 32 apart and then those farthest apart first.
+template <class A, int vectors>
+__device__ __forceinline__ A sum_of_part(A (&leaves)[vectors], WholePart part) {
+  A sum = leaves[0];
+  if (vectors <= 2 || part.lanes < limits::kWarp) {
+    sum = sum_of_leaves(leaves);
+  } else {
+#pragma unroll
+    for (int k = 1; k < vectors; ++k) sum = add_of(sum, leaves[k]);
+  }
+  return row_sum(warp_reduce<Sum>(sum, part.lanes));
+}
+
+// body(offset, part) for the rows of this thread.
+template <class Body>
+__device__ __forceinline__ void for_each_short_row(const Rows& rows, Body body) {
+  const int lanes = static_cast<int>(blockDim.x);
+  for_each_row(rows, [&](int64_t row, bool exists) {
+    body(row * rows.dim,
+         WholePart{static_cast<int>(threadIdx.x), lanes, exists ? static_cast<int>(rows.dim) : 0});
+  });
+}
+
+template <Op op, int vectors, class In, class Out>
+__global__ void __launch_bounds__(limits::kShortRowThreads)
+    short_forward_kernel(const In* input, Out* output, Rows rows) {
+  using A = computed_t<In>;
+  using P = typename PrecisionOf<op, Out>::type;
+  constexpr int kWidth = cuda::kWidth<In>;
+  // exp(x - max) is kept if there is room.
+  constexpr bool kKeepExps = op == Op::kSoftmax && vectors * kWidth <= 32;
+  for_each_short_row(rows, [&](int64_t offset, WholePart part) {
+    Vector x[vectors];
+    load_part(input + offset, part, -static_cast<A>(INFINITY), x);
+    Vector largest = x[0];
+#pragma unroll
+    for (int k = 1; k < vectors; ++k) largest = max_of_vectors<In>(largest, x[k]);
+    A of_largest[kWidth];
+    unpack<In>(largest, of_largest);
+    const A max = warp_reduce<Max>(max_in(of_largest), part.lanes);
+    const A shift = shift_by(max);
+    A kept[kKeepExps ? vectors : 1][kWidth];
+    A sums[vectors];
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) {
+      A values[kWidth];
+      if constexpr (sizeof(In) == 2 && !kKeepExps) forget(x[k]);
+      unpack<In>(x[k], values);
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) {
+        values[v] = P::exp(values[v] - shift);
+        if constexpr (kKeepExps) kept[k][v] = values[v];
+      }
+      sums[k] = sum_of(values);
+    }
+    const forward_t<op, A, Out> formula(max, sum_of_part(sums, part));
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) {
+      const int place = (k * part.lanes + part.lane) * kWidth;
+      A values[kWidth];
+      if constexpr (sizeof(In) == 2 && !kKeepExps) forget(x[k]);
+      unpack<In>(x[k], values);
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) {
+        if constexpr (kKeepExps) {
+          values[v] = formula.of_exp(kept[k][v]);
+        } else {
+          values[v] = formula.of(values[v]);
+        }
+      }
+      const auto pieces = Pieces<Out, kWidth>::of(values);
+      if (place < part.size) pieces.store(output + offset + place);
+    }
+  });
+}
+
+template <Op op, int vectors, class In, class Out>
+__global__ void __launch_bounds__(limits::kShortRowThreads)
+    short_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Rows rows) {
+  using A = computed_t<In>;
+  using B = backward_t<op, A, Out>;
+  constexpr int kWidth = cuda::kWidth<In>;
+  for_each_short_row(rows, [&](int64_t offset, WholePart part) {
+    Vector grad[vectors];
+    Vector y[vectors];
+    load_part(grad_output + offset, part, A(0), grad);
+    load_part(output + offset, part, A(0), y);
+    A sums[vectors];
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) {
+      A g[kWidth];
+      A outputs[kWidth];
+      unpack<In>(grad[k], g);
+      unpack<In>(y[k], outputs);
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) g[v] = B::term(g[v], outputs[v]);
+      sums[k] = sum_of(g);
+    }
+    const B formula{sum_of_part(sums, part)};
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) {
+      const int place = (k * part.lanes + part.lane) * kWidth;
+      A g[kWidth];
+      A outputs[kWidth];
+      unpack<In>(grad[k], g);
+      unpack<In>(y[k], outputs);
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v) g[v] = formula.of(g[v], outputs[v]);
+      const auto pieces = Pieces<Out, kWidth>::of(g);
+      if (place < part.size) pieces.store(grad_input + offset + place);
+    }
+  });
+}
 
 // Threads of a block of the registers kernel: with all of a chunk in the registers of a warp, those
 // of a block that shares a row.
@@ -290,23 +434,22 @@ template <int vectors, class In>
 constexpr int register_threads =
     vectors == kChunkVectors<In> ? kMostThreads : limits::kShortRowThreads;
 
-// Both directions: Chunk's load, state and store.
-template <class Chunk, class State, int vectors, class In, class Load, class Store>
-__device__ __forceinline__ void run_registers(const Rows& rows, Load load, Store store) {
+// Both directions.
+template <class Chunk>
+__device__ __forceinline__ void run_registers(Chunk& chunk, const Rows& rows) {
+  using State = typename Chunk::State;
+  using In = typename Chunk::Element;
   constexpr int kOfChunk = kChunk<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(State, states);
   const Sharing share = sharing(rows, kOfChunk);
   Meeting<State> meeting(rows, share, states);
   int turn = 0;
-  for_each_row(rows, share, [&](int64_t row, bool exists) {
-    const Part part = part_of_chunk(rows.dim, exists, share.warp, kOfChunk);
-    const int64_t offset = row * rows.dim + int64_t{share.warp} * kOfChunk;
-    Chunk chunk;
-    load(chunk, offset, part);
-    // Fewer than a warp's threads have a vector each.
-    State state = chunk.state(
-        vectors > 1 ? limits::kWarp : min(static_cast<int>(blockDim.x), limits::kWarp), part);
-    if constexpr (vectors == kChunkVectors<In>) {
+  for_each_row(rows, [&](int64_t row, bool exists) {
+    const Part part = part_of_chunk(chunk, rows, exists, row * rows.dim, share.warp);
+    const auto offset = [&] { return row * rows.dim + int64_t{share.warp} * kOfChunk; };
+    chunk.load(offset(), part, true);
+    State state = chunk.state(part);
+    if constexpr (Chunk::kVectors == kChunkVectors<In>) {
       if (rows.schedule != Schedule::kWarp) {
         meeting.begin();
         if (exists) meeting.put(turn, share.warp, state);
@@ -314,59 +457,50 @@ __device__ __forceinline__ void run_registers(const Rows& rows, Load load, Store
         turn ^= 1;
       }
     }
-    store(chunk, state, offset, part);
+    forget(row);  // offset is cheaper to compute again than to keep
+    chunk.store(state, offset(), part);
   });
 }
 
 template <Op op, int vectors, class In, class Out>
 __global__ void __launch_bounds__(register_threads<vectors, In>, 1)
     registers_forward_kernel(const In* input, Out* output, Rows rows) {
-  using Chunk = ForwardChunk<op, vectors, In, Out>;
-  run_registers<Chunk, OnlineState<computed_t<In>>, vectors, In>(
-      rows, [&](Chunk& chunk, int64_t offset, Part part) { chunk.load(input + offset, part); },
-      [&](Chunk& chunk, OnlineState<computed_t<In>> state, int64_t offset, Part part) {
-        chunk.store(state, output + offset, part);
-      });
+  ForwardChunk<op, vectors, In, Out> chunk;
+  chunk.input = input;
+  chunk.output = output;
+  run_registers(chunk, rows);
 }
 
 template <Op op, int vectors, class In, class Out>
 __global__ void __launch_bounds__(register_threads<vectors, In>, 1)
     registers_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Rows rows) {
-  using Chunk = BackwardChunk<op, vectors, In, Out>;
-  run_registers<Chunk, SumState<computed_t<In>>, vectors, In>(
-      rows,
-      [&](Chunk& chunk, int64_t offset, Part part) {
-        chunk.load(grad_output + offset, output + offset, part);
-      },
-      [&](Chunk& chunk, SumState<computed_t<In>> state, int64_t offset, Part part) {
-        chunk.store(state, grad_input + offset, part);
-      });
+  BackwardChunk<op, vectors, In, Out> chunk;
+  chunk.grad_output = grad_output;
+  chunk.output = output;
+  chunk.grad_input = grad_input;
+  run_registers(chunk, rows);
 }
 
 // Rows of more chunks than warps. A warp has chunks warp, warp + warps, ...; on the way back the last
 // is still in registers, and those before it are in shared memory, where each thread finds its own
 // vectors, or are read again, the likeliest to be in a cache first.
-template <class Chunk, class State, int inputs, class In, class Load, class Store>
-__device__ __forceinline__ void run_long(const Rows& rows, Load load, Store store) {
-  constexpr int kVectors = kChunkVectors<In> * inputs;
-  constexpr int kOfChunk = kChunk<In>;
+template <class Chunk>
+__device__ __forceinline__ void run_long(Chunk& chunk, const Rows& rows) {
+  using State = typename Chunk::State;
+  constexpr int kVectors = Chunk::kVectors * Chunk::kInputs;
+  constexpr int kOfChunk = kChunk<typename Chunk::Element>;
   const Sharing share = sharing(rows, kOfChunk);
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   State* const states = reinterpret_cast<State*>(memory);
   const int state_bytes = rows.schedule == Schedule::kGrid
-                              ? limits::kGridTerms * static_cast<int>(sizeof(computed_t<In>))
+                              ? limits::kGridTerms * static_cast<int>(sizeof(typename Chunk::A))
                               : static_cast<int>((2 * share.chunks * sizeof(State) + 15) / 16 * 16);
   // A thread's vectors of one chunk after another, side by side with those of the other threads.
   Vector* const kept = reinterpret_cast<Vector*>(memory + state_bytes) + threadIdx.x;
   Meeting<State> meeting(rows, share, states);
   int turn = 0;
-  for_each_row(rows, share, [&](int64_t row, bool exists) {
-    Chunk chunk;
-    const auto load_chunk = [&](int64_t number) {
-      const Part part = part_of_chunk(rows.dim, exists, number, kOfChunk);
-      load(chunk, row * rows.dim + number * kOfChunk, part);
-      return part;
-    };
+  for_each_row(rows, [&](int64_t row, bool exists) {
+    const int64_t begin = row * rows.dim;
     int own = 0;
     meeting.begin();
 #pragma unroll 1
@@ -376,24 +510,26 @@ __device__ __forceinline__ void run_long(const Rows& rows, Load load, Store stor
           store_words<false>(kept + ((own - 1) * kVectors + k) * blockDim.x, x);
         });
       }
-      const Part part = load_chunk(number);
-      const State state = chunk.state(limits::kWarp, part);
+      const Part part = part_of_chunk(chunk, rows, exists, begin, number);
+      chunk.load(begin + int64_t{number} * kOfChunk, part, true);
+      const State state = chunk.state(part);
       if (exists) meeting.put(turn, number, state);
     }
     const State of_row = meeting.get(turn);
+    bool in_registers = true;
 #pragma unroll 1
     while (own-- > 0) {
       const int64_t number = share.warp + int64_t{own} * share.warps;
-      const Part part = part_of_chunk(rows.dim, exists, number, kOfChunk);
-      store(chunk, of_row, row * rows.dim + number * kOfChunk, part);
-      if (own == 0) break;
-      if (rows.keep) {
-        chunk.for_each_vector([&](int k, Vector& x) {
-          x = load_words<4>(kept + ((own - 1) * kVectors + k) * blockDim.x);
-        });
-      } else {
-        load_chunk(number - share.warps);
+      const int64_t offset = begin + number * kOfChunk;
+      const Part part = part_of_chunk(chunk, rows, exists, begin, number);
+      if (!in_registers && rows.keep) {
+        chunk.for_each_vector(
+            [&](int k, Vector& x) { x = load_words<4>(kept + (own * kVectors + k) * blockDim.x); });
+      } else if (!in_registers) {
+        chunk.load(offset, part, false);
       }
+      in_registers = false;
+      chunk.store(of_row, offset, part);
     }
     turn ^= 1;
   });
@@ -402,26 +538,20 @@ __device__ __forceinline__ void run_long(const Rows& rows, Load load, Store stor
 template <Op op, class In, class Out>
 __global__ void __launch_bounds__(limits::kLongWarps* limits::kWarp, 1)
     long_forward_kernel(const In* input, Out* output, Rows rows) {
-  using Chunk = ForwardChunk<op, kChunkVectors<In>, In, Out>;
-  run_long<Chunk, OnlineState<computed_t<In>>, 1, In>(
-      rows, [&](Chunk& chunk, int64_t offset, Part part) { chunk.load(input + offset, part); },
-      [&](Chunk& chunk, OnlineState<computed_t<In>> state, int64_t offset, Part part) {
-        chunk.store(state, output + offset, part);
-      });
+  ForwardChunk<op, kChunkVectors<In>, In, Out> chunk;
+  chunk.input = input;
+  chunk.output = output;
+  run_long(chunk, rows);
 }
 
 template <Op op, class In, class Out>
 __global__ void __launch_bounds__(limits::kLongWarps* limits::kWarp, 1)
     long_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Rows rows) {
-  using Chunk = BackwardChunk<op, kChunkVectors<In>, In, Out>;
-  run_long<Chunk, SumState<computed_t<In>>, 2, In>(
-      rows,
-      [&](Chunk& chunk, int64_t offset, Part part) {
-        chunk.load(grad_output + offset, output + offset, part);
-      },
-      [&](Chunk& chunk, SumState<computed_t<In>> state, int64_t offset, Part part) {
-        chunk.store(state, grad_input + offset, part);
-      });
+  BackwardChunk<op, kChunkVectors<In>, In, Out> chunk;
+  chunk.grad_output = grad_output;
+  chunk.output = output;
+  chunk.grad_input = grad_input;
+  run_long(chunk, rows);
 }
 
 }  // namespace softmax_ext::cuda

@@ -43,10 +43,7 @@ class Instance:
 
     @staticmethod
     def of_plan(plan: Plan) -> tuple[str, bool, int, int]:
-        kernel = plan.schedule
-        if kernel not in ("packed", "columns"):
-            kernel = "registers" if plan.hold == "registers" else "long"
-        return kernel, plan.vectorized, plan.vectors, plan.columns
+        return plan.kernel, plan.vectorized, plan.vectors, plan.columns
 
 
 def word(value: object) -> str:

@@ -46,3 +46,12 @@ class Plan:
     @property
     def threads(self) -> int:
         return self.across if self.schedule == "packed" else self.group * self.across * self.items
+
+    @property
+    def kernel(self) -> str:
+        if self.schedule in ("packed", "columns"):
+            return self.schedule
+        chunk = 32 * (4 if self.width == 2 else 8)  # vectors; a short row has half as many at most
+        if self.schedule == "warp" and self.vectorized and self.group * self.vectors <= chunk // 2:
+            return "short"
+        return "registers" if self.hold == "registers" else "long"

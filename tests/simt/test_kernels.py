@@ -250,9 +250,9 @@ def edges_of_a_warp(types: Types, schedule: str) -> Iterator[Edge]:
         next_plan = beyond and (hold, *beyond, 1)
         return Edge(name, types, schedule, "H100", rows, dim, plan, next_plan)
 
+    vectors = 1 if packed else 2  # of so few rows
     for group in (1, 2, 4, 8, 16):
-        yield edge(f"{group} threads", 1, group, (1, 2 * group))
-    vectors = 1
+        yield edge(f"{group} threads", vectors, group, (vectors, 2 * group))
     while vectors < most:  # a packed row of more than one vector goes through them in a loop
         more = most if packed else 2 * vectors
         yield edge(f"a warp of {vectors} vectors", vectors, WARP, (more, WARP))
@@ -405,6 +405,23 @@ def test_dim(host: Host, dim: int, device: str, types: Types, op: str) -> None:
     assert plan.vectorized == (dim % types.width == 0 and plan.schedule != "packed")
 
 
+@ops
+@all_types(NATIVE)
+def test_lanes_of_a_short_row(host: Host, types: Types, op: str) -> None:
+    """Where rows fill the device few lanes have many vectors each: two lanes at least, if there are
+    as many vectors; but a warp where there are more than 64."""
+    most = types.chunk_vectors // types.inputs
+    short = WARP * types.chunk_vectors // 2
+    for room in (2**k for k in range(1, short.bit_length())):
+        vectors = 4 if room > 64 else min(most, max(2, room // 2))
+        group = room // vectors
+        rows = SMS * LIMITS["FillingThreads"] // group
+        for dim in {room * types.width, (room // 2 + 1) * types.width}:
+            how = {"device": NEW, "orders": host.orders[-1:]}
+            plan = run(host, types, op, (rows, dim, 1), **how)
+            assert (plan.kernel, plan.vectors, plan.group) == ("short", vectors, group)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("device", ["A100", "H100", "B200", "RTX 5090", "AGX Orin"])
 @pytest.mark.parametrize("fewer", [0, 1], ids=["fills the device", "a block less"])
@@ -413,7 +430,7 @@ def test_rows_of_a_block(host: Host, fewer: int, device: str, direction: str) ->
     types = Types(direction, torch.float64, torch.float64)
     sm_count, most = DEVICES[device].sm_count, LIMITS["ShortRowThreads"] // WARP
     rows = most * (sm_count - fewer)
-    plan = run(host, types, "softmax", (rows, WARP * types.width, 1), device=device)
+    plan = run(host, types, "softmax", (rows, 2 * WARP * types.width, 1), device=device)
     items = most // (1 + fewer)
     assert (plan.schedule, plan.items, plan.group) == ("warp", items, WARP)
     assert plan.blocks == ceil_div(rows, items)
@@ -487,9 +504,9 @@ class Place:
         return {"load_offset": loads, "store_offset": bytes(self.offset + 2, types.store)}
 
 
-def places(types: Types, chunks: int) -> Iterator[tuple[str, str, Place]]:
-    """With the schedule and the device; all that a row of so many chunks can be run by."""
-    width = types.width
+def places(types: Types, dim: int) -> Iterator[tuple[str, str, Place]]:
+    """With the schedule and the device; all that a row of this size can be run by."""
+    width, chunks = types.width, types.chunks(dim)
     if chunks > CLUSTER:  # fewer of them: these take longer
         for schedule, device in itertools.product(SCHEDULES, (NEW, OLD)):
             yield schedule, device, Place()
@@ -507,6 +524,9 @@ def places(types: Types, chunks: int) -> Iterator[tuple[str, str, Place]]:
         for offset in (0, 1, width // 2):
             yield schedule, device, Place(outer=batch, row=(1, 0), offset=offset)
         yield schedule, device, Place(offset=width - 1)
+    if dim % width == 0 and WARP * width <= dim <= types.chunk // 2:  # many short rows
+        outer = SMS * LIMITS["FillingThreads"] // 4
+        yield "warp", NEW, Place(outer=outer, row=(outer - 1, 0))
     for schedule, device in itertools.product(("packed", "columns"), ("H100", "A100")):
         for inner in (2, 3, width, width + 1, 3 * width // 2):
             yield schedule, device, Place(2, inner, (1, inner // 2))
@@ -537,7 +557,7 @@ def same_bits_everywhere(host: Host, types: Types, op: str, dim: int) -> None:
     inputs = sensitive_inputs(types, op, 1, dim)
     results = {}
     schedules = set()
-    for schedule, device, place in places(types, chunks):
+    for schedule, device, place in places(types, dim):
         how = {"schedule": schedule, "device": device, **place.how(types)}
         if chunks > 1 and schedule in ("packed", "warp"):
             continue
@@ -1275,9 +1295,10 @@ def test_an_output_of_integers_is_refused(
 
 
 def kernels_of(types: Types) -> int:
-    """Of each op: of rows in registers, of longer ones, of slabs, and of columns."""
-    registers = types.chunk_vectors.bit_length()
-    return registers + 1 + 2 + (3 if types.load in SIXTEEN_BIT else 2)
+    """Of each op: of rows in registers, of longer ones, of short ones, of slabs, and of columns."""
+    registers = types.chunk_vectors.bit_length() - 1
+    short = registers + 1 - types.inputs
+    return registers + 1 + short + 2 + (3 if types.load in SIXTEEN_BIT else 2)
 
 
 def test_every_kernel_that_a_plan_can_ask_for_has_run(host: Host, whole_module: bool) -> None:
@@ -1288,6 +1309,7 @@ def test_every_kernel_that_a_plan_can_ask_for_has_run(host: Host, whole_module: 
     shapes = [(1, 2**k + more, 1) for k in range(24) for more in (0, 1)]
     inners = (1, 2, 3, 4, 12, VECTOR_BYTES)
     shapes += [(SMS, dim, inner) for _, dim, _ in shapes for inner in inners]
+    shapes += [(2**20, 2**k, 1) for k in range(12)]
     wanted = set()
     for types, shape, device in itertools.product(NATIVE, shapes, (NEW, OLD)):
         plan = host.plan(types.direction, shape, types.load, types.store, device=device)
@@ -1296,7 +1318,7 @@ def test_every_kernel_that_a_plan_can_ask_for_has_run(host: Host, whole_module: 
             if host.lane not in SANITIZERS or not has_the_accesses_of_another(op, types):
                 wanted.add(Instance(types.direction, op, *read))
     kernels = {instance.kernel for instance in wanted}
-    assert kernels == {"registers", "long", "packed", "columns"}
+    assert kernels == {"registers", "long", "short", "packed", "columns"}
     assert not wanted - host.instances
 
 

@@ -304,21 +304,27 @@ def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> No
     assert plan.scratch_bytes == 0 or plan.schedule in ("grid", "columns")
 
 
-@pytest.mark.parametrize(("dim", "load", "expected"), [
-    (8, FLOAT16, (1, 1)),      # one vector
-    (64, FLOAT16, (8, 1)),     # several rows a warp
-    (256, FLOAT16, (32, 1)),   # a warp, one vector a thread
-    (264, FLOAT16, (32, 2)),
-    (2048, FLOAT16, (32, 8)),  # a warp, all the vectors that a thread can hold
-    (1024, FLOAT32, (32, 8)),
-    (128, FLOAT64, (32, 2)),
-    (256, FLOAT64, (32, 4)),
-    (257, FLOAT32, (32, 4)),   # not whole: by all lanes, which shift them
+@pytest.mark.parametrize(("rows", "dim", "load", "expected"), [
+    (4096, 8, FLOAT16, (1, 2)),      # one vector
+    (4096, 64, FLOAT16, (4, 2)),     # several rows a warp
+    (4096, 256, FLOAT16, (16, 2)),
+    (4096, 264, FLOAT16, (32, 2)),
+    (2**20, 32, FLOAT16, (2, 2)),    # a sector at a time
+    (2**20, 64, FLOAT16, (2, 4)),    # rows that fill the device
+    (2**20, 256, FLOAT16, (4, 8)),
+    (2**20, 512, FLOAT16, (8, 8)),
+    (2**20, 1024, FLOAT16, (32, 4)),  # more vectors than few lanes can add as a warp does
+    (2**20, 128, FLOAT64, (16, 4)),
+    (4096, 2048, FLOAT16, (32, 8)),  # a warp, all the vectors that a thread can hold
+    (4096, 1024, FLOAT32, (32, 8)),
+    (4096, 128, FLOAT64, (32, 2)),
+    (4096, 256, FLOAT64, (32, 4)),
+    (4096, 257, FLOAT32, (32, 4)),   # not whole: by all lanes, which shift them
 ])  # fmt: skip
 def test_threads_and_vectors_of_a_row(
-    dim: int, load: torch.dtype, expected: tuple[int, int]
+    rows: int, dim: int, load: torch.dtype, expected: tuple[int, int]
 ) -> None:
-    plan = make_plan((4096, dim, 1), load)
+    plan = make_plan((rows, dim, 1), load)
     assert plan and (plan.schedule, plan.group, plan.vectors) == ("warp", *expected)
 
 

@@ -71,6 +71,8 @@ struct Plan {
   constexpr int threads() const {
     return schedule == Schedule::kPacked ? across : group * across * items;
   }
+  // Rows of whole vectors, at most as many as limits::short_vectors, which few lanes share.
+  constexpr bool short_rows() const;
 };
 
 // Every limit and threshold that the plan and the kernels use.
@@ -93,6 +95,8 @@ constexpr int kLongWarps = 12;  // of one whose warps have several chunks each, 
 constexpr int kRowWarps = 8;
 // Threads of a block whose rows take a warp or less: small, so that an SM is filled evenly.
 constexpr int kShortRowThreads = 128;
+// Threads of an SM that keep its memory busy, where each has several vectors.
+constexpr int kFillingThreads = 512;
 // What every device with clusters has room for (CUDA programming guide).
 constexpr int kClusterBlocks = 8;
 // Of a packed block: a few such slabs, with their output, fill the threads and the shared memory of
@@ -123,6 +127,16 @@ constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 // Vectors of a lane in a chunk, which is 4 KB of a row (2 KB in float64).
 constexpr int chunk_vectors(int64_t element_bytes) {
   return element_bytes == 8 ? limits::kChunkVectorsFloat64 : limits::kChunkVectors;
+}
+
+// Vectors of a short row: half a chunk.
+constexpr int64_t short_vectors(int64_t element_bytes) {
+  return limits::kWarp * chunk_vectors(element_bytes) / 2;
+}
+
+constexpr bool Plan::short_rows() const {
+  return schedule == Schedule::kWarp && vectorized &&
+         group * vectors <= short_vectors(limits::kVectorBytes / width);
 }
 
 // Steps along dim of a thread in the columns schedule, of `columns` elements each: a vector's width at
@@ -238,15 +252,29 @@ constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device)
 constexpr Plan plan_warp(const Workload& work, const DeviceProperties& device) {
   const Sizes sizes(work);
   Plan plan = start(Schedule::kWarp, sizes);
-  // Vectors that are not whole are shifted between the lanes of a warp.
   if (work.shape.inner > 1 || sizes.chunks > 1) return plan;
-  plan.group =
-      sizes.whole
-          ? static_cast<int>(std::min<int64_t>(limits::kWarp, power_of_two_from(sizes.vectors)))
-          : limits::kWarp;
-  plan.vectors = static_cast<int>(power_of_two_from(ceil_div(sizes.vectors, plan.group)));
-  if (!sizes.whole) plan.vectors = std::max(2, plan.vectors);
   const int64_t rows = work.shape.rows();
+  const auto sharing = [&](int64_t vectors) {  // threads, with as many vectors each
+    return std::max<int64_t>(1, power_of_two_from(sizes.vectors) / vectors);
+  };
+  int64_t vectors = 2;
+  if (sizes.whole && sizes.vectors <= short_vectors(sizes.load)) {
+    // Each step of a reduction costs all lanes an instruction, and there are fewer steps where few
+    // lanes have many vectors each. But two lanes at least, side by side in a sector, and enough to
+    // fill the device; and the tree of more than 64 vectors is not one that few lanes can follow.
+    const auto allowed = [&](int64_t vectors) {
+      return vectors * work.inputs <= chunk_vectors(sizes.load) && sharing(vectors) > 1 &&
+             (sharing(1) <= 2 * limits::kWarp || sharing(vectors) == limits::kWarp) &&
+             rows * sharing(vectors) >= device.sm_count * int64_t{limits::kFillingThreads};
+    };
+    while (allowed(2 * vectors) || sharing(vectors) > limits::kWarp) vectors *= 2;
+    plan.group = static_cast<int>(sharing(vectors));
+  } else {
+    // Vectors are shifted between the lanes of a warp.
+    plan.group = limits::kWarp;
+    vectors = std::max(vectors, power_of_two_from(ceil_div(sizes.vectors, limits::kWarp)));
+  }
+  plan.vectors = static_cast<int>(vectors);
   plan.items = limits::kShortRowThreads / plan.group;
   while (plan.items * plan.group > limits::kWarp && ceil_div(rows, plan.items) < device.sm_count) {
     plan.items /= 2;

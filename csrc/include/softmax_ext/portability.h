@@ -44,7 +44,7 @@ namespace softmax_ext {
 
 // Blocks that meet: those of a cluster, or, cooperative, all of the launch.
 struct Together {
-  unsigned cluster = 1;
+  dim3 cluster;
   bool cooperative = false;
 };
 
@@ -62,13 +62,14 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
                                  static_cast<int>(shared_bytes));
   }
   if (error == cudaSuccess) {
+    const unsigned blocks = together.cluster.x * together.cluster.y * together.cluster.z;
     cudaLaunchAttribute attribute;
     if (together.cooperative) {
       attribute.id = cudaLaunchAttributeCooperative;
       attribute.val.cooperative = 1;
     } else {
       attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim = {together.cluster, 1, 1};
+      attribute.val.clusterDim = {together.cluster.x, together.cluster.y, together.cluster.z};
     }
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
@@ -76,7 +77,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = together.cooperative || together.cluster > 1 ? 1 : 0;
+    config.numAttrs = together.cooperative || blocks > 1 ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   }
   return error == cudaSuccess ? cudaSuccess : cudaGetLastError();
