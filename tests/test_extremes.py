@@ -7,6 +7,7 @@ from tolerances import (
     FLOATING,
     OPS,
     OURS,
+    SIXTEEN_BIT,
     TORCH,
     assert_close_to_reference,
     reference,
@@ -14,7 +15,6 @@ from tolerances import (
 )
 
 INF = torch.inf
-SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)

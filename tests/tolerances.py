@@ -14,6 +14,7 @@ import softmax_ext
 
 OPS = ("softmax", "log_softmax")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 Function = Callable[..., torch.Tensor]

@@ -5,6 +5,9 @@
 //   split rows   inner == 1, fewer long rows than threads: the chunks of a row are shared out.
 //   columns      inner > 1: a thread takes tiles of neighbouring columns, in blocks along dim.
 //
+// Log-softmax of rows of a register, and of columns of a block, which may have a sum close to 1, has
+// kernels of its own.
+//
 // A row is always reduced by the same chunks (blocks) in the same order, so its result depends
 // neither on the batch it is in nor on the number of threads. Input of another type is first
 // rounded to the output's, in the output's memory, one row or tile at a time.
@@ -86,6 +89,19 @@ SOFTMAX_EXT_INLINE V fold(int64_t n, V identity, Step step, Merge merge) {
 template <class A>
 constexpr A kLowest = -static_cast<A>(INFINITY);
 
+// The policy of Forward: no element is above its row's max. What is rounded to 16 bits afterwards
+// can do with the reciprocal alone.
+template <class T, class V>
+struct Share : Full<V> {
+  static SOFTMAX_EXT_INLINE V exp(V x) { return exp_of_nonpositive(x); }
+  static SOFTMAX_EXT_INLINE V quotient(V e, V sum, V reciprocal) {
+    if constexpr (sizeof(T) == 2) return e * reciprocal;
+    return Full<V>::quotient(e, sum, reciprocal);
+  }
+};
+template <Op op, class T, class V = Vec<compute_t<T>>>
+using forward_t = Forward<op, V, Share<T, V>>;
+
 // The largest of x, lane by lane.
 template <class T, class V = Vec<compute_t<T>>>
 SOFTMAX_EXT_INLINE V lane_max(const T* x, int64_t n) {
@@ -110,7 +126,7 @@ SOFTMAX_EXT_INLINE Vec<A> lane_sum_of_exp(const T* x, A* kept, int64_t n, A max,
   return fold(
       n, V(A(0)),
       [=](V sum, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-        const V e = exp_of(load(x + i, lanes, kLowest<A>) - shift);
+        const V e = exp_of_nonpositive(load(x + i, lanes, kLowest<A>) - shift);
         if constexpr (kKeep) {
           if (kWhole<decltype(lanes)> || keep_all) store(kept + i, lanes, e);
         }
@@ -127,12 +143,68 @@ SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formul
   });
 }
 
+// Of log-softmax over so few elements that the sum may be close to 1, where its log needs more digits
+// than the sum has: what the sum is above 1, in two numbers. The largest elements have exp 1 (or NaN)
+// and add nothing to the first, and 1 each to the second, of which one is the 1.
+template <class V>
+struct AboveOne {
+  V rest{0};
+  V ones{0};
+
+  SOFTMAX_EXT_INLINE void add(V x, V max, V e) {
+    const V one(1);
+    rest = rest + V(x.raw == max.raw ? (e - one).raw : e.raw);
+    ones = ones + V(x.raw == max.raw ? one.raw : V(0).raw);
+  }
+  static SOFTMAX_EXT_INLINE V log_sum(V rest, V ones) { return log1p_of(rest + (ones - V(1))); }
+};
+
+// Rows of at most a register: forward_short_rows for log-softmax.
+template <class T>
+void log_softmax_of_registers(const T* x, T* y, int64_t n, int64_t rows) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  using F = forward_t<Op::kLogSoftmax, T>;
+  const First lanes{n};
+  const auto row = [=](int64_t r) SOFTMAX_EXT_LAMBDA {
+    return n == V::kSize ? load(x + r * n, All{}, kLowest<A>) : load(x + r * n, lanes, kLowest<A>);
+  };
+  V values[V::kSize], rest[V::kSize], ones[V::kSize];
+  alignas(64) A maxes[V::kSize] = {}, rests[V::kSize] = {}, counts[V::kSize] = {};
+  for (int64_t r = 0; r < rows; ++r) rest[r] = values[r] = row(r);
+  max_over_lanes(rest, rows, maxes);
+  for (int64_t r = 0; r < rows; ++r) {
+    const V max(maxes[r]);
+    AboveOne<V> above;
+    above.add(values[r], max, exp_of_nonpositive(values[r] - shift_of(max)));
+    rest[r] = above.rest;
+    ones[r] = above.ones;
+  }
+  sum_over_lanes(rest, rows, rests);
+  sum_over_lanes(ones, rows, counts);
+  F formulas;
+  formulas.max = load(maxes, All{}, A(0));
+  formulas.log_sum = AboveOne<V>::log_sum(load(rests, All{}, A(0)), load(counts, All{}, A(0)));
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto formula =
+        F::map(formulas, [=](const V& of_rows) SOFTMAX_EXT_LAMBDA { return V(of_rows.raw[r]); });
+    if (n == V::kSize) {
+      store(y + r * n, All{}, formula.of(values[r]));
+    } else {
+      store(y + r * n, lanes, formula.of(values[r]));
+    }
+  }
+}
+
 // `rows` neighbouring rows of n elements, together or alone at most one chunk. Step by step for all
 // of them, which hides the latency of each step.
 template <Op op, class T>
 void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
+  if constexpr (op == Op::kLogSoftmax) {
+    if (n <= V::kSize) return log_softmax_of_registers(x, y, n, rows);
+  }
   // The exps are kept in the output's memory, or beside it where that is narrower.
   constexpr bool kKeep = op == Op::kSoftmax;
   constexpr bool kInOutput = std::is_same_v<T, A>;
@@ -148,9 +220,9 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   }
   sum_over_lanes(lanes, rows, sums);
   // A lane for each row.
-  const Forward<op, V> formulas(load(maxes, All{}, A(0)), load(sums, All{}, A(0)));
+  const forward_t<op, T> formulas(load(maxes, All{}, A(0)), load(sums, All{}, A(0)));
   for (int64_t r = 0; r < rows; ++r) {
-    const auto formula = Forward<op, V>::map(
+    const auto formula = forward_t<op, T>::map(
         formulas, [=](const V& of_rows) SOFTMAX_EXT_LAMBDA { return V(of_rows.raw[r]); });
     for_each_vector<V::kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       const int64_t k = r * n + i;
@@ -254,7 +326,7 @@ void convert(const From* x, T* y, int64_t n) {
   constexpr int kSize = Vec<A>::kSize;
   for_each_vector<kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
     if constexpr (std::is_same_v<compute_t<From>, A> && !std::is_integral_v<From>) {
-      store(y + i, lanes, load(x + i, lanes, A(0)));
+      store(y + i, lanes, load(x + i, lanes, A(0)) * Vec<A>(A(1)));  // no signalling NaN
     } else {
       Vec<A> values(A(0));
       int64_t count = kSize;
@@ -355,7 +427,7 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
       [&](int64_t row, int64_t i, int64_t n, OnlineState<double> of_chunk,
           OnlineState<double> of_row) {
         const int64_t offset = row * dim + i;
-        const Forward<op, V> formula(static_cast<A>(of_row.max), of_row.sum);
+        const forward_t<op, T> formula(static_cast<A>(of_row.max), of_row.sum);
         if constexpr (kCanKeep) {
           if (keep) {
             const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
@@ -466,10 +538,55 @@ SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
   for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(d + kBlock, dim));
 }
 
+// Columns of at most a block: forward_columns for log-softmax.
+template <class T>
+void log_softmax_of_short_columns(const ForwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  constexpr int kSize = V::kSize;
+  const int64_t dim = args.shape.dim, inner = args.shape.inner;
+  T* output = static_cast<T*>(args.output);
+  const Input<T> input(args);
+  for_each_tile<A>(args.shape, threads, [&](int64_t offset, int64_t width) {
+    // step(vector, values, place in memory, lanes) for each vector of each step along dim.
+    const auto for_each_step = [&](auto ready, auto step) SOFTMAX_EXT_LAMBDA {
+      for (int64_t d = 0; d < dim; ++d) {
+        const int64_t place = offset + d * inner;
+        const T* x = ready(place);
+        for_each_vector<kSize>(width, [&](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+          step(c / kSize, load(x + c, lanes, kLowest<A>), place + c, lanes);
+        });
+      }
+    };
+    const auto again = [&](int64_t place) SOFTMAX_EXT_LAMBDA { return input.again(place); };
+    V maxes[kTile<A> / kSize];
+    AboveOne<V> above[kTile<A> / kSize];
+    forward_t<Op::kLogSoftmax, T> formulas[kTile<A> / kSize];
+    std::fill_n(maxes, ceil_div(width, kSize), V(kLowest<A>));
+    std::fill_n(above, ceil_div(width, kSize), AboveOne<V>{});
+    for_each_step([&](int64_t place) SOFTMAX_EXT_LAMBDA { return input.at(place, width); },
+                  [&](int64_t v, V x, int64_t, auto)
+                      SOFTMAX_EXT_LAMBDA { maxes[v] = max_of(x, maxes[v]); });
+    for_each_step(again, [&](int64_t v, V x, int64_t, auto) SOFTMAX_EXT_LAMBDA {
+      above[v].add(x, maxes[v], exp_of_nonpositive(x - shift_of(maxes[v])));
+    });
+    for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
+      formulas[v].max = maxes[v];
+      formulas[v].log_sum = AboveOne<V>::log_sum(above[v].rest, above[v].ones);
+    }
+    for_each_step(again, [&](int64_t v, V x, int64_t place, auto lanes) SOFTMAX_EXT_LAMBDA {
+      store(output + place, lanes, formulas[v].of(x));
+    });
+  });
+}
+
 template <Op op, class T>
 void forward_columns(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
+  if constexpr (op == Op::kLogSoftmax) {
+    if (args.shape.dim <= kBlock) return log_softmax_of_short_columns<T>(args, threads);
+  }
   constexpr int kSize = V::kSize;
   const int64_t dim = args.shape.dim, inner = args.shape.inner;
   T* output = static_cast<T*>(args.output);
@@ -493,22 +610,36 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
         const V old = maxes[v];
         maxes[v] = shifts[v];
         shifts[v] = shift_of(maxes[v]);
-        sums[v].scale(exp_of(old - shifts[v]));
+        sums[v].scale(exp_of_nonpositive(old - shifts[v]));
         block_sums[v] = V(A(0));
       }
-      for (int64_t d = begin; d < end; ++d) {
-        const T* x = input.again(offset + d * inner);
+      // Four steps at a time: a sum of sums, which rounds less often than one after another.
+      const auto sum_steps = [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
+        const T* x[4] = {};
+        for (int64_t k = 0; k < steps(); ++k) x[k] = input.again(offset + (d + k) * inner);
         for_each_vector<kSize>(
             width, [=, &shifts, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+              const V shift = shifts[c / kSize];
+              V e[4];
+              for (int64_t k = 0; k < steps(); ++k) {
+                e[k] = exp_of_nonpositive(load(x[k] + c, lanes, kLowest<A>) - shift);
+              }
               V& sum = block_sums[c / kSize];
-              sum = sum + exp_of(load(x + c, lanes, kLowest<A>) - shifts[c / kSize]);
+              if constexpr (steps() == 4) {
+                sum = sum + ((e[0] + e[1]) + (e[2] + e[3]));
+              } else {
+                sum = sum + e[0];
+              }
             });
-      }
+      };
+      int64_t d = begin;
+      for (; d + 4 <= end; d += 4) sum_steps(d, std::integral_constant<int, 4>{});
+      for (; d < end; ++d) sum_steps(d, std::integral_constant<int, 1>{});
       for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);
     });
-    Forward<op, V> formulas[kTile<A> / kSize];
+    forward_t<op, T> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
-      formulas[v] = Forward<op, V>(maxes[v], sums[v].sum);
+      formulas[v] = forward_t<op, T>(maxes[v], sums[v].sum);
     }
     for (int64_t d = 0; d < dim; ++d) {
       const T* x = input.again(offset + d * inner);

@@ -35,6 +35,7 @@ constexpr int kRegisterBytes = 32;
 #else
 constexpr int kRegisterBytes = 16;
 #endif
+constexpr bool kFusedMultiplyAdd = kRegisterBytes > 16;
 
 // 16-bit elements are read into floats and rounded from floats, in registers.
 struct Float16 {
@@ -164,13 +165,16 @@ SOFTMAX_EXT_INLINE VecF widen(const BFloat16*, __m256i bits) {
 SOFTMAX_EXT_INLINE __m256i narrow(const Float16*, VecF x) {
   return _mm512_cvtps_ph(x.raw, _MM_FROUND_TO_NEAREST_INT);
 }
+// x is a result of arithmetic: a NaN is quiet, and stays one without its lower half.
 SOFTMAX_EXT_INLINE __m256i narrow(const BFloat16*, VecF x) {
   const __m512i bits = _mm512_castps_si512(x.raw);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.raw, x.raw, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+  const __mmask16 number = _mm512_cmp_ps_mask(x.raw, x.raw, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+  __m512i rounded = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+  const __m512i upper = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,
+                                         31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded));
 }
 
 SOFTMAX_EXT_INLINE VecF load(const float* p, All, float) { return _mm512_loadu_ps(p); }
@@ -395,11 +399,11 @@ SOFTMAX_EXT_INLINE Vec<T> scale(Vec<T> x, Vec<T> n) {
 #endif
 }
 
+// For x of at most 0, or NaN.
 template <class T>
-SOFTMAX_EXT_INLINE Vec<T> exp_of(Vec<T> x) {
+SOFTMAX_EXT_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
   using C = ExpConstants<T>;
-  // The bounds come first: a NaN passes through both.
-  x = min_of(Vec<T>(C::kHighest), max_of(Vec<T>(C::kLowest), x));
+  x = max_of(Vec<T>(C::kLowest), x);  // a NaN passes
   const Vec<T> n =
       fma_of(x, Vec<T>(T(1.44269504088896340736)), Vec<T>(C::kRound)) - Vec<T>(C::kRound);
   Vec<T> r = fma_of(n, Vec<T>(-C::kLn2High), x);
@@ -407,7 +411,19 @@ SOFTMAX_EXT_INLINE Vec<T> exp_of(Vec<T> x) {
   constexpr int kDegree = static_cast<int>(sizeof(C::kPolynomial) / sizeof(T)) - 1;
   Vec<T> q(C::kPolynomial[kDegree]);
   for (int k = kDegree - 1; k >= 0; --k) q = fma_of(q, r, Vec<T>(C::kPolynomial[k]));
-  return scale(fma_of(r * r, q, r) + Vec<T>(T(1)), n);
+  // 1 + r + r^2 q, with one rounding of r where products are rounded on their own.
+  if constexpr (kFusedMultiplyAdd) {
+    q = fma_of(q, r, Vec<T>(T(1)));
+    q = fma_of(q, r, Vec<T>(T(1)));
+  } else {
+    q = (r * r * q + r) + Vec<T>(T(1));
+  }
+  return scale(q, n);
+}
+
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> exp_of(Vec<T> x) {
+  return exp_of_nonpositive(min_of(Vec<T>(ExpConstants<T>::kHighest), x));
 }
 
 // log(x) of a row's sum: 1 or more, or NaN, or 0 where the row is all -inf and its output NaN whatever
@@ -437,6 +453,16 @@ SOFTMAX_EXT_INLINE VecF log_of(VecF x) {
 SOFTMAX_EXT_INLINE VecD log_of(VecD x) {
   for (int k = 0; k < VecD::kSize; ++k) x.raw[k] = softmax_ext::log_of(x.raw[k]);
   return x;
+}
+
+// log(1 + x) for x of at least 0, or NaN: what is rounded off 1 + x counts too.
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> log1p_of(Vec<T> x) {
+  const Vec<T> one(T(1));
+  const Vec<T> sum = one + x;
+  const Vec<T> of_x = sum - one;
+  const Vec<T> rest = (one - (sum - of_x)) + (x - of_x);
+  return log_of(sum) + rest / sum;
 }
 
 template <class T>

@@ -9,6 +9,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "../cpu/launch.h"
+#include "../cpu/pages.h"
 #include "cuda.h"
 #include "softmax_ext/plan.h"
 
@@ -28,8 +29,12 @@ Shape to_shape(const at::Tensor& tensor, int64_t dim) {
 }
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device) {
-  // On the CPU, what at::empty ends in, without its dispatch.
-  if (device.is_cpu()) return at::detail::empty_cpu(sizes, dtype);
+  if (device.is_cpu()) {
+    // What at::empty ends in, without its dispatch.
+    at::Tensor tensor = at::detail::empty_cpu(sizes, dtype);
+    cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
+    return tensor;
+  }
   return at::empty(sizes, at::TensorOptions(device).dtype(dtype));
 }
 

@@ -28,6 +28,7 @@ from tolerances import (
     FLOATING,
     INTEGERS,
     OPS,
+    SIXTEEN_BIT,
     assert_close_to_reference,
     assert_gradient_close,
     largest_error,
@@ -125,7 +126,6 @@ class Types:
         )
 
 
-SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 DIRECTIONS = ("forward", "backward")
 SAME = [Types(direction, dtype, dtype) for direction in DIRECTIONS for dtype in FLOATING]
 ALL = [Types("forward", load, store) for load in (*FLOATING, *INTEGERS) for store in FLOATING]

@@ -63,7 +63,7 @@ struct Forward<Op::kSoftmax, T, P> {
 
   // The same formula with each member m of another as f(m).
   template <class U, class F>
-  static SOFTMAX_EXT_FUNCTION Forward map(const Forward<Op::kSoftmax, U>& other, F f) {
+  static SOFTMAX_EXT_FUNCTION Forward map(const U& other, F f) {
     Forward result;
     result.max = f(other.max);
     result.sum = f(other.sum);
@@ -85,7 +85,7 @@ struct Forward<Op::kLogSoftmax, T, P> {
   SOFTMAX_EXT_FUNCTION Forward(M max, S sum) : max(max), log_sum(log_of(sum)) {}
 
   template <class U, class F>
-  static SOFTMAX_EXT_FUNCTION Forward map(const Forward<Op::kLogSoftmax, U>& other, F f) {
+  static SOFTMAX_EXT_FUNCTION Forward map(const U& other, F f) {
     Forward result;
     result.max = f(other.max);
     result.log_sum = f(other.log_sum);

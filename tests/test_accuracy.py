@@ -1,0 +1,142 @@
+"""How many digits are right, beyond the tolerances of the other tests: in ulp of the result."""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_threads_and_isa import ISAS, VARIABLE
+from tolerances import OPS, OURS, SIXTEEN_BIT, TORCH, ulp
+
+import softmax_ext
+
+SIZES = [
+    1,
+    2,  # a log close to 0, of a sum close to 1
+    3,
+    7,
+    16,  # a register of AVX-512, and a block of columns
+    17,
+    33,
+    1000,
+    4096,  # a chunk of a row
+    4097,
+    50257,
+    2**20,
+]
+
+
+def moderate(size: int, dim: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Uniform in [-2, 2]; rows of this size lie along dim."""
+    rows = max(3, min(2000, 2**18 // size))
+    x = torch.rand(rows, size).mul(4).sub(2).to(dtype)
+    return (x if dim == 1 else x.t().contiguous()).to(device)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("size", SIZES)
+def test_float32_is_within_6_ulp(size: int, op: str, dim: int, device: str) -> None:
+    x = moderate(size, dim, torch.float32, device)
+    exact = TORCH[op](x.cpu().double(), dim)
+    error = (OURS[op](x, dim).cpu().double() - exact).abs() / ulp(exact, torch.float32)
+    assert error.max() <= 6
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("size", SIZES)
+def test_999_of_1000_results_of_16_bits_are_the_nearest(
+    size: int, op: str, dim: int, dtype: torch.dtype, device: str
+) -> None:
+    x = moderate(size, dim, dtype, device)
+    nearest = TORCH[op](x.cpu().double(), dim).to(dtype)
+    assert (OURS[op](x, dim).cpu() == nearest).double().mean() >= 0.999
+
+
+# The gradient of log_softmax over (v, 0), with (0, 1) as that of the output y, is -exp(y) for v.
+EXPS = """
+import sys, torch, softmax_ext
+v = torch.load(sys.argv[1], weights_only=True)
+x = torch.stack([v, torch.zeros_like(v)], 1).requires_grad_()
+y = softmax_ext.log_softmax(x, 1)
+gradient = torch.tensor([0, 1], dtype=v.dtype).expand_as(y)
+exp = -torch.autograd.grad(y, x, gradient)[0][:, 0]
+torch.save((softmax_ext.build_info()["cpu_isa"], y.detach()[:, 0].clone(), exp), sys.argv[2])
+"""
+
+
+def worst_ulp_of_exp(v: torch.Tensor, isa: str, folder: Path) -> float:
+    torch.save(v, folder / "v")
+    root = str(Path(softmax_ext.__file__).resolve().parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, VARIABLE: isa}
+    command = [sys.executable, "-c", EXPS, str(folder / "v"), str(folder / "exp")]
+    subprocess.run(command, env=environment, check=True, timeout=600)
+    used, y, exp = torch.load(folder / "exp", weights_only=True)
+    assert used == isa
+    exact = np.exp(y.numpy().astype(np.longdouble))  # of 64 bits or more, on x86
+    spacing = ulp(torch.from_numpy(exact.astype(np.float64)), v.dtype).numpy()
+    return float((np.abs(exp.numpy().astype(np.longdouble) - exact) / spacing).max())
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if name not in softmax_ext.build_info()["cpu_isas"]:
+        pytest.skip(f"{name} is not built, or this CPU lacks it")
+    return name
+
+
+# Below 1 ulp; without a fused multiply-add, a little more in float64.
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.float32, -110), (torch.float64, -750)], ids=str
+)
+def test_exp_on_the_cpu(dtype: torch.dtype, least: int, isa: str, tmp_path: Path) -> None:
+    """From where it is 0, through subnormal results, to 1."""
+    v = torch.cat([torch.linspace(least, 20, 2**20, dtype=torch.float64), -3 * torch.rand(2**19)])
+    limit = 1.02 if (isa, dtype) == ("baseline", torch.float64) else 1.0
+    assert worst_ulp_of_exp(v.to(dtype), isa, tmp_path) < limit
+
+
+@pytest.mark.large
+def test_exp_of_every_float32(isa: str, tmp_path: Path) -> None:
+    """Of each that is at most 0, as v: y is the same, or close by."""
+    first, last = 0x80000000, 0xC2DC0000  # -0 and -110
+    step = 2**25
+    for begin in range(first, last, step):
+        bits = torch.arange(begin, min(begin + step, last)) - 2**32
+        assert worst_ulp_of_exp(bits.to(torch.int32).view(torch.float32), isa, tmp_path) < 1.0
+
+
+def flags_of(address: int) -> set[str]:
+    """Of the mapping that holds it, in /proc/self/smaps."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head and not head.endswith(":"):
+            begin, end = (int(part, 16) for part in head.split("-"))
+            inside = begin <= address < end
+        elif inside and head == "VmFlags:":
+            return set(line.split()[1:])
+    return set()
+
+
+def test_large_new_outputs_ask_for_huge_pages() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "hg" not in flags_of_advised():
+        pytest.skip("this system has no huge pages to ask for")
+    large = softmax_ext.softmax(torch.randn(2**24), 0)
+    assert "hg" in flags_of(large.data_ptr() + large.nbytes // 2)
+
+
+def flags_of_advised() -> set[str]:
+    memory = mmap.mmap(-1, 2**23)
+    memory.madvise(14)  # MADV_HUGEPAGE
+    return flags_of(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
