@@ -1,0 +1,372 @@
+"""softmax_ext against torch and others on the CPU: ``python -m benchmarks cpu --help``.
+
+Each case is verified first, then timed in turns: one run of each contender, in an order that
+rotates, in the same process, in rounds over all cases. The figures are medians of the runs of all
+rounds; a speed-up is the median of the turns' ratios, which a slow moment of the machine leaves
+alone.
+
+The floor of a case is the longer of two times measured beside it: of a copy that moves as many
+bytes between memory that exists; and, where it takes exp, of torch's exp of as many elements in
+cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import math
+import platform
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import softmax_ext
+from benchmarks.common import DTYPES, OPS, TOLERANCE, Run, make_run, smallest_step, wall_seconds
+
+# (shape, dim); each stands for a kind of row.
+SHAPES: list[tuple[tuple[int, ...], int]] = [
+    ((8, 64), -1),  # the cost of a call
+    ((4096, 7), -1),  # short rows: classifiers, routers
+    ((4096, 16), -1),
+    ((4096, 128), -1),
+    ((256, 1024), -1),  # in cache
+    ((1000, 1000), -1),
+    ((4096, 4096), -1),  # beyond all caches
+    ((64, 50257), -1),  # vocabularies
+    ((256, 128256), -1),
+    ((1, 4194304), -1),  # one long row
+    ((32, 1000, 196), 1),  # another dim, between others
+    ((8, 19, 256, 256), 1),  # segmentation
+    ((4096, 512), 0),  # the first dim
+    ((64, 12, 128, 128), -1),  # attention
+]
+# forward: into a new output; out: into one that exists; backward: the input's gradient, new.
+# recorded, both: as in benchmarks/common.py.
+MODES = ("forward", "out", "backward", "recorded", "both")
+PEERS = ("torch", "compile", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    mode: str
+    shape: tuple[int, ...]
+    dim: int
+    dtype: str
+    threads: int
+
+    @property
+    def bytes(self) -> int:
+        """Read and written, if each tensor is moved once."""
+        tensors = 3 if self.mode == "backward" else 2
+        return tensors * math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def takes_exp(self) -> bool:
+        return self.mode != "backward" or self.op == "log_softmax"
+
+
+@dataclass(frozen=True)
+class Result(Case):
+    us: dict[str, float]  # by contender
+    speedup: dict[str, float]  # over each peer
+    copy_us: float
+    exp_us: float
+    gbps: float
+    of_copy: float
+    of_floor: float
+
+
+def onnx_run(case: Case, x: torch.Tensor) -> Run:
+    """The operator of the same name, on the same memory; its output is new."""
+    import numpy
+    import onnx
+    import onnxruntime
+
+    types = {"float32": 1, "float64": 11, "float16": 10}
+    value = [
+        onnx.helper.make_tensor_value_info(name, types[case.dtype], case.shape) for name in "xy"
+    ]
+    operator = "Softmax" if case.op == "softmax" else "LogSoftmax"
+    node = onnx.helper.make_node(operator, ["x"], ["y"], axis=case.dim)
+    graph = onnx.helper.make_graph([node], case.op, value[:1], value[1:])
+    opset = [onnx.helper.make_opsetid("", 13)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = case.threads
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, ["CPUExecutionProvider"]
+    )
+    array: numpy.ndarray[Any, Any] = x.numpy()
+    return lambda: torch.from_numpy(session.run(None, {"x": array})[0])
+
+
+def contenders(case: Case, peers: Iterable[str]) -> dict[str, Run]:
+    """The same work by softmax_ext and by those of the peers that can do it."""
+    shape, dim, mode, dtype = case.shape, case.dim, case.mode, DTYPES[case.dtype]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    theirs, ours = OPS[case.op]
+
+    def run(function: Callable[..., torch.Tensor]) -> Run:
+        if mode == "out":
+            out = torch.empty_like(x)
+            return lambda: function(x, dim, out=out)
+        return make_run(function, mode, x, dim, grad)
+
+    runs = {"softmax_ext": run(ours), "torch": run(theirs)}
+    if "compile" in peers and mode != "out":
+        runs["compile"] = run(torch.compile(theirs, dynamic=False))
+    if "onnxruntime" in peers and mode == "forward" and case.dtype != "bfloat16":
+        runs["onnxruntime"] = onnx_run(case, x)
+    return runs
+
+
+def verify(case: Case, runs: dict[str, Run]) -> None:
+    dtype = DTYPES[case.dtype]
+    expected = runs["torch"]().detach().double()
+    limit = TOLERANCE[dtype] * expected.abs().max().item() + smallest_step(dtype)
+    for name, run in runs.items():
+        error = (run().detach().double() - expected).abs().max().item()
+        if not error <= limit:
+            raise AssertionError(f"{name} and torch differ by up to {error:.3g}: {case}")
+
+
+def seconds(run: Run, repeats: int) -> float:
+    def repeated() -> None:
+        for _ in range(repeats):
+            run()
+
+    return wall_seconds(repeated, "cpu") / repeats
+
+
+def turns(runs: dict[str, Run], budget: float) -> list[dict[str, float]]:
+    """Seconds of runs in turns."""
+    once = max(seconds(run, 2) for run in runs.values())
+    # A timed run is long enough for the clock, and there are enough turns for a median.
+    repeats = max(1, round(0.001 / once))
+    count = max(5, min(101, round(budget / (len(runs) * repeats * once))))
+    names = list(runs)
+    return [
+        {
+            name: seconds(runs[name], repeats)
+            for name in names[k % len(names) :] + names[: k % len(names)]
+        }
+        for k in range(count)
+    ]
+
+
+EXP_ELEMENTS = 65536  # of a thread
+
+
+def floor_runs(case: Case) -> dict[str, Run]:
+    half = torch.ones(case.bytes // 2, dtype=torch.uint8)
+    into = torch.empty_like(half)
+    x = torch.zeros(EXP_ELEMENTS * case.threads)
+    out = torch.empty_like(x)
+    return {"copy": lambda: into.copy_(half), "exp": lambda: torch.exp(x, out=out)}
+
+
+def measure(case: Case, times: list[dict[str, float]], floors: list[dict[str, float]]) -> Result:
+    def median(entries: list[dict[str, float]], name: str) -> float:
+        return statistics.median(entry[name] for entry in entries) * 1e6
+
+    us = {name: median(times, name) for name in times[0]}
+    elements = math.prod(case.shape)
+    copy_us = median(floors, "copy")
+    exp_us = median(floors, "exp") * elements / (EXP_ELEMENTS * case.threads)
+    floor = max(copy_us, exp_us if case.takes_exp else 0.0)
+    return Result(
+        **asdict(case),
+        us=us,
+        speedup={
+            name: statistics.median(entry[name] / entry["softmax_ext"] for entry in times)
+            for name in us
+            if name != "softmax_ext"
+        },
+        copy_us=copy_us,
+        exp_us=exp_us if case.takes_exp else 0.0,
+        gbps=case.bytes / us["softmax_ext"] / 1e3,
+        of_copy=copy_us / us["softmax_ext"],
+        of_floor=floor / us["softmax_ext"],
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks cpu", description=__doc__)
+    threads = sorted({1, torch.get_num_threads()})
+    parser.add_argument("--threads", type=int, nargs="+", default=threads)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "out", "backward"])
+    parser.add_argument("--shapes", nargs="+", help="only these, as 4096x16", default=[])
+    parser.add_argument("--peers", nargs="+", choices=PEERS[1:], default=[], help="beside torch")
+    parser.add_argument("--budget", type=float, default=0.1, help="seconds a case in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="over all cases, with new tensors")
+    parser.add_argument("--json", type=Path, help="where to write the results, and a plot beside")
+    parser.add_argument(
+        "--at-least", type=float, help="fail if a speed-up over torch is below this"
+    )
+    return parser.parse_args()
+
+
+def machine() -> dict[str, object]:
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else "",
+        "build": softmax_ext.build_info(),
+    }
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
+
+
+def summary(results: list[Result]) -> Iterator[str]:
+    """Of new outputs, which is what a call makes, and of existing ones."""
+    for peer in PEERS:
+        for modes, title in ((("forward", "backward"), "new outputs"), (("out",), "out=")):
+            cases = [r for r in results if r.mode in modes and peer in r.speedup]
+            for dtypes in (tuple(DTYPES), ("float32",)):
+                of = [r for r in cases if r.dtype in dtypes]
+                if not of:
+                    continue
+                worst = min(of, key=lambda result: result.speedup[peer])
+                mean = geometric_mean(result.speedup[peer] for result in of)
+                yield (
+                    f"over {peer}, {title}, {'float32' if len(dtypes) == 1 else 'all dtypes'}: "
+                    f"{len(of)} cases, geometric mean {mean:.2f}, "
+                    f"least {worst.speedup[peer]:.2f} ({worst.op} {worst.mode} "
+                    f"{'x'.join(map(str, worst.shape))} {worst.dtype}, threads: {worst.threads})"
+                )
+
+
+def table(results: list[Result]) -> Iterator[str]:
+    peers = [name for name in PEERS if any(name in result.us for result in results)]
+    header = [
+        "op",
+        "mode",
+        "shape",
+        "dim",
+        "dtype",
+        "threads",
+        "us",
+        "GB/s",
+        "of a copy",
+        "of the floor",
+    ]
+    yield "| " + " | ".join([*header, *(f"over {name}" for name in peers)]) + " |"
+    yield "|---" * (len(header) + len(peers)) + "|"
+    for r in results:
+        cells = [r.op, r.mode, "x".join(map(str, r.shape)), r.dim, r.dtype, r.threads]
+        cells += [
+            f"{r.us['softmax_ext']:.2f}",
+            f"{r.gbps:.1f}",
+            f"{r.of_copy:.2f}",
+            f"{r.of_floor:.2f}",
+        ]
+        cells += [f"{r.speedup[name]:.2f}" if name in r.speedup else "" for name in peers]
+        yield "| " + " | ".join(map(str, cells)) + " |"
+
+
+def plot(results: list[Result], path: Path) -> None:
+    """Speed-up over torch by shape; a dot a case."""
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys("x".join(map(str, r.shape)) + f", {r.dim}" for r in results))
+    modes = [mode for mode in MODES if any(r.mode == mode for r in results)]
+    figure = Figure(figsize=(5 * len(modes), 6), layout="constrained")
+    axes = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
+    for axis, mode in zip(axes, modes, strict=True):
+        for dtype, color in zip(
+            DTYPES, ("tab:green", "tab:red", "tab:orange", "tab:blue"), strict=True
+        ):
+            of = [r for r in results if r.mode == mode and r.dtype == dtype]
+            at = [labels.index("x".join(map(str, r.shape)) + f", {r.dim}") for r in of]
+            axis.scatter(
+                [r.speedup["torch"] for r in of], at, s=12, color=color, label=dtype, alpha=0.7
+            )
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set(title=mode, xscale="log", xlabel="speed-up over torch")
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(range(len(labels)), labels)
+    axes[0].invert_yaxis()
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def progress(cases: list[Case], title: str) -> Iterable[Case]:
+    if importlib.util.find_spec("tqdm") is None:
+        print(title, file=sys.stderr)
+        return cases
+    from tqdm import tqdm
+
+    bar: Iterable[Case] = tqdm(cases, desc=title, leave=False)
+    return bar
+
+
+def main() -> int:
+    options = arguments()
+    for peer in options.peers:
+        if peer == "onnxruntime" and not all(
+            map(importlib.util.find_spec, ("onnxruntime", "onnx"))
+        ):
+            print("onnxruntime is missing: pip install softmax_ext[bench]", file=sys.stderr)
+            return 2
+    cases = [
+        Case(op, mode, shape, dim, dtype, threads)
+        for threads, (shape, dim), dtype, op, mode in itertools.product(
+            options.threads, SHAPES, options.dtypes, options.ops, options.modes
+        )
+        if not options.shapes or "x".join(map(str, shape)) in options.shapes
+    ]
+    if not cases:
+        print("no such case", file=sys.stderr)
+        return 2
+    times: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
+    floors: dict[Case, list[dict[str, float]]] = {case: [] for case in cases}
+    warnings.filterwarnings("ignore", module="torch._inductor")
+    for number in range(options.rounds):
+        for case in progress(cases, f"round {number + 1} of {options.rounds}"):
+            torch.set_num_threads(case.threads)
+            runs = contenders(case, options.peers)
+            verify(case, runs)
+            times[case] += turns(runs, options.budget)
+            floors[case] += turns(floor_runs(case), options.budget / 4)
+    results = [measure(case, times[case], floors[case]) for case in cases]
+    print("\n".join(table(results)), end="\n\n")
+    print("\n".join(summary(results)))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        entries = [asdict(result) for result in results]
+        document = {"machine": machine(), "summary": list(summary(results)), "results": entries}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        if importlib.util.find_spec("matplotlib"):
+            plot(results, options.json.with_suffix(".png"))
+    least = min(result.speedup["torch"] for result in results)
+    if options.at_least is not None and least < options.at_least:
+        print(f"a speed-up is below {options.at_least}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
