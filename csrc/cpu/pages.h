@@ -10,9 +10,9 @@
 
 namespace softmax_ext::cpu {
 
-// Asks for huge pages where the memory has none yet: the first write to a page of 4 KB costs more than
-// the result that it holds. It is advice about these bytes alone; memory that is in use already keeps
-// its pages.
+// Asks for huge pages where the memory has none yet: the first write to a page of 4 KB costs more
+// than the result that it holds. It is advice about these bytes alone; memory that is in use
+// already keeps its pages.
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;

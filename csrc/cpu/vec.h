@@ -426,8 +426,8 @@ SOFTMAX_EXT_INLINE Vec<T> exp_of(Vec<T> x) {
   return exp_of_nonpositive(min_of(Vec<T>(ExpConstants<T>::kHighest), x));
 }
 
-// log(x) of a row's sum: 1 or more, or NaN, or 0 where the row is all -inf and its output NaN whatever
-// the logarithm is.
+// log(x) of a row's sum: 1 or more, or NaN, or 0 where the row is all -inf and its output NaN
+// whatever the logarithm is.
 //
 // x is 2^n * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) is f - f^2/2 + f^3 p(f) with p a
 // minimax polynomial for the relative error (2^-30).

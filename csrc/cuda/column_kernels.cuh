@@ -172,8 +172,8 @@ struct BackwardTile {
   static __device__ __forceinline__ Formula formula(State state) { return Formula{state.sum}; }
 };
 
-// What the threads of a block tell each other, in shared memory. A thread's columns are `across` apart
-// there, so that threads side by side use banks side by side.
+// What the threads of a block tell each other, in shared memory. A thread's columns are `across`
+// apart there, so that threads side by side use banks side by side.
 template <class A, class State>
 struct TileMemory {
   A* partials;    // [leaf or thread along dim][column], rows of `pitch`
@@ -295,7 +295,8 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
       const int64_t left = shape.dim - (int64_t{piece} * of_piece + y * kWidth);
       return !exists || left < 0 ? 0 : left < of_piece ? static_cast<int>(left) : of_piece;
     };
-    // body(s, whether it exists) for the thread's steps along dim that do, and those together with one.
+    // body(s, whether it exists) for the thread's steps along dim that do, and those together with
+    // one.
     const auto for_each_step = [&](int size, auto body) {
 #pragma unroll
       for (int leaf = 0; leaf < kLeaves; ++leaf) {

@@ -219,8 +219,8 @@ __device__ __forceinline__ Words<words> shifted(const Words<words>& low, const W
   return result;
 }
 
-// The next lane's vector number k, of vectors that lie side by side over the lanes of a warp and go on
-// in the first lane with number k + 1, which is `beyond`.
+// The next lane's vector number k, of vectors that lie side by side over the lanes of a warp and go
+// on in the first lane with number k + 1, which is `beyond`.
 template <int words>
 __device__ __forceinline__ Words<words> from_next_lane(const Words<words>& own,
                                                        const Words<words>& beyond, int lane) {
@@ -239,7 +239,7 @@ __device__ __forceinline__ int misalignment(const void* pointer, int bytes) {
 
 // --- A part of a row in registers ----------------------------------------------------------------
 
-// Elements side by side, all that a row has or a chunk, of which a lane has vectors lane, lane + 32, ...
+// Elements side by side, all that a row has or a chunk. A lane has vectors lane, lane + 32, ...
 //
 // Its vectors are those of the memory that is written, so that they are written as they are: the
 // first has `lead` elements in front of the part, and of a part that fills its vectors as many of the
@@ -265,7 +265,7 @@ struct Part {
   }
 };
 
-// A row of whole vectors in memory that is aligned, of which a lane has vectors lane, lane + lanes, ...
+// A row of whole vectors in aligned memory. A lane has vectors lane, lane + lanes, ...
 struct WholePart {
   int lane;
   int lanes;  // that share it, a power of two
@@ -438,7 +438,8 @@ struct Pieces {
 };
 
 // Writes a part, vector by vector in the order of load_part, from `width` values each; by elements
-// where the row does not fill the vector. All lanes of the warp come along, since any of them may have read what one writes.
+// where the row does not fill the vector. All lanes of the warp come along, since any of them may
+// have read what one writes.
 template <class T, int width, int vectors>
 class PartWriter {
  public:
@@ -620,8 +621,8 @@ __device__ __forceinline__ State combine_chunks_of_grid(int chunks, decltype(Sta
   return state;
 }
 
-// The sum of `count` leaves (a power of two), as the lanes of a warp have it, which add those farthest
-// apart first.
+// The sum of `count` leaves (a power of two), as the lanes of a warp have it, which add those
+// farthest apart first.
 template <int count, class A>
 __device__ __forceinline__ A sum_of_leaves(A (&leaves)[count]) {
 #pragma unroll

@@ -297,7 +297,7 @@ struct BackwardChunk {
   }
 };
 
-// Chunk number `chunk` of a row that begins at `offset`.
+// Chunk `number` of a row that begins at `offset`.
 template <class Chunk>
 __device__ __forceinline__ Part part_of_chunk(const Chunk& chunk, const Rows& rows, bool exists,
                                               int64_t offset, int64_t number) {
@@ -312,8 +312,8 @@ __device__ __forceinline__ Part part_of_chunk(const Chunk& chunk, const Rows& ro
 
 // --- Kernels -------------------------------------------------------------------------------------
 
-// The row's sum by the lanes that share it, each of which has the sums of leaves lane, lane + lanes,
-// ...: of up to 64 leaves, lanes of a warp would add those 32 apart and then those farthest apart first.
+// The row's sum by the lanes that share it: each has the sums of leaves lane, lane + lanes, ... Of up
+// to 64, the lanes of a warp would add those 32 apart, and then those farthest apart first.
 template <class A, int vectors>
 __device__ __forceinline__ A sum_of_part(A (&leaves)[vectors], WholePart part) {
   A sum = leaves[0];
