@@ -2,15 +2,12 @@
 
 import ctypes
 import mmap
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_threads_and_isa import ISAS, VARIABLE
+from test_threads_and_isa import ISAS, VARIABLE, run
 from tolerances import OPS, OURS, SIXTEEN_BIT, TORCH, ulp
 
 import softmax_ext
@@ -74,11 +71,8 @@ torch.save((softmax_ext.build_info()["cpu_isa"], y.detach()[:, 0].clone(), exp),
 
 def worst_ulp_of_exp(v: torch.Tensor, isa: str, folder: Path) -> float:
     torch.save(v, folder / "v")
-    root = str(Path(softmax_ext.__file__).resolve().parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, VARIABLE: isa}
-    command = [sys.executable, "-c", EXPS, str(folder / "v"), str(folder / "exp")]
-    subprocess.run(command, env=environment, check=True, timeout=600)
+    process = run(EXPS, str(folder / "v"), str(folder / "exp"), **{VARIABLE: isa})
+    assert process.returncode == 0, process.stderr
     used, y, exp = torch.load(folder / "exp", weights_only=True)
     assert used == isa
     exact = np.exp(y.numpy().astype(np.longdouble))  # of 64 bits or more, on x86
