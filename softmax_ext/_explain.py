@@ -132,6 +132,14 @@ _PACKED_INSTRUCTIONS = {
     (True, 8): (80, 82, 90),
 }
 _PACKED_COPY = 47  # for a vector to or from shared memory
+# The same where a thread has a row: for the row, and for each of its elements.
+_PACKED_SHORT_INSTRUCTIONS = {
+    (False, 2): (60, 17),
+    (False, 4): (60, 25),
+    (True, 2): (60, 14),
+    (True, 4): (60, 12),
+}
+_PACKED_SHORT_COPY = 20
 # Columns: for each step along dim, and for each of its columns; for each reduction, of as many
 # columns as a warp has lanes for; and where few threads have a column, instead of all reductions.
 _COLUMN_INSTRUCTIONS = {
@@ -287,9 +295,16 @@ def is_short(plan: Plan, work: Work) -> bool:
     return plan.schedule == "warp" and plan.vectorized and plan.group * plan.vectors <= vectors / 2
 
 
+def is_packed_short(plan: Plan) -> bool:
+    """A thread has a row."""
+    return plan.schedule == "packed" and plan.hold == "registers"
+
+
 def kernel_name(plan: Plan, work: Work) -> str:
     """As in cuda_budgets.txt."""
-    if plan.schedule == "packed":
+    if is_packed_short(plan):
+        kernel, parameter = "packed_short", f" vectors={plan.vectors}"
+    elif plan.schedule == "packed":
         kernel, parameter = "packed", f" one={str(plan.vectors == 1).lower()}"
     elif plan.schedule == "columns":
         kernel, parameter = "columns", f" columns={plan.columns}"
@@ -387,15 +402,21 @@ def instructions(plan: Plan, work: Work) -> float:
     itemsize = work.read.itemsize
     key = (work.backward, itemsize)
     if plan.schedule == "packed":
-        part, one, several = _PACKED_INSTRUCTIONS[key]
-        vectors = math.ceil(work.dim / (plan.group * plan.width))
         turns = math.ceil(plan.items / (plan.threads // plan.group))
-        of_rows = turns * (part + vectors * (one if plan.vectors == 1 else several))
+        if is_packed_short(plan):
+            row, element = _PACKED_SHORT_INSTRUCTIONS[key]
+            of_rows = turns * (row + work.dim * element)
+            copy = _PACKED_SHORT_COPY
+        else:
+            part, one, several = _PACKED_INSTRUCTIONS[key]
+            vectors = math.ceil(work.dim / (plan.group * plan.width))
+            of_rows = turns * (part + vectors * (one if plan.vectors == 1 else several))
+            copy = _PACKED_COPY
         elements = plan.items * work.dim  # of a slab
         read = work.inputs * math.ceil(elements * itemsize / 16 / plan.threads)
         written = math.ceil(elements * work.written.itemsize / 16 / plan.threads)
         slabs = math.ceil(work.rows / plan.items)
-        return slabs * plan.warps * (of_rows + _PACKED_COPY * (read + written))
+        return slabs * plan.warps * (of_rows + copy * (read + written))
     if plan.schedule == "columns":
         step, column, reduction, few = _COLUMN_INSTRUCTIONS[key]
         tile = plan.across * plan.columns

@@ -97,7 +97,13 @@ def test_dim_out_of_range(op: str, shape: tuple[int, ...], device: str) -> None:
         assert_refused_alike(op, pattern, input, dim, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dim", ["a", 1.0, (0, 1), [1], True, torch.tensor(1.0)], ids=repr)
+# torch took the name of a dim for a dim, before it gave names up.
+NAMED = isinstance(refused(torch.softmax, torch.ones(1), "a"), RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "dim", [*([] if NAMED else ["a"]), 1.0, (0, 1), [1], True, torch.tensor(1.0)], ids=repr
+)
 @pytest.mark.parametrize("op", EVERY)
 def test_dim_of_a_wrong_type(op: str, dim: Any, device: str) -> None:
     assert_refused_alike(op, "'dim'.* must be int, not", torch.ones(3, 5, device=device), dim)

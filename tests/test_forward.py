@@ -251,7 +251,8 @@ def test_no_less_exact_than_torch(
         error = (functions[op](input, dim).cpu().double() - expected).abs() / unit
         means.append(error.mean().item())
         shares.append((error <= 0.5).double().mean().item())
-    assert means[0] <= 1.01 * means[1]
+    # All of a row are off by what its sum is off by, and there may be 96 rows.
+    assert means[0] <= 1.02 * means[1]
     assert shares[0] >= shares[1] - 0.01
     if dtype != torch.float32:
         assert shares[0] >= 0.995

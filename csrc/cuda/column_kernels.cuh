@@ -225,7 +225,8 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
   memory.pitch = width + 1;
   memory.partials = shared;
   memory.maxima = shared + along * kLeaves * memory.pitch;
-  memory.states = reinterpret_cast<State*>(memory.maxima + width);
+  // Each state whole in 16 bytes, as it is sent.
+  memory.states = reinterpret_cast<State*>(shared + (along * kLeaves * memory.pitch + width + 3) / 4 * 4);
   memory.chunks = memory.states + width;
   if (chunks > limits::kColumnChunks) {
     memory.lane_sums = reinterpret_cast<A*>(memory.chunks);
@@ -234,7 +235,6 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
     memory.lane_sums = reinterpret_cast<A*>(memory.chunks + (chunks > 1 ? chunks * width : 0));
   }
 
-  const int64_t tiles_of_outer = ceil_div_power(shape.inner, width);
   const int team = static_cast<int>(gridDim.y), rank = static_cast<int>(blockIdx.y);
   // Calls body(column, lane, whether it exists) with `lanes` threads for each column, a power of two
   // up to a warp. All threads come along, for the reductions in body.
@@ -280,11 +280,15 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
   const int lanes_of_leaves = min(leaves, limits::kWarp);
   const int lanes_of_threads = min(along, limits::kWarp);
 
-  bool begun = team == 1;  // all blocks of the cluster
-  if (team > 1) arrive_at_cluster();
+  SOFTMAX_EXT_STATIC_SHARED(uint64_t, barrier, 1);
+  const Mail mail(barrier);
+  int turn = 0;
+  if (team > 1) mail.open();
 
 #pragma unroll 1
   for (int64_t item = blockIdx.x;; item += gridDim.x) {
+    int64_t tiles_of_outer = ceil_div_power(shape.inner, width);
+    forget(tiles_of_outer);  // cheaper to compute again than to keep
     const int64_t outer = item / tiles_of_outer;
     if (outer >= shape.outer) break;
     const int64_t column = (item - outer * tiles_of_outer) * width + x * kColumns;
@@ -312,10 +316,9 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
     const auto for_each_place = [&](int piece, auto body) {
       int64_t inner = shape.inner;
       forget(inner);  // places are cheaper to compute again than to keep
-      int64_t of_leaf = offset + (int64_t{piece} * of_piece + y * kWidth) * inner;
-      int64_t place = of_leaf;
+      int64_t place = offset + (int64_t{piece} * of_piece + y * kWidth) * inner;
       for_each_step(size_in(piece), [&](int s, bool is_there) {
-        if (s > 0 && s % kWidth == 0) place = of_leaf += along * kWidth * inner;
+        if (s > 0 && s % kWidth == 0) place += (along - 1) * kWidth * inner;
         body(s, place, is_there);
         place += inner;
       });
@@ -406,8 +409,9 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
           for (int leaf = 0; leaf < kLeaves; ++leaf) put_partials(leaf * along + y, sums[leaf]);
         }
         __syncthreads();
-        if (!begun) wait_for_cluster();
-        begun = true;
+        if (team > 1 && piece == begin) {
+          mail.begin(item == blockIdx.x, chunks * width * static_cast<int>(sizeof(State)));
+        }
         for_each_column(lanes_of_leaves, [&](int column, int lane, bool is_there) {
           A sum = 0;
           if (is_there) {
@@ -429,14 +433,19 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
             return;
           }
           State* const place = memory.chunks + int64_t{chunk} * width + column;
-          if (lane < team) *(team > 1 ? shared_of_block(place, lane) : place) = state;
+          if (team == 1) {
+            if (lane == 0) *place = state;
+          } else if (lane < team) {
+            mail.send(place, state, lane);
+          }
         });
         __syncthreads();
       }
     }
 
     if (chunks > 1) {
-      if (team > 1) sync_cluster();
+      if (team > 1) mail.wait(turn);
+      turn ^= 1;
       for_each_column(limits::kWarp, [&](int column, int lane, bool is_there) {
         const State state = combine_chunks<State>(is_there ? chunks : 0, lane, [&](int chunk) {
           return memory.chunks[int64_t{chunk} * width + column];
@@ -462,13 +471,18 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
         });
       }
     }
-    // Before the states of the next tile come to a block that still reads these.
-    if (team > 1) sync_cluster();
   }
 }
 
+// Threads that the compiler is told of: half as many more where the registers that it leaves are
+// enough, so that an SM has more blocks.
+template <int columns, class In, class Out>
+constexpr int column_threads =
+    limits::kMostColumnThreads +
+    (sizeof(In) == sizeof(Out) && sizeof(In) < 8 && columns == column_packet(sizeof(In)) ? limits::kMostColumnThreads / 2 : 0);
+
 template <Op op, int columns, class In, class Out>
-__global__ void __launch_bounds__(limits::kMostColumnThreads, 1)
+__global__ void __launch_bounds__(column_threads<columns, In, Out>, 1)
     columns_forward_kernel(const In* input, Out* output, Shape shape, void* scratch) {
   ForwardTile<op, columns, In, Out> tile;
   tile.input = input;
@@ -477,7 +491,7 @@ __global__ void __launch_bounds__(limits::kMostColumnThreads, 1)
 }
 
 template <Op op, int columns, class In, class Out>
-__global__ void __launch_bounds__(limits::kMostColumnThreads, 1)
+__global__ void __launch_bounds__(column_threads<columns, In, Out>, 1)
     columns_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Shape shape,
                             void* scratch) {
   BackwardTile<op, columns, In, Out> tile;

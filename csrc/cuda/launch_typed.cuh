@@ -41,17 +41,26 @@ inline Packing packing_of(const Shape& shape, const Plan& plan, int64_t element_
 
 // Calls launch(number) with the number as a constant, the one of `numbers` that is wanted.
 template <int... numbers, class Launch>
-cudaError_t with_constant(int wanted, std::integer_sequence<int, numbers...>, Launch launch) {
+cudaError_t with_constant([[maybe_unused]] int wanted, std::integer_sequence<int, numbers...>,
+                          [[maybe_unused]] Launch launch) {
   cudaError_t error = cudaErrorInvalidValue;
   ((wanted == numbers ? void(error = launch(std::integral_constant<int, numbers>())) : void()),
    ...);
   return error;
 }
 
-// Columns that a thread has: those of 16 bytes, of 8 in 16-bit types, or one.
+// Columns that a thread has.
 template <class T>
-using column_counts = std::conditional_t<sizeof(T) == 2, std::integer_sequence<int, 1, 4, 8>,
-                                         std::integer_sequence<int, 1, kWidth<T>>>;
+using column_counts = std::integer_sequence<int, 1, column_packet(sizeof(T))>;
+template <class T>
+using backward_column_counts =
+    std::conditional_t<sizeof(T) == 2, std::integer_sequence<int, 1, column_packet(2), kWidth<T>>,
+                       column_counts<T>>;
+
+// Vectors of a packed row that a thread has, if it has one alone.
+template <class T>
+using packed_counts = std::conditional_t<sizeof(T) == 8, std::integer_sequence<int>,
+                                         std::integer_sequence<int, 1, 2, 4>>;
 
 // Vectors that a thread has of a row.
 template <class T>
@@ -75,10 +84,16 @@ cudaError_t launch_forward_op(const ForwardArgs& args, const Plan& plan, void* s
     });
   }
   if (plan.schedule == Schedule::kPacked) {
+    const Packing packing = packing_of(args.shape, plan, sizeof(In));
+    if (plan.hold == Hold::kRegisters) {
+      return with_constant(plan.vectors, packed_counts<In>(), [&](auto vectors) {
+        return launch(packed_short_forward_kernel<op, vectors(), In, Out>, plan, stream, input,
+                      output, args.shape, packing);
+      });
+    }
     return launch(plan.vectors == 1 ? packed_forward_kernel<op, true, In, Out>
                                     : packed_forward_kernel<op, false, In, Out>,
-                  plan, stream, input, output, args.shape,
-                  packing_of(args.shape, plan, sizeof(In)));
+                  plan, stream, input, output, args.shape, packing);
   }
   const Rows rows = rows_of(args.shape, plan, scratch);
   if (plan.short_rows()) {
@@ -103,16 +118,22 @@ cudaError_t launch_backward_op(const BackwardArgs& args, const Plan& plan, void*
   const auto* const output = static_cast<const In*>(args.output);
   auto* const grad_input = static_cast<Out*>(args.grad_input);
   if (plan.schedule == Schedule::kColumns) {
-    return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
+    return with_constant(plan.columns, backward_column_counts<In>(), [&](auto columns) {
       return launch(columns_backward_kernel<op, columns(), In, Out>, plan, stream, grad_output,
                     output, grad_input, args.shape, scratch);
     });
   }
   if (plan.schedule == Schedule::kPacked) {
+    const Packing packing = packing_of(args.shape, plan, sizeof(In));
+    if (plan.hold == Hold::kRegisters) {
+      return with_constant(plan.vectors, packed_counts<In>(), [&](auto vectors) {
+        return launch(packed_short_backward_kernel<op, vectors(), In, Out>, plan, stream,
+                      grad_output, output, grad_input, args.shape, packing);
+      });
+    }
     return launch(plan.vectors == 1 ? packed_backward_kernel<op, true, In, Out>
                                     : packed_backward_kernel<op, false, In, Out>,
-                  plan, stream, grad_output, output, grad_input, args.shape,
-                  packing_of(args.shape, plan, sizeof(In)));
+                  plan, stream, grad_output, output, grad_input, args.shape, packing);
   }
   const Rows rows = rows_of(args.shape, plan, scratch);
   if (plan.short_rows()) {

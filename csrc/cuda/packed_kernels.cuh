@@ -3,8 +3,11 @@
 //
 // A block has a slab at a time: all rows of some outer indices, which are one piece of memory. It
 // goes to shared memory by 16 bytes across the rows' borders, and the results come back the same way,
-// whatever the alignment. Between, 1 to 32 threads have a row each. One read, one write; limit: a row
-// is of one chunk, and a slab fits the block's shared memory.
+// whatever the alignment. One read, one write; limit: a slab fits the block's shared memory.
+//
+//   kernel        between, a row is had by   limit on a row
+//   packed_short  a thread, in registers     inner size 1; 4 vectors
+//   packed        1 to 32 threads            a chunk
 //
 // A block reads its slab before it writes it, and touches no other, so the memory written may be that
 // of an input.
@@ -21,8 +24,8 @@ struct Packing {
 };
 
 // `elements` of T in shared memory, as they lie in global memory from `global` on: at the same place
-// in 16 bytes, with room left behind every 32 words (slab_bytes in plan.h).
-template <class T>
+// in 16 bytes; padded, with room left behind every 32 words (slab_bytes in plan.h).
+template <class T, bool padded>
 class Slab {
  public:
   __device__ __forceinline__ Slab(unsigned char* memory, const T* global, int elements)
@@ -49,10 +52,7 @@ class Slab {
       for (int j = 0; j < kBatch; ++j) {
         const int vector = index_of(first, j);
         if (is_whole(vector)) {
-#pragma unroll
-          for (int w = 0; w < 4; ++w) {
-            *reinterpret_cast<uint32_t*>(at(vector * limits::kVectorBytes + w * 4)) = x[j].word[w];
-          }
+          put(vector * limits::kVectorBytes, x[j]);
         } else {
           for_each_element(vector, [&](int byte) {
             *reinterpret_cast<T*>(at(byte)) = *reinterpret_cast<const T*>(begin + byte);
@@ -69,13 +69,8 @@ class Slab {
       for (int j = 0; j < kBatch; ++j) {
         const int vector = index_of(first, j);
         if (is_whole(vector)) {
-          Vector x;
-#pragma unroll
-          for (int w = 0; w < 4; ++w) {
-            x.word[w] =
-                *reinterpret_cast<const uint32_t*>(at(vector * limits::kVectorBytes + w * 4));
-          }
-          store_words<true>(begin + int64_t{vector} * limits::kVectorBytes, x);
+          store_words<true>(begin + int64_t{vector} * limits::kVectorBytes,
+                            get(vector * limits::kVectorBytes));
         } else {
           for_each_element(vector, [&](int byte) {
             *reinterpret_cast<T*>(begin + byte) = *reinterpret_cast<const T*>(at(byte));
@@ -91,7 +86,26 @@ class Slab {
   static constexpr int kBatch = 4;  // loads in flight
 
   __device__ __forceinline__ unsigned char* at(int byte) const {
-    return memory_ + byte + byte / (32 * 4) * kPad;
+    return memory_ + byte + (padded ? byte / (32 * 4) * kPad : 0);
+  }
+  // The vector at `byte`, which is a multiple of 16; the room left lies anywhere in it.
+  __device__ __forceinline__ void put(int byte, const Vector& x) const {
+    if constexpr (padded) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) *reinterpret_cast<uint32_t*>(at(byte + w * 4)) = x.word[w];
+    } else {
+      store_words<false>(at(byte), x);
+    }
+  }
+  __device__ __forceinline__ Vector get(int byte) const {
+    if constexpr (padded) {
+      Vector x;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) x.word[w] = *reinterpret_cast<const uint32_t*>(at(byte + w * 4));
+      return x;
+    } else {
+      return load_words<4>(at(byte));
+    }
   }
   __device__ __forceinline__ bool is_whole(int vector) const {
     return (vector > 0 || shift_ == 0) && (vector + 1) * limits::kVectorBytes <= end_;
@@ -186,8 +200,8 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   const int64_t of_outer = shape.dim * shape.inner;
   for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
     const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In> in(memory, input + offset, elements);
-    const Slab<Out> out(memory + packing.bytes, output + offset, elements);
+    const Slab<In, true> in(memory, input + offset, elements);
+    const Slab<Out, true> out(memory + packing.bytes, output + offset, elements);
     in.copy_from(input + offset);
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
@@ -240,9 +254,9 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   const int64_t of_outer = shape.dim * shape.inner;
   for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
     const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In> grad(memory, grad_output + offset, elements);
-    const Slab<In> y(memory + packing.bytes, output + offset, elements);
-    const Slab<Out> out(memory + 2 * packing.bytes, grad_input + offset, elements);
+    const Slab<In, true> grad(memory, grad_output + offset, elements);
+    const Slab<In, true> y(memory + packing.bytes, output + offset, elements);
+    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset, elements);
     grad.copy_from(grad_output + offset);
     y.copy_from(output + offset);
     __syncthreads();
@@ -267,6 +281,109 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
         });
       }
     });
+    __syncthreads();
+    out.copy_to(grad_input + offset);
+  });
+}
+
+// --- A row by a thread ---------------------------------------------------------------------------
+
+// `leaves` vectors of a row, which has `dim` elements. dim is the same for all threads, so that they
+// branch together where the row ends.
+template <int width, int leaves, class Body>
+__device__ __forceinline__ void for_each_of_row(int dim, Body body) {
+#pragma unroll
+  for (int v = 0; v < leaves * width; ++v) {
+    if (v >= dim) break;
+    body(v);
+  }
+}
+
+// The row's sum of term(v), as the lanes of a warp that have a vector each would add it.
+template <class A, int width, int leaves, class Term>
+__device__ __forceinline__ A sum_of_row(int dim, Term term) {
+  A sums[leaves]{};
+  for_each_of_row<width, leaves>(dim, [&](int v) {
+    sums[v / width] = v % width == 0 ? term(v) : add_of(sums[v / width], term(v));
+  });
+  return sum_of_leaves(sums);
+}
+
+template <Op op, int leaves, class In, class Out>
+__global__ void __launch_bounds__(limits::kPackedThreads)
+    packed_short_forward_kernel(const In* input, Out* output, Shape shape, Packing packing) {
+  using A = computed_t<In>;
+  using P = typename PrecisionOf<op, Out>::type;
+  constexpr int kWidth = cuda::kWidth<In>;
+  SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
+  const int dim = static_cast<int>(shape.dim);
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int rows) {
+    const Slab<In, false> in(memory, input + offset, rows * dim);
+    const Slab<Out, false> out(memory + packing.bytes, output + offset, rows * dim);
+    in.copy_from(input + offset);
+    __syncthreads();
+#pragma unroll 1
+    for (int row = static_cast<int>(threadIdx.x); row < rows; row += static_cast<int>(blockDim.x)) {
+      const In* const from = &in[row * dim];
+      Out* const to = &out[row * dim];
+      A x[leaves * kWidth];
+      A max = -static_cast<A>(INFINITY);
+      for_each_of_row<kWidth, leaves>(dim, [&](int v) {
+        x[v] = from_element<A>(from[v]);
+        max = max_of(max, x[v]);
+      });
+      const A shift = shift_by(max);
+      const A sum = sum_of_row<A, kWidth, leaves>(dim, [&](int v) {
+        const A e = P::exp(x[v] - shift);
+        if constexpr (op == Op::kSoftmax) x[v] = e;
+        return e;
+      });
+      const forward_t<op, A, Out> formula(max, sum);
+      for_each_of_row<kWidth, leaves>(dim, [&](int v) {
+        if constexpr (op == Op::kSoftmax) {
+          to[v] = ToElement<Out>::of(formula.of_exp(x[v]));
+        } else {
+          to[v] = ToElement<Out>::of(formula.of(x[v]));
+        }
+      });
+    }
+    __syncthreads();
+    out.copy_to(output + offset);
+  });
+}
+
+template <Op op, int leaves, class In, class Out>
+__global__ void __launch_bounds__(limits::kPackedThreads)
+    packed_short_backward_kernel(const In* grad_output, const In* output, Out* grad_input,
+                                 Shape shape, Packing packing) {
+  using A = computed_t<In>;
+  using B = backward_t<op, A, Out>;
+  constexpr int kWidth = cuda::kWidth<In>;
+  SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
+  const int dim = static_cast<int>(shape.dim);
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int rows) {
+    const Slab<In, false> grad(memory, grad_output + offset, rows * dim);
+    const Slab<In, false> y(memory + packing.bytes, output + offset, rows * dim);
+    const Slab<Out, false> out(memory + 2 * packing.bytes, grad_input + offset, rows * dim);
+    grad.copy_from(grad_output + offset);
+    y.copy_from(output + offset);
+    __syncthreads();
+#pragma unroll 1
+    for (int row = static_cast<int>(threadIdx.x); row < rows; row += static_cast<int>(blockDim.x)) {
+      const In* const from_grad = &grad[row * dim];
+      const In* const from_y = &y[row * dim];
+      Out* const to = &out[row * dim];
+      A g[leaves * kWidth];
+      A outputs[leaves * kWidth];
+      for_each_of_row<kWidth, leaves>(dim, [&](int v) {
+        g[v] = from_element<A>(from_grad[v]);
+        outputs[v] = from_element<A>(from_y[v]);
+      });
+      const B formula{row_sum(sum_of_row<A, kWidth, leaves>(
+          dim, [&](int v) { return B::term(g[v], outputs[v]); }))};
+      for_each_of_row<kWidth, leaves>(
+          dim, [&](int v) { to[v] = ToElement<Out>::of(formula.of(g[v], outputs[v])); });
+    }
     __syncthreads();
     out.copy_to(grad_input + offset);
   });

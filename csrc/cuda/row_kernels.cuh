@@ -70,18 +70,22 @@ __device__ __forceinline__ void for_each_row(const Rows& rows, Body body) {
 template <class State>
 class Meeting {
  public:
-  __device__ __forceinline__ Meeting(const Rows& rows, const Sharing& share, State* shared)
+  // `barrier`: of the cluster's blocks, in shared memory.
+  __device__ __forceinline__ Meeting(const Rows& rows, const Sharing& share, State* shared,
+                                     uint64_t* barrier)
       : schedule_(rows.schedule),
         share_(share),
         shared_(shared),
-        scratch_(static_cast<State*>(rows.scratch)) {
-    if (schedule_ == Schedule::kCluster) arrive_at_cluster();
+        scratch_(static_cast<State*>(rows.scratch)),
+        mail_(barrier) {
+    if (schedule_ == Schedule::kCluster) mail_.open();
   }
 
-  // By all threads, before a row's states are put: all blocks of a cluster have begun.
-  __device__ __forceinline__ void begin() {
-    if (schedule_ == Schedule::kCluster && !begun_) wait_for_cluster();
-    begun_ = true;
+  // By all threads, before a row's states are put.
+  __device__ __forceinline__ void begin(bool first) const {
+    if (schedule_ == Schedule::kCluster) {
+      mail_.begin(first, share_.chunks * static_cast<int>(sizeof(State)));
+    }
   }
 
   // By all lanes, which have the same state.
@@ -89,8 +93,7 @@ class Meeting {
     if (chunk >= share_.chunks) return;
     const int lane = static_cast<int>(threadIdx.x) % limits::kWarp;
     if (schedule_ == Schedule::kCluster) {
-      if (lane < static_cast<int>(gridDim.y))
-        shared_of_block(shared_, lane)[turn * share_.chunks + chunk] = state;
+      if (lane < static_cast<int>(gridDim.y)) mail_.send(shared_ + chunk, state, lane);
     } else if (lane == 0) {
       State* const states =
           schedule_ == Schedule::kGrid ? in_scratch(turn) : shared_ + turn * share_.chunks;
@@ -108,12 +111,13 @@ class Meeting {
                                            reinterpret_cast<decltype(State::sum)*>(shared_),
                                            [&](int chunk) { return load_fresh(states + chunk); });
     }
+    const State* states = shared_;
     if (schedule_ == Schedule::kCluster) {
-      sync_cluster();
+      mail_.wait(turn);
     } else {
       __syncthreads();
+      states += turn * share_.chunks;
     }
-    const State* const states = shared_ + turn * share_.chunks;
     return combine_chunks<State>(share_.chunks, lane, [&](int chunk) { return states[chunk]; });
   }
 
@@ -122,11 +126,11 @@ class Meeting {
     return scratch_ + (int64_t{turn} * gridDim.x + blockIdx.x) * share_.chunks;
   }
 
-  bool begun_ = false;
   Schedule schedule_;
   Sharing share_;
   State* shared_;
   State* scratch_;
+  Mail mail_;
 };
 
 // --- A chunk in registers ------------------------------------------------------------------------
@@ -433,6 +437,12 @@ constexpr int kMostThreads = limits::kMostWarps * limits::kWarp;
 template <int vectors, class In>
 constexpr int register_threads =
     vectors == kChunkVectors<In> ? kMostThreads : limits::kShortRowThreads;
+// Forward, without a cast, the compiler is told of half as many more: three blocks of 256 fit an SM.
+template <int vectors, class In, class Out>
+constexpr int forward_threads =
+    register_threads<vectors, In> +
+    (vectors == kChunkVectors<In> && sizeof(In) < 8 && sizeof(In) == sizeof(Out) ? kMostThreads / 2
+                                                                                : 0);
 
 // Both directions.
 template <class Chunk>
@@ -441,29 +451,33 @@ __device__ __forceinline__ void run_registers(Chunk& chunk, const Rows& rows) {
   using In = typename Chunk::Element;
   constexpr int kOfChunk = kChunk<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(State, states);
+  SOFTMAX_EXT_STATIC_SHARED(uint64_t, barrier, 1);
   const Sharing share = sharing(rows, kOfChunk);
-  Meeting<State> meeting(rows, share, states);
+  const Meeting<State> meeting(rows, share, states, barrier);
   int turn = 0;
-  for_each_row(rows, [&](int64_t row, bool exists) {
-    const Part part = part_of_chunk(chunk, rows, exists, row * rows.dim, share.warp);
+  // As for_each_row, with one variable.
+  const int64_t first = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+#pragma unroll 1
+  for (int64_t row = first; row - first < rows.rows; row += int64_t{gridDim.x} * blockDim.y) {
+    const Part part = part_of_chunk(chunk, rows, row < rows.rows, row * rows.dim, share.warp);
     const auto offset = [&] { return row * rows.dim + int64_t{share.warp} * kOfChunk; };
     chunk.load(offset(), part, true);
     State state = chunk.state(part);
     if constexpr (Chunk::kVectors == kChunkVectors<In>) {
       if (rows.schedule != Schedule::kWarp) {
-        meeting.begin();
-        if (exists) meeting.put(turn, share.warp, state);
+        meeting.begin(row == first);
+        meeting.put(turn, share.warp, state);
         state = meeting.get(turn);
         turn ^= 1;
       }
     }
     forget(row);  // offset is cheaper to compute again than to keep
     chunk.store(state, offset(), part);
-  });
+  }
 }
 
 template <Op op, int vectors, class In, class Out>
-__global__ void __launch_bounds__(register_threads<vectors, In>, 1)
+__global__ void __launch_bounds__(forward_threads<vectors, In, Out>, 1)
     registers_forward_kernel(const In* input, Out* output, Rows rows) {
   ForwardChunk<op, vectors, In, Out> chunk;
   chunk.input = input;
@@ -497,12 +511,13 @@ __device__ __forceinline__ void run_long(Chunk& chunk, const Rows& rows) {
                               : static_cast<int>((2 * share.chunks * sizeof(State) + 15) / 16 * 16);
   // A thread's vectors of one chunk after another, side by side with those of the other threads.
   Vector* const kept = reinterpret_cast<Vector*>(memory + state_bytes) + threadIdx.x;
-  Meeting<State> meeting(rows, share, states);
+  SOFTMAX_EXT_STATIC_SHARED(uint64_t, barrier, 1);
+  const Meeting<State> meeting(rows, share, states, barrier);
   int turn = 0;
   for_each_row(rows, [&](int64_t row, bool exists) {
     const int64_t begin = row * rows.dim;
     int own = 0;
-    meeting.begin();
+    meeting.begin(row == blockIdx.x);
 #pragma unroll 1
     for (int number = share.warp; number < share.chunks; number += share.warps, ++own) {
       if (own > 0 && rows.keep) {
@@ -513,7 +528,7 @@ __device__ __forceinline__ void run_long(Chunk& chunk, const Rows& rows) {
       const Part part = part_of_chunk(chunk, rows, exists, begin, number);
       chunk.load(begin + int64_t{number} * kOfChunk, part, true);
       const State state = chunk.state(part);
-      if (exists) meeting.put(turn, number, state);
+      meeting.put(turn, number, state);
     }
     const State of_row = meeting.get(turn);
     bool in_registers = true;

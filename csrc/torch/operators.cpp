@@ -62,7 +62,7 @@ void launch(const BackwardArgs& args, at::Device device) {
   }
 }
 
-// The GPU kernels have the casts of mixed precision; others are made first, as torch makes them.
+// The GPU kernels have the casts of mixed precision; others are made before, or after.
 bool needs_cast(at::Device device, at::ScalarType load, at::ScalarType store, int inputs) {
   return !device.is_cpu() && !is_native(to_dtype(load), to_dtype(store), inputs);
 }
@@ -161,7 +161,12 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
 at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                     at::ScalarType dtype, Op op) {
   if (needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
-    return backward(grad_output, output, dim, output.scalar_type(), op).to(dtype);
+    // In the wider type: the gradient is rounded once.
+    const at::ScalarType wide = c10::promoteTypes(output.scalar_type(), dtype);
+    if (output.scalar_type() == wide) {
+      return backward(grad_output, output, dim, wide, op).to(dtype);
+    }
+    return backward(grad_output.to(wide), output.to(wide), dim, dtype, op);
   }
   const at::Tensor grad_input = empty(output.sizes(), dtype, output.device());
   if (output.numel() == 0) return grad_input;

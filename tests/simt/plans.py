@@ -49,8 +49,10 @@ class Plan:
 
     @property
     def kernel(self) -> str:
-        if self.schedule in ("packed", "columns"):
-            return self.schedule
+        if self.schedule == "packed":
+            return "packed_short" if self.hold == "registers" else "packed"
+        if self.schedule == "columns":
+            return "columns"
         chunk = 32 * (4 if self.width == 2 else 8)  # vectors; a short row has half as many at most
         if self.schedule == "warp" and self.vectorized and self.group * self.vectors <= chunk // 2:
             return "short"

@@ -56,7 +56,7 @@ constexpr const char* name(Hold hold) {
 struct Plan {
   Schedule schedule;
   Hold hold;
-  bool vectorized;  // rows: each vector is whole and aligned; columns: 16-byte accesses
+  bool vectorized;  // rows: each vector is whole and aligned; columns: several in one access
   int width;        // elements in a vector
   int vectors;      // vectors that a thread holds of each input; columns: steps along dim
   int columns;      // columns: neighbouring columns that a thread has; otherwise 1
@@ -93,6 +93,11 @@ constexpr int kMostColumnSteps = 32;
 constexpr int kMostWarps = 16;
 constexpr int kLongWarps = 12;  // of one whose warps have several chunks each, in more registers
 constexpr int kRowWarps = 8;
+// Of a block of a cluster: where so few are enough, more and smaller blocks keep an SM busier.
+constexpr int kClusterWarps = 4;
+// That an SM has room for, of those that share a row and have a chunk in registers each.
+constexpr int kResidentWarps = 24;
+constexpr int kResidentWarpsBackward = 16;
 // Threads of a block whose rows take a warp or less: small, so that an SM is filled evenly.
 constexpr int kShortRowThreads = 128;
 // Threads of an SM that keep its memory busy, where each has several vectors.
@@ -103,14 +108,18 @@ constexpr int kClusterBlocks = 8;
 // an SM alike.
 constexpr int kSlabBytes = 8192;
 constexpr int kPackedThreads = 128;
+// Vectors of a packed row that one thread has in registers; float64 has too few of them.
+constexpr int kPackedVectors = 4;
 // A slab of more than that has as many threads as a block may have.
 constexpr int kLargeSlabBytes = 32768;
 constexpr int kLargePackedThreads = 512;
-// Columns: the least and the wanted bytes side by side (a sector, and two of them), and threads.
+// Columns: the least bytes side by side (a sector), and threads; those that are wanted; and the
+// threads up to which a tile is made wider than that.
 constexpr int kSectorBytes = 32;
-constexpr int kTileBytes = 64;
-constexpr int kColumnThreads = 256;
 constexpr int kMostColumnThreads = 512;
+constexpr int kTileBytes = 128;
+constexpr int kColumnThreads = 256;
+constexpr int kFewColumnThreads = 128;
 // Chunks of a row whose states a block keeps in shared memory; with more of them the grid shares it.
 constexpr int kBlockChunks = 1024;
 // Of a row that a grid shares, numbers that a block has in shared memory while it sums the chunks.
@@ -146,6 +155,11 @@ constexpr int column_steps(int columns, int64_t element_bytes, int inputs) {
   const int most = element_bytes == 8 ? limits::kColumnWordsFloat64 : limits::kColumnWords;
   const int width = limits::kVectorBytes / static_cast<int>(element_bytes);
   return std::clamp(most / words, width, std::max(width, limits::kMostColumnSteps));
+}
+
+// Neighbouring columns that one access has: 8 bytes, or two.
+constexpr int column_packet(int64_t element_bytes) {
+  return element_bytes == 8 ? 2 : static_cast<int>(8 / element_bytes);
 }
 
 // What the plan depends on.
@@ -229,14 +243,21 @@ constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device)
   const Sizes sizes(work);
   const Shape& shape = work.shape;
   Plan plan = start(Schedule::kPacked, sizes);
-  plan.hold = Hold::kShared;
   plan.vectorized = false;
   if (sizes.chunks > 1) return plan;
-  plan.vectors = sizes.vectors <= limits::kWarp ? 1 : chunk_vectors(sizes.load);
-  plan.group = static_cast<int>(std::min<int64_t>(limits::kWarp, power_of_two_from(sizes.vectors)));
-  // Outer indices in a slab; fewer where the device would not be filled.
+  const int64_t needed = power_of_two_from(sizes.vectors);
+  const bool one_thread =
+      shape.inner == 1 && sizes.load < 8 && needed <= limits::kPackedVectors;
+  plan.hold = one_thread ? Hold::kRegisters : Hold::kShared;
+  plan.vectors = one_thread                         ? static_cast<int>(needed)
+                 : sizes.vectors <= limits::kWarp ? 1
+                                                  : chunk_vectors(sizes.load);
+  plan.group = one_thread ? 1 : static_cast<int>(std::min<int64_t>(limits::kWarp, needed));
+  // Outer indices in a slab: as many for each thread; fewer where the device would not be filled.
   const int64_t one = shape.dim * shape.inner;
-  int64_t outer = std::clamp<int64_t>(limits::kSlabBytes / (one * sizes.load), 1, shape.outer);
+  int64_t outer = std::max<int64_t>(1, limits::kSlabBytes / (one * sizes.load));
+  if (one_thread) outer -= outer % limits::kPackedThreads;
+  outer = std::min(outer, shape.outer);
   while (outer > 1 && ceil_div(shape.outer, outer) < device.sm_count) outer = ceil_div(outer, 2);
   const int64_t bytes =
       work.inputs * slab_bytes(outer * one, sizes.load) + slab_bytes(outer * one, sizes.store);
@@ -260,10 +281,10 @@ constexpr Plan plan_warp(const Workload& work, const DeviceProperties& device) {
   int64_t vectors = 2;
   if (sizes.whole && sizes.vectors <= short_vectors(sizes.load)) {
     // Each step of a reduction costs all lanes an instruction, and there are fewer steps where few
-    // lanes have many vectors each. But two lanes at least, side by side in a sector, and enough to
-    // fill the device; and the tree of more than 64 vectors is not one that few lanes can follow.
+    // lanes have many vectors each. But four lanes at least, side by side in two sectors, and enough
+    // to fill the device; and the tree of more than 64 vectors is not one that few lanes can follow.
     const auto allowed = [&](int64_t vectors) {
-      return vectors * work.inputs <= chunk_vectors(sizes.load) && sharing(vectors) > 1 &&
+      return vectors * work.inputs <= chunk_vectors(sizes.load) && sharing(vectors) >= 4 &&
              (sharing(1) <= 2 * limits::kWarp || sharing(vectors) == limits::kWarp) &&
              rows * sharing(vectors) >= device.sm_count * int64_t{limits::kFillingThreads};
     };
@@ -323,15 +344,39 @@ constexpr Plan plan_cluster(const Workload& work, const DeviceProperties& device
     return start(Schedule::kCluster, sizes);
   }
   const int64_t rows = work.shape.rows();
-  // As many blocks as it takes for two of them on an SM, or as the device has SMs free.
-  int64_t team = 2;
-  while (team < limits::kClusterBlocks && 2 * team <= sizes.chunks &&
-         (ceil_div(sizes.chunks, team) > limits::kRowWarps || rows * team < device.sm_count)) {
-    team *= 2;
+  const auto plan_of = [&](int64_t team, int64_t warps) {
+    return plan_shared_row(Schedule::kCluster, work, device, team, warps,
+                           std::min(rows, limits::kMaxBlocks / team));
+  };
+  // Chunks that an SM has, in warps of its blocks, of a row that is spread over `team` of them.
+  const int64_t resident = work.inputs == 1 ? limits::kResidentWarps
+                                            : limits::kResidentWarpsBackward;
+  const auto had_by_sm = [&](int64_t team) {
+    const int64_t warps = ceil_div(sizes.chunks, team);
+    return warps > resident ? 0 : resident / warps * warps * sizes.chunks / (team * warps);
+  };
+  const int64_t most = std::min<int64_t>(limits::kClusterBlocks, sizes.chunks);
+  int64_t team = std::clamp<int64_t>(ceil_div(sizes.chunks, limits::kClusterWarps), 2, most);
+  if (rows * most <= device.sm_count) {
+    team = most;
+  } else if (sizes.chunks > most * limits::kClusterWarps) {
+    for (int64_t fewer = most - 1; fewer > most / 2; --fewer) {
+      if (had_by_sm(fewer) > had_by_sm(team)) team = fewer;
+    }
   }
-  const int64_t warps = std::min<int64_t>(ceil_div(sizes.chunks, team), limits::kMostWarps);
-  return plan_shared_row(Schedule::kCluster, work, device, team, warps,
-                         std::min(rows, limits::kMaxBlocks / team));
+  // Forward, two blocks of many warps do not fit an SM: a few warps then have several chunks each.
+  const int64_t warps = ceil_div(sizes.chunks, team);
+  const int64_t most_warps = work.inputs == 1 && rows * most > device.sm_count
+                                 ? limits::kResidentWarps / 2
+                                 : limits::kMostWarps;
+  if (warps <= most_warps) return plan_of(team, warps);
+  for (const int64_t each : {work.inputs == 1 ? 4 : 2, 4}) {
+    const int64_t few = ceil_div(sizes.chunks, most * each);
+    if (few <= limits::kLongWarps && plan_of(most, few).hold == Hold::kShared) {
+      return plan_of(most, few);
+    }
+  }
+  return plan_of(most, limits::kMostWarps);
 }
 
 constexpr Plan plan_grid(const Workload& work, const DeviceProperties& device) {
@@ -356,24 +401,33 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   const Shape& shape = work.shape;
   Plan plan = start(Schedule::kColumns, sizes);
   const auto fits = [&](int columns) { return work.aligned && shape.inner % columns == 0; };
-  plan.columns = fits(sizes.width) ? sizes.width : sizes.load == 2 && fits(4) ? 4 : 1;
-  plan.vectorized = plan.columns == sizes.width;
+  // Threads along dim that hold all of it, or a chunk.
+  const int64_t of_chunk = int64_t{limits::kWarp} * chunk_vectors(sizes.load) * sizes.width;
+  const auto along_with = [&](int columns) {
+    const int64_t steps = column_steps(columns, sizes.load, work.inputs);
+    return power_of_two_from(ceil_div(std::min(shape.dim, of_chunk), steps));
+  };
+  // 8 bytes take the fewest registers, and in long columns too many threads for a sector.
+  const int few = column_packet(sizes.load);
+  const bool too_many = along_with(few) * limits::kSectorBytes >
+                        limits::kMostColumnThreads * few * sizes.load;
+  plan.columns = too_many && fits(sizes.width) ? sizes.width : fits(few) ? few : 1;
+  plan.vectorized = plan.columns > 1;
   plan.vectors = column_steps(plan.columns, sizes.load, work.inputs);
 
-  // Along dim as many threads as hold all of it, or a chunk; across the inner size a sector at least.
+  // Across the inner size a sector at least.
   const int64_t access = plan.columns * sizes.load;
   const int64_t needed = power_of_two_from(ceil_div(shape.inner, plan.columns));
   const int64_t least = std::min(needed, std::max<int64_t>(1, limits::kSectorBytes / access));
   const int64_t wanted = std::min(needed, std::max<int64_t>(1, limits::kTileBytes / access));
-  const int64_t of_chunk = int64_t{limits::kWarp} * chunk_vectors(sizes.load) * sizes.width;
-  const int64_t along = power_of_two_from(ceil_div(std::min(shape.dim, of_chunk), plan.vectors));
+  const int64_t along = along_with(plan.columns);
   // A cluster takes a chunk a block.
   const bool cluster = sizes.chunks > 1 && sizes.chunks <= limits::kClusterBlocks &&
                        device.has_clusters() && along * least <= limits::kMostColumnThreads;
   plan.team = cluster ? static_cast<int>(sizes.chunks) : 1;
   int64_t across = least;
-  while (across < wanted && 2 * across * along <= limits::kMostColumnThreads) across *= 2;
-  while (across < needed && 2 * across * along <= limits::kColumnThreads &&
+  while (across < wanted && 2 * across * along <= limits::kColumnThreads) across *= 2;
+  while (across < needed && 2 * across * along <= limits::kFewColumnThreads &&
          shape.outer * ceil_div(needed, 2 * across) >= 2 * device.sm_count) {
     across *= 2;
   }
@@ -393,9 +447,9 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   const int64_t of_chunks = 2 * tile * sizes.chunks;
   const int64_t states = 2 * tile + (sizes.chunks > 1 && in_shared ? of_chunks : 0);
   const int64_t running = shape.dim > int64_t{plan.group} * plan.vectors ? tile * limits::kWarp : 0;
+  const int64_t first = (partials * (tile + 1) + tile + 3) / 4 * 4;
   plan.shared_bytes =
-      static_cast<size_t>(computed * (partials * (tile + 1) + tile + states + running) + 15) / 16 *
-      16;
+      static_cast<size_t>(computed * (first + states + running) + 15) / 16 * 16;
   const int64_t tiles = shape.outer * ceil_div(shape.inner, tile);
   plan.blocks = std::min(tiles, limits::kMaxBlocks / plan.team) * plan.team;
   plan.scratch_bytes = in_shared ? 0 : static_cast<size_t>(plan.blocks * of_chunks * computed);

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 // SOFTMAX_EXT_FUNCTION   of what kernels are made of, on either side
 // SOFTMAX_EXT_DEVICE     defined where CUDA kernels are compiled
@@ -26,18 +27,25 @@
 //                                                a multiple of 16
 // SOFTMAX_EXT_STATIC_SHARED(type, name, count)   `type name[count]` in the block's shared memory
 // SOFTMAX_EXT_PTX(fallback, asm statement)       the statement, or C++ that means the same
+// SOFTMAX_EXT_PTX_90(fallback, asm statement)    likewise, for sm_90 and later; before, nothing
 #if defined(__CUDACC__)
 #define SOFTMAX_EXT_DYNAMIC_SHARED(type, name)                    \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared)
 #define SOFTMAX_EXT_STATIC_SHARED(type, name, count) __shared__ type name[count]
 #define SOFTMAX_EXT_PTX(fallback, ...) __VA_ARGS__
+#if __CUDA_ARCH__ >= 900
+#define SOFTMAX_EXT_PTX_90(fallback, ...) __VA_ARGS__
+#else
+#define SOFTMAX_EXT_PTX_90(fallback, ...) ((void)0)
+#endif
 #else
 #define SOFTMAX_EXT_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(simt::dynamic_shared())
 #define SOFTMAX_EXT_STATIC_SHARED(type, name, count) \
   type* const name = simt::static_shared<type>(count, [] {})
 #define SOFTMAX_EXT_PTX(fallback, ...) fallback
+#define SOFTMAX_EXT_PTX_90(fallback, ...) fallback
 #endif
 
 namespace softmax_ext {
@@ -106,32 +114,120 @@ __device__ __forceinline__ void store_word(void* to, Word word) {
 }
 
 // All threads of the cluster, or of the cooperative launch, meet; what each wrote before, all may
-// read afterwards. A thread may do something else between its arrival and its wait.
-__device__ __forceinline__ void arrive_at_cluster() {
-#if defined(SOFTMAX_EXT_SIMT) || __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().barrier_arrive();
-#endif
-}
-__device__ __forceinline__ void wait_for_cluster() {
-#if defined(SOFTMAX_EXT_SIMT) || __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().barrier_wait();
-#endif
-}
+// read afterwards.
 __device__ __forceinline__ void sync_cluster() {
-  arrive_at_cluster();
-  wait_for_cluster();
+#if defined(SOFTMAX_EXT_SIMT) || __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#endif
 }
 __device__ __forceinline__ void sync_grid() { cooperative_groups::this_grid().sync(); }
 
-// The same place in the shared memory of block `rank` of the cluster, which must have begun.
-template <class T>
-__device__ __forceinline__ T* shared_of_block(T* pointer, int rank) {
-#if defined(SOFTMAX_EXT_SIMT) || __CUDA_ARCH__ >= 900
-  return cooperative_groups::this_cluster().map_shared_rank(pointer, static_cast<unsigned>(rank));
-#else
-  return pointer;
+// What the blocks of a cluster send each other, round after round: every block gets as many bytes. In
+// a round a thread waits for those that come to its own block, by an mbarrier of that block, and not
+// for the threads of others. A cluster barrier that orders memory would wait for all that a thread
+// has under way to global memory, and empty the L1.
+class Mail {
+ public:
+  // `barrier` is of the block's shared memory, in the same place of each block.
+  __device__ __forceinline__ explicit Mail(uint64_t* barrier) : barrier_(barrier) {}
+
+  // By all threads, once.
+  __device__ __forceinline__ void open() const {
+    if (is_first_thread()) {
+      SOFTMAX_EXT_PTX_90(*barrier_ = simt::kNoMail,
+                         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n"
+                                      "fence.mbarrier_init.release.cluster;" ::"r"(own(barrier_))
+                                      : "memory"));
+    }
+    SOFTMAX_EXT_PTX_90(cooperative_groups::this_cluster().barrier_arrive(),
+                       asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"));
+  }
+
+  // By all threads, before anything is sent in a round, in which `bytes` bytes come: all blocks are
+  // there, and all threads have read what came in the round before, if there was one.
+  __device__ __forceinline__ void begin(bool first, int bytes) const {
+    if (first) {
+      SOFTMAX_EXT_PTX_90(cooperative_groups::this_cluster().barrier_wait(),
+                         asm volatile("barrier.cluster.wait.aligned;" ::: "memory"));
+    } else {
+      sync_cluster();
+    }
+    if (!is_first_thread()) return;
+    SOFTMAX_EXT_PTX_90(
+        simt::expect_mail(barrier_, bytes),
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(own(barrier_)),
+                     "r"(bytes)
+                     : "memory"));
+  }
+
+  // To the same place in the shared memory of block `rank`.
+  template <class T>
+  __device__ __forceinline__ void send(T* to, const T& value, int rank) const {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
+    uint32_t word[4]{};
+    memcpy(word, &value, sizeof(value));
+    SOFTMAX_EXT_PTX_90(simt::send_mail(to, value, barrier_, static_cast<unsigned>(rank)), {
+      const uint32_t place = of_block(to, rank);
+      const uint32_t barrier = of_block(barrier_, rank);
+      if constexpr (sizeof(T) == 4) {
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %2, [%1];" ::"r"(place),
+            "r"(barrier), "r"(word[0])
+            : "memory");
+      } else if constexpr (sizeof(T) == 8) {
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];" ::"r"(
+                place),
+            "r"(barrier), "r"(word[0]), "r"(word[1])
+            : "memory");
+      } else {
+        asm volatile(
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, "
+            "[%1];" ::"r"(place),
+            "r"(barrier), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+            : "memory");
+      }
+    });
+  }
+
+  // Until all that comes in this round is there, and may be read; `round` counts from 0, modulo 2.
+  __device__ __forceinline__ void wait(int round) const {
+    SOFTMAX_EXT_PTX_90(simt::wait_for_mail(barrier_, round), {
+      uint32_t there = 0;
+      while (there == 0) {
+        asm volatile(
+            "{\n"
+            ".reg .pred p;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n"
+            "}"
+            : "=r"(there)
+            : "r"(own(barrier_)), "r"(round)
+            : "memory");
+      }
+    });
+  }
+
+ private:
+  static __device__ __forceinline__ bool is_first_thread() {
+    return threadIdx.x == 0 && threadIdx.y == 0;
+  }
+#if defined(__CUDACC__)
+  // Addresses in the shared memory of this block, and of another.
+  static __device__ __forceinline__ uint32_t own(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  }
+  static __device__ __forceinline__ uint32_t of_block(const void* shared, int rank) {
+    uint32_t address = 0;
+    SOFTMAX_EXT_PTX_90(, asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                                      : "=r"(address)
+                                      : "r"(own(shared)), "r"(rank)));
+    return address;
+  }
 #endif
-}
+
+  uint64_t* barrier_;
+};
 
 }  // namespace softmax_ext
 
