@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -66,3 +68,15 @@ def wall_seconds(queue: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def as_json(head: dict[str, Any], name: str, entries: Iterable[dict[str, Any]]) -> str:
+    """The head with the entries, a line each and in five digits, behind it under this name."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: rounded(each) for key, each in value.items()}
+        return float(f"{value:.5g}") if isinstance(value, float) else value
+
+    lines = ",\n".join(json.dumps(rounded(entry)) for entry in entries)
+    return f'{json.dumps(head, indent=1)[:-2]},\n "{name}": [\n{lines}\n ]\n}}\n'

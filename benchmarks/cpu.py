@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import json
 import math
 import platform
 import statistics
@@ -29,7 +28,16 @@ from typing import Any
 import torch
 
 import softmax_ext
-from benchmarks.common import DTYPES, OPS, TOLERANCE, Run, make_run, smallest_step, wall_seconds
+from benchmarks.common import (
+    DTYPES,
+    OPS,
+    TOLERANCE,
+    Run,
+    as_json,
+    make_run,
+    smallest_step,
+    wall_seconds,
+)
 
 # (shape, dim); each stands for a kind of row.
 SHAPES: list[tuple[tuple[int, ...], int]] = [
@@ -313,19 +321,6 @@ def plot(results: list[Result], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def as_json(of: dict[str, Any], lines: list[str], entries: Iterable[dict[str, Any]]) -> str:
-    """A line a case, in five digits."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: rounded(each) for key, each in value.items()}
-        return float(f"{value:.5g}") if isinstance(value, float) else value
-
-    results = ",\n".join(json.dumps(rounded(entry)) for entry in entries)
-    head = json.dumps({"machine": of, "summary": lines}, indent=1)
-    return f'{head[:-2]},\n "results": [\n{results}\n ]\n}}\n'
-
-
 def progress(cases: list[Case], title: str) -> Iterable[Case]:
     if importlib.util.find_spec("tqdm") is None:
         print(title, file=sys.stderr)
@@ -369,7 +364,8 @@ def main() -> int:
     print("\n".join(summary(results)))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(as_json(machine(), list(summary(results)), map(asdict, results)))
+        head = {"machine": machine(), "summary": list(summary(results))}
+        options.json.write_text(as_json(head, "results", map(asdict, results)))
         if importlib.util.find_spec("matplotlib"):
             plot(results, options.json.with_suffix(".png"))
     least = min(result.speedup["torch"] for result in results)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import json
 import math
 import os
 import platform
@@ -31,7 +30,16 @@ import torch._functorch.config
 
 import softmax_ext
 from benchmarks import gpu_report
-from benchmarks.common import DTYPES, OPS, TOLERANCE, Run, make_run, smallest_step, wall_seconds
+from benchmarks.common import (
+    DTYPES,
+    OPS,
+    TOLERANCE,
+    Run,
+    as_json,
+    make_run,
+    smallest_step,
+    wall_seconds,
+)
 from benchmarks.gpu_cells import (
     GIB,
     LAUNCHES,
@@ -338,7 +346,8 @@ def measure(
 def write_json(document: dict[str, Any], path: Path) -> None:
     """At once: a run that is killed leaves the old file or the new one."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(document, indent=1) + "\n")
+    head = {key: value for key, value in document.items() if key != "cells"}
+    scratch.write_text(as_json(head, "cells", document["cells"]))
     os.replace(scratch, path)
 
 

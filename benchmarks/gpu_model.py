@@ -6,7 +6,10 @@ the GPU benchmark. No GPU is needed.
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import fields
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +20,9 @@ from softmax_ext import Explanation, explain
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance_model.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.gpu_model -->", "<!-- end -->"
 DEVICES = ("H100", "H200")
+# Measured results, by device.
+MEASURED = {"H100": "nvidia-h100-80gb-hbm3"}
+RESULTS = Path(__file__).resolve().parent / "results"
 GROUPS = ("rows", "few_rows", "strided", "cast")
 MODEL_DTYPES = ("bfloat16", "float32", "float64")
 SINGLE_ROW = (1, 4 << 20)
@@ -44,6 +50,19 @@ def explain_cell(cell: Cell, device: str) -> Explanation:
     )
 
 
+@cache
+def measured(device: str) -> dict[Cell, float]:
+    """Fractions of a copy."""
+    document = json.loads((RESULTS / MEASURED[device] / "results.json").read_text())
+    fractions = {}
+    for entry in document["cells"]:
+        cell = Cell(**{f.name: entry[f.name] for f in fields(Cell)} | {"shape": (*entry["shape"],)})
+        ours = entry["contenders"]["softmax_ext"]
+        if "fraction_of_copy" in ours:
+            fractions[cell] = ours["fraction_of_copy"]
+    return fractions
+
+
 def target(cell: Cell) -> float | None:
     """The fraction of a copy that is aimed at."""
     if cell.shape == SINGLE_ROW:
@@ -66,9 +85,14 @@ def percent(fraction: float) -> str:
     return f"{5 * round(20 * fraction)} %"
 
 
-def misses(cell: Cell, found: Explanation) -> bool:
+def misses(cell: Cell, fraction: float) -> bool:
     aim = target(cell)
-    return aim is not None and 5 * round(20 * found.copy_fraction) < 100 * aim
+    return aim is not None and 5 * round(20 * fraction) < 100 * aim
+
+
+def emphasised(cell: Cell, fraction: float) -> str:
+    mark = " **" if misses(cell, fraction) else " "
+    return f"{mark}{percent(fraction)}{mark[::-1]}"
 
 
 def name(cell: Cell) -> str:
@@ -80,7 +104,8 @@ def tables() -> str:
     head = "| shape | schedule (hold) | blocks x threads | bytes an element |"
     for device in DEVICES:
         head += f" {device} us | of copy | limited by |"
-    rule = "|---|---|---|---|" + "---|---|---|" * len(DEVICES)
+        head += " **measured** |" if device in MEASURED else ""
+    rule = "|---|---|---|---|" + "---|---|---|" * len(DEVICES) + "---|" * len(MEASURED)
     lines: list[str] = []
     for _, found_cells in groupby(model_cells(), table_of):
         cells = list(found_cells)
@@ -93,10 +118,12 @@ def tables() -> str:
             size = plan.bytes_moved / math.prod(cell.shape)
             line = f"| {name(cell)} | {plan.schedule} ({plan.hold}) "
             line += f"| {plan.blocks} x {plan.threads} | {size:.0f} |"
-            for each in found:
-                mark = " **" if misses(cell, each) else " "
-                fraction = f"{mark}{percent(each.copy_fraction)}{mark[::-1]}"
+            for device, each in zip(DEVICES, found, strict=True):
+                fraction = emphasised(cell, each.copy_fraction)
                 line += f" {coarse(each.microseconds)} |{fraction}| {each.limiter} |"
+                if device in MEASURED:
+                    fractions = measured(device)
+                    line += f"{emphasised(cell, fractions[cell]) if cell in fractions else ' - '}|"
             lines.append(line)
         lines.append("")
     return "\n".join(lines)

@@ -12,8 +12,8 @@ from benchmarks.gpu_check import DONE
 # (shape, dim): each schedule, on devices with clusters and without. A chunk, which a warp has in
 # registers, is 4 KB of a row, 2 KB in float64.
 SHAPES = [
-    ((300, 7), -1),  # packed
-    ((70, 1000), 1),  # packed, interleaved
+    ((300, 7), -1),  # packed: a row by a thread
+    ((70, 101), -1),  # packed: by several
     ((5, 37, 3), 1),
     ((70, 64), -1),  # warp: several rows a warp
     ((5, 1000), -1),  # warp: whole vectors
@@ -24,7 +24,7 @@ SHAPES = [
     ((40, 150000), -1),  # cluster, block: in shared memory, read twice
     ((2, 1000001), -1),  # grid
     ((3, 37, 190), 1),  # columns
-    ((2, 1500, 64), 1),  # columns: 16 bytes at a time
+    ((2, 1500, 64), 1),  # columns: a cluster; in 16 bits backward, 16 bytes at a time
     ((1, 5000, 66), 1),  # columns: several chunks
 ]
 

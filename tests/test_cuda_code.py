@@ -40,6 +40,7 @@ PARAMETERS = {
     "long": ["op", "in", "out"],
     "short": ["op", "vectors", "in", "out"],
     "packed": ["op", "one", "in", "out"],
+    "packed_short": ["op", "vectors", "in", "out"],
     "columns": ["op", "columns", "in", "out"],
 }
 OPS = {"(softmax_ext::Op)0": "softmax", "(softmax_ext::Op)1": "log_softmax"}
@@ -76,7 +77,7 @@ class Instance:
     def store_bits(self) -> int:
         """Of the store of a vector that was read: 16 bytes, or 8 where it has become smaller. A
         packed kernel stores slabs, whatever the vectors that it read."""
-        if self.kernel == "packed":
+        if self.kernel.startswith("packed"):
             return 128
         return min(128, self.columns * SIZE[self.written] * 8) if self.wide else 128
 
@@ -112,6 +113,8 @@ Figures = dict[str, int]
 Build = Callable[[str], list[tuple[Instance, Figures]]]
 ACCESSES = ["LDG", "STG", "LDS", "STS"]
 FORBIDDEN = {"stack": 0, "spills": 0, "local": 0}
+# Bytes, in float64 on sm_120: an SM has two units for it, and its kernels wait for those.
+EXCUSED = {"stack": 32, "spills": 32, "local": 32}
 NO_DISASSEMBLER = "no nvdisasm beside nvcc, on PATH or in the triton package"
 
 
@@ -259,9 +262,12 @@ def compare(
             changes.append(Change(name, architecture, "instance", "listed", "missing", True))
         if name not in budgets:
             changes.append(Change(name, architecture, "instance", "missing", "compiled", True))
-        budget = budgets.get(name, {}) | FORBIDDEN
+        excused = architecture == "sm_120" and "float64" in name
+        budget = budgets.get(name, {}) | (EXCUSED if excused else FORBIDDEN)
         for what, now in measured.get(name, {}).items():
             if what not in budget or now == budget[what]:
+                continue
+            if excused and what in EXCUSED and now < budget[what]:
                 continue
             most = budget["limit" if what == "registers" and not same_nvcc else what]
             fails = now < budget[what] if what in ACCESSES else now > most
@@ -341,12 +347,14 @@ def test_vectorised_instances_access_16_bytes(build: Build, architecture: str) -
         # A long kernel has all of a chunk; a columns kernel its steps, of all inputs together 32
         # words (16 in float64), and a vector's width at least (plan.h).
         width, is_double = 16 // SIZE[instance.read], instance.read == "float64"
-        of_kernel = {"packed": 1, "long": 4 if is_double else 8}
+        of_kernel = {"long": 4 if is_double else 8}
         of_kernel["columns"] = max(width, (16 if is_double else 32) // (4 * inputs))
-        vectors = int(instance.others.get("vectors", of_kernel.get(instance.kernel, 0)))
+        packed = instance.kernel.startswith("packed")  # slabs, by vectors of their own
+        of_instance = int(instance.others.get("vectors", of_kernel.get(instance.kernel, 0)))
+        vectors = 1 if packed else of_instance
         assert vectors > 0, instance.name
         grows = max(1, SIZE[instance.written] // SIZE[instance.read])
-        stores = 1 if instance.kernel == "packed" else vectors * grows
+        stores = 1 if packed else vectors * grows
         assert found["LDG"] >= vectors * inputs, (instance.name, found)
         assert found["STG"] >= stores, (instance.name, found)
         if instance.kernel == "long":
@@ -382,6 +390,16 @@ def test_a_change_is_reported(what: str, now: int, same_nvcc: bool, fails: bool)
     budget = BUDGET.get(what, 0)
     assert changes == [Change("it", "sm_90", what, budget, now, fails)]
     assert report(changes).split()[-5:] == ["it", "sm_90", what, str(budget), str(now)]
+
+
+@pytest.mark.parametrize("name", ["long_forward softmax float64", "long_forward softmax float32"])
+@pytest.mark.parametrize("architecture", ["sm_100", "sm_120"])
+def test_a_few_bytes_of_float64_are_excused(architecture: str, name: str) -> None:
+    excused = (architecture, name) == ("sm_120", "long_forward softmax float64")
+    for spilled, fails in ((32, not excused), (33, True)):
+        measured = {name: BUDGET | FORBIDDEN | {"spills": spilled}}
+        changes = compare(architecture, {name: BUDGET}, measured, same_nvcc=True)
+        assert any(change.fails for change in changes) == fails
 
 
 def test_a_missing_and_an_unknown_instance_fail() -> None:

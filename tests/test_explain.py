@@ -109,10 +109,10 @@ def test_what_is_read_again_counts_again() -> None:
     ((4096, 1024), -1, BF16, "short_forward softmax bfloat16 vectors=4"),
     ((4096, 1023), -1, BF16, "registers_forward softmax bfloat16 vectors=4"),
     ((256, 1 << 20), -1, FP32, "long_forward softmax float32"),
-    ((4096, 7), -1, FP32, "packed_forward softmax float32 one=true"),
+    ((4096, 7), -1, FP32, "packed_short_forward softmax float32 vectors=2"),
     ((4096, 777), -1, FP32, "registers_forward softmax float32 vectors=8"),
     ((32, 1000, 196), 1, BF16, "columns_forward softmax bfloat16 columns=4"),
-    ((8192, 8192), 0, BF16, "columns_forward softmax bfloat16 columns=8"),
+    ((8192, 8192), 0, BF16, "columns_forward softmax bfloat16 columns=4"),
 ])  # fmt: skip
 def test_names_of_kernels(
     shape: tuple[int, ...], dim: int, dtype: torch.dtype, kernel: str

@@ -226,7 +226,8 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
   memory.partials = shared;
   memory.maxima = shared + along * kLeaves * memory.pitch;
   // Each state whole in 16 bytes, as it is sent.
-  memory.states = reinterpret_cast<State*>(shared + (along * kLeaves * memory.pitch + width + 3) / 4 * 4);
+  memory.states =
+      reinterpret_cast<State*>(shared + (along * kLeaves * memory.pitch + width + 3) / 4 * 4);
   memory.chunks = memory.states + width;
   if (chunks > limits::kColumnChunks) {
     memory.lane_sums = reinterpret_cast<A*>(memory.chunks);
@@ -235,6 +236,7 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
     memory.lane_sums = reinterpret_cast<A*>(memory.chunks + (chunks > 1 ? chunks * width : 0));
   }
 
+  const int64_t tiles_of_outer = ceil_div_power(shape.inner, width);
   const int team = static_cast<int>(gridDim.y), rank = static_cast<int>(blockIdx.y);
   // Calls body(column, lane, whether it exists) with `lanes` threads for each column, a power of two
   // up to a warp. All threads come along, for the reductions in body.
@@ -287,8 +289,6 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
 
 #pragma unroll 1
   for (int64_t item = blockIdx.x;; item += gridDim.x) {
-    int64_t tiles_of_outer = ceil_div_power(shape.inner, width);
-    forget(tiles_of_outer);  // cheaper to compute again than to keep
     const int64_t outer = item / tiles_of_outer;
     if (outer >= shape.outer) break;
     const int64_t column = (item - outer * tiles_of_outer) * width + x * kColumns;
@@ -479,7 +479,9 @@ __device__ __forceinline__ void run_columns(Tile& tile, const Shape& shape, void
 template <int columns, class In, class Out>
 constexpr int column_threads =
     limits::kMostColumnThreads +
-    (sizeof(In) == sizeof(Out) && sizeof(In) < 8 && columns == column_packet(sizeof(In)) ? limits::kMostColumnThreads / 2 : 0);
+    (sizeof(In) == sizeof(Out) && sizeof(In) < 8 && columns == column_packet(sizeof(In))
+         ? limits::kMostColumnThreads / 2
+         : 0);
 
 template <Op op, int columns, class In, class Out>
 __global__ void __launch_bounds__(column_threads<columns, In, Out>, 1)

@@ -379,8 +379,8 @@ __global__ void __launch_bounds__(limits::kPackedThreads)
         g[v] = from_element<A>(from_grad[v]);
         outputs[v] = from_element<A>(from_y[v]);
       });
-      const B formula{row_sum(sum_of_row<A, kWidth, leaves>(
-          dim, [&](int v) { return B::term(g[v], outputs[v]); }))};
+      const B formula{row_sum(
+          sum_of_row<A, kWidth, leaves>(dim, [&](int v) { return B::term(g[v], outputs[v]); }))};
       for_each_of_row<kWidth, leaves>(
           dim, [&](int v) { to[v] = ToElement<Out>::of(formula.of(g[v], outputs[v])); });
     }

@@ -437,12 +437,19 @@ constexpr int kMostThreads = limits::kMostWarps * limits::kWarp;
 template <int vectors, class In>
 constexpr int register_threads =
     vectors == kChunkVectors<In> ? kMostThreads : limits::kShortRowThreads;
-// Forward, without a cast, the compiler is told of half as many more: three blocks of 256 fit an SM.
+// Forward, the compiler is told of half as many more where the registers that it leaves are enough:
+// three blocks of 256 fit an SM then.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class In, class Out>
+constexpr bool kFewRegisters = sizeof(In) == 2 && sizeof(Out) == 2;
+#else
+template <class In, class Out>
+constexpr bool kFewRegisters = sizeof(In) < 8 && sizeof(Out) == sizeof(In);
+#endif
 template <int vectors, class In, class Out>
 constexpr int forward_threads =
     register_threads<vectors, In> +
-    (vectors == kChunkVectors<In> && sizeof(In) < 8 && sizeof(In) == sizeof(Out) ? kMostThreads / 2
-                                                                                : 0);
+    (vectors == kChunkVectors<In> && kFewRegisters<In, Out> ? kMostThreads / 2 : 0);
 
 // Both directions.
 template <class Chunk>
@@ -455,17 +462,14 @@ __device__ __forceinline__ void run_registers(Chunk& chunk, const Rows& rows) {
   const Sharing share = sharing(rows, kOfChunk);
   const Meeting<State> meeting(rows, share, states, barrier);
   int turn = 0;
-  // As for_each_row, with one variable.
-  const int64_t first = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
-#pragma unroll 1
-  for (int64_t row = first; row - first < rows.rows; row += int64_t{gridDim.x} * blockDim.y) {
-    const Part part = part_of_chunk(chunk, rows, row < rows.rows, row * rows.dim, share.warp);
+  const auto run = [&](int64_t& row, bool exists) {
+    const Part part = part_of_chunk(chunk, rows, exists, row * rows.dim, share.warp);
     const auto offset = [&] { return row * rows.dim + int64_t{share.warp} * kOfChunk; };
     chunk.load(offset(), part, true);
     State state = chunk.state(part);
     if constexpr (Chunk::kVectors == kChunkVectors<In>) {
       if (rows.schedule != Schedule::kWarp) {
-        meeting.begin(row == first);
+        meeting.begin(row < int64_t{gridDim.x} * blockDim.y);
         meeting.put(turn, share.warp, state);
         state = meeting.get(turn);
         turn ^= 1;
@@ -473,6 +477,16 @@ __device__ __forceinline__ void run_registers(Chunk& chunk, const Rows& rows) {
     }
     forget(row);  // offset is cheaper to compute again than to keep
     chunk.store(state, offset(), part);
+  };
+  if constexpr (sizeof(In) == 8) {
+    for_each_row(rows, [&](int64_t row, bool exists) { run(row, exists); });
+  } else {
+    // The same with one variable, for two registers less.
+    const int64_t first = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
+#pragma unroll 1
+    for (int64_t row = first; row - first < rows.rows; row += int64_t{gridDim.x} * blockDim.y) {
+      run(row, row < rows.rows);
+    }
   }
 }
 

@@ -41,6 +41,7 @@ PLAN_H = (CSRC / "include" / "softmax_ext" / "plan.h").read_text()
 LIMITS = {name: int(value) for name, value in re.findall(r"constexpr int k(\w+) = (\d+);", PLAN_H)}
 VECTOR_BYTES, WARP = LIMITS["VectorBytes"], LIMITS["Warp"]
 MOST_WARPS, LONG_WARPS, ROW_WARPS = (LIMITS[f"{of}Warps"] for of in ("Most", "Long", "Row"))
+CLUSTER_WARPS, RESIDENT_WARPS = LIMITS["ClusterWarps"], LIMITS["ResidentWarps"]
 CLUSTER, BLOCK_CHUNKS = LIMITS["ClusterBlocks"], LIMITS["BlockChunks"]
 SCHEDULES = ("packed", "warp", "block", "cluster", "grid", "columns")
 # All blocks of a grid run at once, so it is run on devices of few SMs: with and without clusters.
@@ -85,6 +86,16 @@ class Types:
     @property
     def width(self) -> int:
         return VECTOR_BYTES // self.load.itemsize
+
+    @property
+    def packet(self) -> int:
+        """Neighbouring columns of one access."""
+        return 2 if self.load == torch.float64 else 8 // self.load.itemsize
+
+    @property
+    def wide_packets(self) -> bool:
+        """Of long columns, a vector: too many threads have one to be side by side otherwise."""
+        return self.load in SIXTEEN_BIT and self.inputs == 2
 
     @property
     def chunk_vectors(self) -> int:
@@ -240,24 +251,23 @@ class Edge:
 def edges_of_a_warp(types: Types, schedule: str) -> Iterator[Edge]:
     """Of the schedules for rows of one chunk at most. As many rows as leave the last block, where
     blocks have several, with fewer."""
-    most, packed = types.chunk_vectors, schedule == "packed"
-    hold = "shared" if packed else "registers"
-
-    def edge(name: str, vectors: int, group: int, beyond: tuple[int, int] | None) -> Edge:
+    most = types.chunk_vectors
+    plans: list[Holding]
+    if schedule == "warp":  # of so few rows
+        plans = [("registers", 2, 2**k, 1) for k in range(6)]
+        plans += [("registers", vectors, WARP, 1) for vectors in (4, 8) if vectors <= most]
+    else:  # a row of more vectors than its threads goes through them in a loop
+        alone = () if types.load == torch.float64 else (1, 2, 4)
+        plans = [("registers", vectors, 1, 1) for vectors in alone]
+        lanes = [2**k for k in range(6) if 2**k > max(alone, default=0)]
+        plans += [("shared", 1, group, 1) for group in lanes]
+        plans += [("shared", most, WARP, 1)]
+    for plan, beyond in itertools.zip_longest(plans, plans[1:]):
+        _, vectors, group, _ = plan
         rows = 2 * (WARP // group) + 1
+        name = f"{group} threads of {vectors} vectors"
         dim = vectors * group * types.width
-        plan = (hold, vectors, group, 1)
-        next_plan = beyond and (hold, *beyond, 1)
-        return Edge(name, types, schedule, "H100", rows, dim, plan, next_plan)
-
-    vectors = 1 if packed else 2  # of so few rows
-    for group in (1, 2, 4, 8, 16):
-        yield edge(f"{group} threads", vectors, group, (vectors, 2 * group))
-    while vectors < most:  # a packed row of more than one vector goes through them in a loop
-        more = most if packed else 2 * vectors
-        yield edge(f"a warp of {vectors} vectors", vectors, WARP, (more, WARP))
-        vectors = more
-    yield edge("a chunk", most, WARP, None)
+        yield Edge(name, types, schedule, "H100", rows, dim, plan, beyond)
 
 
 def edges_of_warps(types: Types) -> Iterator[Edge]:
@@ -282,14 +292,15 @@ def edges_of_warps(types: Types) -> Iterator[Edge]:
         chunks = types.most_chunks("grid", NEW, 1, hold)
         shares = (MOST_WARPS, 1, MOST_WARPS, more_team)
         yield edge(f"all {hold} of a block", "grid", NEW, SMS, chunks, *shares)
-    # A cluster's blocks have so many warps that two fit an SM, before there are more blocks.
+    # A cluster's blocks have so many warps, before there are more blocks; then as many as two on an
+    # SM, backward one, before a warp has 4 chunks, backward 2.
     for team in (2, 4):
-        chunks = team * ROW_WARPS
-        warps = ceil_div(chunks + 1, 2 * team)
-        shares = (ROW_WARPS, team, warps, 2 * team)
+        chunks = team * CLUSTER_WARPS
+        shares = (CLUSTER_WARPS, team, ceil_div(chunks + 1, team + 1), team + 1)
         yield edge(f"{team} blocks of a cluster", "cluster", NEW, SMS, chunks, *shares)
-    chunks = types.most_chunks("cluster", NEW, CLUSTER, "registers")
-    shares = (MOST_WARPS, CLUSTER, MOST_WARPS, CLUSTER)
+    warps, each = (RESIDENT_WARPS // 2, 4) if types.inputs == 1 else (MOST_WARPS, 2)
+    chunks = warps * CLUSTER
+    shares = (warps, CLUSTER, ceil_div(chunks + 1, CLUSTER * each), CLUSTER)
     yield edge("all registers of a cluster", "cluster", NEW, 1, chunks, *shares)
     yield edge("a warp each", "grid", NEW, 1, SMS, 1, SMS, 2, SMS)
     chunks = types.most_chunks("grid", NEW, SMS, "registers")
@@ -408,12 +419,12 @@ def test_dim(host: Host, dim: int, device: str, types: Types, op: str) -> None:
 @ops
 @all_types(NATIVE)
 def test_lanes_of_a_short_row(host: Host, types: Types, op: str) -> None:
-    """Where rows fill the device few lanes have many vectors each: two lanes at least, if there are
-    as many vectors; but a warp where there are more than 64."""
+    """Where rows fill the device few lanes have many vectors each: four lanes at least, if there
+    are as many vectors; but a warp where there are more than 64."""
     most = types.chunk_vectors // types.inputs
     short = WARP * types.chunk_vectors // 2
     for room in (2**k for k in range(1, short.bit_length())):
-        vectors = 4 if room > 64 else min(most, max(2, room // 2))
+        vectors = 4 if room > 64 else min(most, max(2, room // 4))
         group = room // vectors
         rows = SMS * LIMITS["FillingThreads"] // group
         for dim in {room * types.width, (room // 2 + 1) * types.width}:
@@ -628,11 +639,8 @@ def test_bits_of_special_rows(host: Host, types: Types, op: str) -> None:
 
 
 def columns_of(types: Types, inner: int, aligned: bool = True) -> int:
-    """Neighbouring columns that a thread has: a vector, half a one of 16 bits, or one."""
-    for columns in (types.width, types.width // 2 if types.load in SIXTEEN_BIT else 1):
-        if aligned and inner % columns == 0:
-            return columns
-    return 1
+    """Neighbouring columns that a thread has, if they are not long: 8 bytes, two, or one."""
+    return types.packet if aligned and inner % types.packet == 0 else 1
 
 
 def steps_of(types: Types, columns: int) -> int:
@@ -656,7 +664,7 @@ def test_inner(host: Host, offset: int, inner: int, types: Types, op: str) -> No
         how = {"load_offset": offset, "schedule": "columns"}
         how["orders"] = host.orders[-1:] if few else host.orders
         plan = run(host, types, op, (1 if few else 2, dim, inner), **how)
-        assert (plan.schedule, plan.vectorized) == ("columns", columns == types.width)
+        assert (plan.schedule, plan.vectorized) == ("columns", columns > 1)
         assert (plan.columns, plan.vectors) == (columns, steps)
         along = power_of_two_from(ceil_div(min(dim, types.chunk), steps))
         assert plan.group == min(along, LIMITS["MostColumnThreads"] // plan.across), dim
@@ -692,14 +700,14 @@ def test_a_tile_that_is_wider_than_the_inner_size(host: Host, tail: int, types: 
 @all_types(SAME)
 def test_many_columns_side_by_side(host: Host, types: Types) -> None:
     """Where there are blocks enough, a block is as wide as there are threads."""
-    outer, columns = 2 * DEVICES["AGX Orin"].sm_count, types.width
+    outer, columns = 2 * DEVICES["AGX Orin"].sm_count, types.packet
     dim = steps_of(types, columns)
-    inner = LIMITS["ColumnThreads"] * columns
+    inner = LIMITS["FewColumnThreads"] * columns
     shape = (outer, dim, inner)
     how = {"device": "AGX Orin", "schedule": "columns", "orders": host.orders[-1:]}
     plan = run(host, types, "softmax", shape, **how)
     assert (plan.schedule, plan.columns) == ("columns", columns)
-    assert (plan.across, plan.group) == (LIMITS["ColumnThreads"], 1)
+    assert (plan.across, plan.group) == (LIMITS["FewColumnThreads"], 1)
 
 
 @ops
@@ -762,7 +770,7 @@ def test_more_chunks_of_columns_than_shared_memory_has_states_of(
 def test_slabs(host: Host, inner: int, types: Types, op: str) -> None:
     """Of several outer indices, and a last one of fewer; wherever they begin in 16 bytes, which
     need not be where the results do."""
-    for dim, offset in [(1, 0), (3, 1), (types.width + 1, 3), (33, 0)]:
+    for dim, offset in [(1, 0), (3, 1), (types.width + 1, 3), (4 * types.width - 1, 2), (33, 0)]:
         one = dim * inner * types.load.itemsize
         per_slab = min(LIMITS["SlabBytes"] // one, 9)
         outer = 2 * per_slab * SMS - 1 if inner < 7 else 3 * SMS - 1
@@ -777,7 +785,9 @@ def test_slabs(host: Host, inner: int, types: Types, op: str) -> None:
         assert slab > 1 and plan.blocks == ceil_div(outer, slab) >= SMS
         assert outer % slab != 0
         # Rows of a slab that are more than there are threads for, too.
-        assert plan.vectors == 1 or dim > WARP * types.width
+        alone = types.load != torch.float64 and inner == 1 and dim <= 4 * types.width
+        assert plan.hold == ("registers" if alone else "shared")
+        assert alone or plan.vectors == 1 or dim > WARP * types.width
 
 
 @ops
@@ -855,8 +865,12 @@ class Way:
     def takes(self, types: Types) -> bool:
         """Whether there is one, and rows for it are not too long to be run often. Of the long
         kernel in a cluster, shared memory holds all that float64 can have there."""
-        if self.name in ("columns: halves", "columns: pieces"):
+        if self.name == "columns: pieces":
             return types.load in SIXTEEN_BIT
+        if self.name == "columns: vectors":
+            return types.wide_packets
+        if self.name == "packed: a thread":
+            return types.load != torch.float64
         if self.name in ("cluster: shared", "columns: many chunks"):
             return types.load == torch.float64
         if self.name == "cluster: none":
@@ -885,17 +899,20 @@ class Way:
                 most = types.most_chunks(self.schedule, self.device, team, "registers")
                 held = types.most_chunks(self.schedule, self.device, team, "shared")
                 chunks = (most if self.part == "shared" else max(most, held)) + 1
+                if self.name == "cluster: none":  # a warp may have four
+                    chunks = max(chunks, 4 * CLUSTER * LONG_WARPS + 1)
             dim = chunks * chunk
         else:
             dim = {
-                "packed: one vector": 4 * width,
+                "packed: a thread": 4 * width,
+                "packed: one vector": 7 * width,
                 "packed: many vectors": 33 * width,
                 "packed: columns": 5 * width,
                 "warp: a part": 4 * width,
                 "warp: all": chunk,
                 "columns: single": 7 * width,
-                "columns: halves": 7 * width,
-                "columns: vectors": 7 * width,
+                "columns: packets": 7 * width,
+                "columns: vectors": chunk,
                 "columns: pieces": chunk,
                 "columns: chunks": 3 * chunk,
                 "columns: cluster": 3 * chunk,
@@ -911,7 +928,7 @@ class Way:
         if self.schedule != "columns":
             return (rows, dim, 1)
         inner = ceil_div(rows, types.width) * types.width
-        more = {"halves": types.width // 2, "vectors": 0, "cluster": 0}.get(self.part, 1)
+        more = {"packets": 0, "vectors": 0, "cluster": 0}.get(self.part, 1)
         return (1, dim, inner + more)
 
     def how(self, types: Types) -> dict[str, object]:
@@ -920,15 +937,18 @@ class Way:
     def check(self, plan: Plan, types: Types, aligned: bool = True) -> None:
         assert plan.schedule == self.schedule
         if self.schedule == "packed":
-            assert plan.vectors == (1 if self.part != "many vectors" else types.chunk_vectors)
-            assert (plan.hold, plan.vectorized) == ("shared", False)
+            assert (plan.hold, plan.vectors) == {
+                "a thread": ("registers", 4),
+                "many vectors": ("shared", types.chunk_vectors),
+            }.get(self.part, ("shared", 1))
+            assert not plan.vectorized
             return
         if self.schedule != "columns":
             assert plan.vectorized == (self.whole and aligned)
             assert plan.hold == (self.part if self.schedule != "warp" else "registers")
             return
-        width = types.width
-        columns = {"halves": width // 2, "vectors": width, "cluster": width}.get(self.part, 1)
+        long = types.width if types.wide_packets else types.packet
+        columns = {"packets": types.packet, "vectors": long, "cluster": long}.get(self.part, 1)
         assert plan.columns == (columns if aligned else 1)
         if aligned:
             team = 3 if self.part == "cluster" else 1
@@ -938,6 +958,7 @@ class Way:
 
 
 NAMES = [
+    "packed: a thread",
     "packed: one vector",
     "packed: many vectors",
     "packed: columns",
@@ -953,7 +974,7 @@ NAMES = [
     "grid: shared",
     "grid: none",
     "columns: single",
-    "columns: halves",
+    "columns: packets",
     "columns: vectors",
     "columns: pieces",
     "columns: chunks",
@@ -1165,7 +1186,7 @@ def test_tiles_of_minus_infinity(host: Host, tail: int, types: Types, op: str) -
     how = {"schedule": "columns"}
     plan = host.plan(types.direction, shape, types.load, types.store, **how)
     tile = torch.arange(inner) // (plan.across * plan.columns)
-    assert tile.max() > 0 and plan.columns == (1 if tail else types.width)
+    assert tile.max() > 0 and plan.columns == (1 if tail else types.packet)
     block = torch.arange(4)[:, None] * (int(tile.max()) + 1) + tile
     for mask in (block == 1, block != 1):
         x = torch.randn(shape).masked_fill(mask[:, None], -INF)
@@ -1298,7 +1319,8 @@ def kernels_of(types: Types) -> int:
     """Of each op: of rows in registers, of longer ones, of short ones, of slabs, and of columns."""
     registers = types.chunk_vectors.bit_length() - 1
     short = registers + 1 - types.inputs
-    return registers + 1 + short + 2 + (3 if types.load in SIXTEEN_BIT else 2)
+    packed = 2 if types.load == torch.float64 else 5
+    return registers + 1 + short + packed + (3 if types.wide_packets else 2)
 
 
 def test_every_kernel_that_a_plan_can_ask_for_has_run(host: Host, whole_module: bool) -> None:
@@ -1318,7 +1340,7 @@ def test_every_kernel_that_a_plan_can_ask_for_has_run(host: Host, whole_module: 
             if host.lane not in SANITIZERS or not has_the_accesses_of_another(op, types):
                 wanted.add(Instance(types.direction, op, *read))
     kernels = {instance.kernel for instance in wanted}
-    assert kernels == {"registers", "long", "short", "packed", "columns"}
+    assert kernels == {"registers", "long", "short", "packed_short", "packed", "columns"}
     assert not wanted - host.instances
 
 

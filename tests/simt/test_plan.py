@@ -238,12 +238,13 @@ def check_limits(plan: Plan, shape: Shape, load: torch.dtype, device: str, align
     assert 1 <= plan.blocks <= MOST_BLOCKS and plan.blocks % plan.team == 0
     # Vector accesses need whole vectors of aligned tensors.
     if plan.schedule == "columns":
-        whole = aligned and inner % width == 0
+        whole = plan.columns > 1
+        assert not whole or (aligned and inner % plan.columns == 0)
     else:
         whole = aligned and dim % width == 0 and plan.schedule != "packed"
     assert plan.vectorized == whole
     if plan.schedule == "cluster":
-        assert plan.team in (2, 4, 8)
+        assert 2 <= plan.team <= 8
     elif plan.schedule == "grid":
         # All blocks are to run at once, one on an SM.
         assert plan.blocks <= DEVICES[device].sm_count
@@ -276,7 +277,8 @@ def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> No
     inputs, chunks = 1 + backward, -(-dim // of)
     state = number if backward else 2 * number
     if plan.schedule == "packed":
-        assert chunks == 1 and plan.hold == "shared"
+        assert chunks == 1
+        assert plan.hold == "shared" or (plan.hold == "registers" and plan.group == 1)
         assert plan.shared_bytes >= plan.items * dim * load.itemsize * inputs
         assert plan.group * plan.vectors * plan.width >= dim
     elif plan.schedule == "warp":
@@ -309,8 +311,9 @@ def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> No
     (4096, 64, FLOAT16, (4, 2)),     # several rows a warp
     (4096, 256, FLOAT16, (16, 2)),
     (4096, 264, FLOAT16, (32, 2)),
-    (2**20, 32, FLOAT16, (2, 2)),    # a sector at a time
-    (2**20, 64, FLOAT16, (2, 4)),    # rows that fill the device
+    (2**20, 32, FLOAT16, (2, 2)),
+    (2**20, 64, FLOAT16, (4, 2)),    # two sectors at a time
+    (2**20, 128, FLOAT16, (4, 4)),   # rows that fill the device
     (2**20, 256, FLOAT16, (4, 8)),
     (2**20, 512, FLOAT16, (8, 8)),
     (2**20, 1024, FLOAT16, (32, 4)),  # more vectors than few lanes can add as a warp does
@@ -334,14 +337,39 @@ def test_short_rows_share_a_block_where_the_device_is_full_all_the_same() -> Non
         assert plan and (plan.schedule, plan.items) == ("warp", items)
 
 
-def test_a_cluster_is_as_large_as_the_rows_leave_blocks() -> None:
-    """Or as it takes for two blocks on an SM."""
-    for rows, chunks, team in [
-        (132, 16, 2), (132, 17, 4), (132, 33, 8), (66, 16, 2), (65, 16, 4), (32, 16, 8),
-        (33, 16, 4), (1, 4, 4), (1, 8, 8), (1, 128, 8), (10**6, 1024, 8),
+@backward_too
+def test_the_blocks_of_a_cluster(backward: bool) -> None:
+    """As many as there can be for few rows; of four warps each; or of as many as leave the fewest
+    of those that an SM has room for (24, backward 16) without a chunk."""
+    for rows, chunks, forward_team, backward_team in [
+        (16, 16, 8, 8), (17, 16, 4, 4), (1, 4, 4, 4), (1, 8, 8, 8), (1, 128, 8, 8),
+        (132, 16, 4, 4), (132, 17, 5, 5), (132, 32, 8, 8),
+        (132, 48, 8, 6), (132, 50, 7, 7), (132, 64, 8, 8), (132, 75, 7, 5),
     ]:  # fmt: skip
-        plan = make_plan((rows, chunks * 1024, 1), schedule="cluster")
-        assert plan and plan.team == team, (rows, chunks)
+        shape = (rows, chunks * 1024, 1)
+        plan = make_plan(shape, schedule="cluster", backward=backward)
+        team = backward_team if backward else forward_team
+        assert plan and (plan.hold, plan.team) == ("registers", team), (rows, chunks)
+        assert plan.group == WARP * -(-chunks // team)
+
+
+@backward_too
+def test_a_cluster_holds_in_shared_memory_what_few_of_its_blocks_would_fit_an_sm_with(
+    backward: bool,
+) -> None:
+    """Of 13 warps forward, of 17 backward; then a warp has 4 chunks, backward 2."""
+    for chunks, forward, of_backward in [
+        (96, ("registers", 8, 12), ("registers", 6, 16)),
+        (97, ("shared", 8, 4), ("registers", 7, 14)),
+        (128, ("shared", 8, 4), ("registers", 8, 16)),
+        (129, ("shared", 8, 5), ("shared", 8, 9)),
+        (192, ("shared", 8, 6), ("shared", 8, 12)),
+        (193, ("shared", 8, 7), ("shared", 8, 7)),  # 4 chunks a warp
+        (1024, ("none", 8, 12), ("none", 8, 12)),
+    ]:
+        plan = make_plan((1000, chunks * 1024, 1), schedule="cluster", backward=backward)
+        expected = of_backward if backward else forward
+        assert plan and (plan.hold, plan.team, plan.group // WARP) == expected, chunks
 
 
 def test_a_grid_shares_the_device_among_the_rows() -> None:
@@ -380,7 +408,7 @@ def test_block_counts_are_64_bit_and_clamped_to_the_grid() -> None:
         ((2**32, 1024, 1), 2**30),
         ((2**33, 4, 1), 2**33 // 128),     # as many rows as threads
         ((2**40, 3, 3), 2**31 - 1),        # slabs
-        ((2**33, 9 * 1024, 1), 2**31 - 2),  # clusters of 2
+        ((2**33, 9 * 1024, 1), 2**31 - 2),  # clusters of 3
         ((2**40, 64, 1024), 2**31 - 1),
     ]:  # fmt: skip
         plan = make_plan(shape)

@@ -246,10 +246,9 @@ constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device)
   plan.vectorized = false;
   if (sizes.chunks > 1) return plan;
   const int64_t needed = power_of_two_from(sizes.vectors);
-  const bool one_thread =
-      shape.inner == 1 && sizes.load < 8 && needed <= limits::kPackedVectors;
+  const bool one_thread = shape.inner == 1 && sizes.load < 8 && needed <= limits::kPackedVectors;
   plan.hold = one_thread ? Hold::kRegisters : Hold::kShared;
-  plan.vectors = one_thread                         ? static_cast<int>(needed)
+  plan.vectors = one_thread                       ? static_cast<int>(needed)
                  : sizes.vectors <= limits::kWarp ? 1
                                                   : chunk_vectors(sizes.load);
   plan.group = one_thread ? 1 : static_cast<int>(std::min<int64_t>(limits::kWarp, needed));
@@ -349,8 +348,8 @@ constexpr Plan plan_cluster(const Workload& work, const DeviceProperties& device
                            std::min(rows, limits::kMaxBlocks / team));
   };
   // Chunks that an SM has, in warps of its blocks, of a row that is spread over `team` of them.
-  const int64_t resident = work.inputs == 1 ? limits::kResidentWarps
-                                            : limits::kResidentWarpsBackward;
+  const int64_t resident =
+      work.inputs == 1 ? limits::kResidentWarps : limits::kResidentWarpsBackward;
   const auto had_by_sm = [&](int64_t team) {
     const int64_t warps = ceil_div(sizes.chunks, team);
     return warps > resident ? 0 : resident / warps * warps * sizes.chunks / (team * warps);
@@ -409,8 +408,8 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   };
   // 8 bytes take the fewest registers, and in long columns too many threads for a sector.
   const int few = column_packet(sizes.load);
-  const bool too_many = along_with(few) * limits::kSectorBytes >
-                        limits::kMostColumnThreads * few * sizes.load;
+  const bool too_many =
+      along_with(few) * limits::kSectorBytes > limits::kMostColumnThreads * few * sizes.load;
   plan.columns = too_many && fits(sizes.width) ? sizes.width : fits(few) ? few : 1;
   plan.vectorized = plan.columns > 1;
   plan.vectors = column_steps(plan.columns, sizes.load, work.inputs);
@@ -448,8 +447,7 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   const int64_t states = 2 * tile + (sizes.chunks > 1 && in_shared ? of_chunks : 0);
   const int64_t running = shape.dim > int64_t{plan.group} * plan.vectors ? tile * limits::kWarp : 0;
   const int64_t first = (partials * (tile + 1) + tile + 3) / 4 * 4;
-  plan.shared_bytes =
-      static_cast<size_t>(computed * (first + states + running) + 15) / 16 * 16;
+  plan.shared_bytes = static_cast<size_t>(computed * (first + states + running) + 15) / 16 * 16;
   const int64_t tiles = shape.outer * ceil_div(shape.inner, tile);
   plan.blocks = std::min(tiles, limits::kMaxBlocks / plan.team) * plan.team;
   plan.scratch_bytes = in_shared ? 0 : static_cast<size_t>(plan.blocks * of_chunks * computed);

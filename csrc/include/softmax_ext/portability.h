@@ -140,7 +140,8 @@ class Mail {
                                       : "memory"));
     }
     SOFTMAX_EXT_PTX_90(cooperative_groups::this_cluster().barrier_arrive(),
-                       asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"));
+                       asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::
+                                        : "memory"));
   }
 
   // By all threads, before anything is sent in a round, in which `bytes` bytes come: all blocks are
@@ -148,7 +149,8 @@ class Mail {
   __device__ __forceinline__ void begin(bool first, int bytes) const {
     if (first) {
       SOFTMAX_EXT_PTX_90(cooperative_groups::this_cluster().barrier_wait(),
-                         asm volatile("barrier.cluster.wait.aligned;" ::: "memory"));
+                         asm volatile("barrier.cluster.wait.aligned;" ::
+                                          : "memory"));
     } else {
       sync_cluster();
     }
@@ -171,13 +173,14 @@ class Mail {
       const uint32_t barrier = of_block(barrier_, rank);
       if constexpr (sizeof(T) == 4) {
         asm volatile(
-            "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %2, [%1];" ::"r"(place),
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %2, [%1];" ::"r"(
+                place),
             "r"(barrier), "r"(word[0])
             : "memory");
       } else if constexpr (sizeof(T) == 8) {
         asm volatile(
-            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];" ::"r"(
-                place),
+            "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%2, %3}, [%1];" ::
+                "r"(place),
             "r"(barrier), "r"(word[0]), "r"(word[1])
             : "memory");
       } else {

@@ -262,7 +262,8 @@ inline void count_mail(uint64_t* barrier, int bytes, bool told, Site site) {
   atomic(
       barrier,
       [=](uint64_t old) {
-        const auto left = static_cast<uint32_t>(static_cast<int>(static_cast<uint32_t>(old)) + bytes);
+        const auto left =
+            static_cast<uint32_t>(static_cast<int>(static_cast<uint32_t>(old)) + bytes);
         const bool untold = (old & kNoMail) != 0;
         if (told && !untold) fail("%s: a second time in a round", site.what);
         if (left == 0 && (told || !untold)) return ((old >> 33) + 1) << 33 | kNoMail;
@@ -277,13 +278,15 @@ template <class T>
 void send_mail(T* to, const T& value, uint64_t* barrier, unsigned rank, SIMT_HERE("st.async")) {
   check_aligned(to, sizeof(T), site);
   *static_cast<T*>(map_shared(to, rank, site)) = value;
-  count_mail(static_cast<uint64_t*>(map_shared(barrier, rank, site)),
-             -static_cast<int>(sizeof(T)), false, site);
+  count_mail(static_cast<uint64_t*>(map_shared(barrier, rank, site)), -static_cast<int>(sizeof(T)),
+             false, site);
 }
 // Until the round is over; rounds are counted from 0, modulo 2.
 inline void wait_for_mail(uint64_t* barrier, int round, SIMT_HERE("mbarrier.try_wait")) {
-  while ((atomic(barrier, [](uint64_t old) { return old; }, site) >> 33 & 1) ==
-         static_cast<uint64_t>(round)) {
+  while ((atomic(
+              barrier, [](uint64_t old) { return old; }, site) >>
+              33 &
+          1) == static_cast<uint64_t>(round)) {
   }
   fence(true, site);
 }
