@@ -11,7 +11,15 @@ import torch
 
 import softmax_ext
 from benchmarks.gpu_cells import all_cells
-from benchmarks.gpu_model import DEVICES, DOCUMENT, explain_cell, model_cells, render
+from benchmarks.gpu_model import (
+    DEVICES,
+    DOCUMENT,
+    MEASURED,
+    explain_cell,
+    measured,
+    model_cells,
+    render,
+)
 from softmax_ext import Explanation, _explain, explain
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -261,9 +269,10 @@ def test_the_document_has_every_cell_for_every_device() -> None:
     cells = model_cells()
     assert {cell.group for cell in cells} == {"rows", "few_rows", "strided", "cast"}
     rows = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
-    assert sum(
-        line.count(" x ") >= 2 and line.count("|") == 5 + 3 * len(DEVICES) for line in rows
-    ) == len(cells)
+    width = 5 + 3 * len(DEVICES) + len(MEASURED)
+    assert sum(line.count(" x ") >= 2 and line.count("|") == width for line in rows) == len(cells)
+    # Every one of them has been measured where there are results.
+    assert all(cell in measured(device) for device in MEASURED for cell in cells)
 
 
 def test_the_example() -> None:
