@@ -23,9 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 DONE = "sanitize: all calls made"  # the last line of sanitize.py
 MOST_SECONDS = {"build": 360.0, "tests": 180.0, "sanitizer": 60.0}
 RESERVE = 30.0  # for the start of the benchmark and the plots
+MOST_WORKERS = 16  # processes that test on one GPU
 OPTIONAL = {
     "ninja": "the build takes several times as long",
     "hypothesis": "the test files that need it are left out",
+    "xdist": "the tests run one after another",
     "matplotlib": "there are no plots",
 }
 
@@ -103,6 +105,8 @@ def test_command() -> list[str]:
         needing = [path for path in files if "import hypothesis" in path.read_text()]
         needing += [path for path in files if "from hypothesis" in path.read_text()]
         command += [f"--ignore={path}" for path in needing]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
     return command
 
 
@@ -139,7 +143,9 @@ def main() -> int:
     if importlib.util.find_spec("pytest") is None:
         checks["tests"] = "FAILED: pytest is not installed"
     else:
-        checks["tests"] = outcome(*run(test_command(), MOST_SECONDS["tests"], environment))
+        # The references are computed on the CPU, by a thread for each process.
+        one_thread = {**environment, "OMP_NUM_THREADS": "1"}
+        checks["tests"] = outcome(*run(test_command(), MOST_SECONDS["tests"], one_thread))
 
     for tool in ("memcheck", "racecheck"):
         if shutil.which("compute-sanitizer") is None:
