@@ -24,9 +24,11 @@
 namespace softmax_ext::cpu {
 namespace {
 
-// Of a row: small enough to stay in the first-level cache between two looks.
+// Of a row: small enough to stay in the first-level cache between two looks, and for each lane of the
+// four registers that sum it to have no more than 128 terms.
 template <class A>
-constexpr int64_t kChunk = 16384 / static_cast<int64_t>(sizeof(A));
+constexpr int64_t kChunk =
+    std::min<int64_t>(16384 / static_cast<int64_t>(sizeof(A)), 512 * Vec<A>::kSize);
 
 // Along dim, in the columns schedule: a block of a tile stays in cache between two looks. Memory is
 // always walked along inner: a walk along dim can meet loads that share their address modulo 4096
@@ -94,9 +96,19 @@ constexpr A kLowest = -static_cast<A>(INFINITY);
 template <class T, class V>
 struct Share : Full<V> {
   static SOFTMAX_EXT_INLINE V exp(V x) { return exp_of_nonpositive(x); }
-  static SOFTMAX_EXT_INLINE V quotient(V e, V sum, V reciprocal) {
+  // What the reciprocal is rounded by; e / sum is their sum times e, rounded once.
+  template <class S>
+  static SOFTMAX_EXT_INLINE V correction(S sum, S reciprocal) {
+    using A = compute_t<T>;
+    if constexpr (std::is_same_v<S, double> && !std::is_same_v<A, double>) {
+      return V(static_cast<A>(reciprocal - static_cast<A>(reciprocal)));
+    } else {
+      return fma_of(V(A(0)) - V(reciprocal), V(sum), V(A(1))) * V(reciprocal);
+    }
+  }
+  static SOFTMAX_EXT_INLINE V quotient(V e, V rest, V reciprocal) {
     if constexpr (sizeof(T) == 2) return e * reciprocal;
-    return Full<V>::quotient(e, sum, reciprocal);
+    return fma_of(e, reciprocal, e * rest);
   }
 };
 template <Op op, class T, class V = Vec<compute_t<T>>>

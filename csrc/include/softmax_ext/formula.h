@@ -21,6 +21,11 @@ struct Full {
   static SOFTMAX_EXT_FUNCTION T exp(T x) { return exp_of(x); }
   static SOFTMAX_EXT_FUNCTION T unscaled(T x) { return x; }
 
+  // What quotient needs beside the reciprocal.
+  template <class S>
+  static SOFTMAX_EXT_FUNCTION S correction(S sum, S) {
+    return sum;
+  }
   // e / sum, as exact as a division: one Newton step corrects the product with the reciprocal
   // (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990).
   static SOFTMAX_EXT_FUNCTION T quotient(T e, T sum, T reciprocal) {
@@ -42,6 +47,7 @@ struct Rounded {
   static SOFTMAX_EXT_FUNCTION float unscaled(float x) {
     return mul_of(x, 1.0f / static_cast<float>(1 << exponent));
   }
+  static SOFTMAX_EXT_FUNCTION float correction(float sum, float) { return sum; }
   static SOFTMAX_EXT_FUNCTION float quotient(float e, float, float reciprocal) {
     return mul_of(e, reciprocal);
   }
@@ -54,25 +60,28 @@ struct Forward;
 template <class T, class P>
 struct Forward<Op::kSoftmax, T, P> {
   T max;
-  T sum;
+  T correction;
   T reciprocal;
 
   Forward() = default;
   template <class M, class S>
-  SOFTMAX_EXT_FUNCTION Forward(M max, S sum) : max(max), sum(sum), reciprocal(S(1) / sum) {}
+  SOFTMAX_EXT_FUNCTION Forward(M max, S sum) : Forward(max, sum, S(1) / sum) {}
+  template <class M, class S>
+  SOFTMAX_EXT_FUNCTION Forward(M max, S sum, S reciprocal)
+      : max(max), correction(P::correction(sum, reciprocal)), reciprocal(reciprocal) {}
 
   // The same formula with each member m of another as f(m).
   template <class U, class F>
   static SOFTMAX_EXT_FUNCTION Forward map(const U& other, F f) {
     Forward result;
     result.max = f(other.max);
-    result.sum = f(other.sum);
+    result.correction = f(other.correction);
     result.reciprocal = f(other.reciprocal);
     return result;
   }
 
   SOFTMAX_EXT_FUNCTION T of(T x) const { return of_exp(P::exp(x - max)); }
-  SOFTMAX_EXT_FUNCTION T of_exp(T e) const { return P::quotient(e, sum, reciprocal); }
+  SOFTMAX_EXT_FUNCTION T of_exp(T e) const { return P::quotient(e, correction, reciprocal); }
 };
 
 template <class T, class P>
