@@ -251,8 +251,10 @@ def test_no_less_exact_than_torch(
         error = (functions[op](input, dim).cpu().double() - expected).abs() / unit
         means.append(error.mean().item())
         shares.append((error <= 0.5).double().mean().item())
-    # All of a row are off by what its sum is off by, and there may be 96 rows.
-    assert means[0] <= 1.02 * means[1]
+    # All of a row are off by what its sum is off by, and there may be 96 rows: on a GPU, in
+    # float32, the means differ by 1.4 %.
+    allowed = 1.02 if (device, dtype, shape[0]) == ("cuda", torch.float32, 96) else 1.01
+    assert means[0] <= allowed * means[1]
     assert shares[0] >= shares[1] - 0.01
     if dtype != torch.float32:
         assert shares[0] >= 0.995
