@@ -152,6 +152,27 @@ SOFTMAX_EXT_INLINE void round_to(double x, T* to) {
 
 // ---- loads and stores: lanes without an element hold `fill` -------------------------------------
 
+// Copies fewer elements than a register has, by moves of 32, 16, 8, 4 and 2 bytes.
+template <class T>
+SOFTMAX_EXT_INLINE void copy_elements(T* to, const T* from, int64_t count) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+  char* target = reinterpret_cast<char*>(to);
+  const char* source = reinterpret_cast<const char*>(from);
+  const auto move = [&](auto size) SOFTMAX_EXT_LAMBDA {
+    if constexpr (size() >= sizeof(T) && size() < Vec<compute_t<T>>::kSize * sizeof(T)) {
+      if ((bytes & size()) == 0) return;
+      std::memcpy(target, source, size());
+      target += size();
+      source += size();
+    }
+  };
+  move(std::integral_constant<size_t, 32>{});
+  move(std::integral_constant<size_t, 16>{});
+  move(std::integral_constant<size_t, 8>{});
+  move(std::integral_constant<size_t, 4>{});
+  move(std::integral_constant<size_t, 2>{});
+}
+
 #if defined(SOFTMAX_EXT_AVX512)
 
 SOFTMAX_EXT_INLINE __mmask16 mask_of(First lanes) {
@@ -240,6 +261,19 @@ template <class T>
 SOFTMAX_EXT_INLINE VecF load(const T* p, All, float) {
   return widen(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+SOFTMAX_EXT_INLINE VecF load(const float* p, First lanes, float fill) {
+  const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i mask =
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(lanes.count)), index);
+  return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask),
+                          _mm256_castsi256_ps(mask));
+}
+SOFTMAX_EXT_INLINE VecD load(const double* p, First lanes, double fill) {
+  const __m256i index = _mm256_setr_epi64x(0, 1, 2, 3);
+  const __m256i mask = _mm256_cmpgt_epi64(_mm256_set1_epi64x(lanes.count), index);
+  return _mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask),
+                          _mm256_castsi256_pd(mask));
+}
 template <class T>
 SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, x));
@@ -260,11 +294,19 @@ SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
 
 #endif
 
+// Through registers: a load of what was stored in parts just before would wait for these stores.
+template <class T, int... kLane>
+SOFTMAX_EXT_INLINE Vec<compute_t<T>> load_lanes(const T* p, First lanes, compute_t<T> fill,
+                                                std::integer_sequence<int, kLane...>) {
+  Vec<compute_t<T>> x(fill);
+  ((kLane < lanes.count ? void(x.raw[kLane] = to_float(p[kLane])) : void()), ...);
+  return x;
+}
+
 template <class T>
 SOFTMAX_EXT_INLINE Vec<compute_t<T>> load(const T* p, First lanes, compute_t<T> fill) {
-  Vec<compute_t<T>> x(fill);
-  for (int64_t k = 0; k < lanes.count; ++k) x.raw[k] = to_float(p[k]);
-  return x;
+  constexpr int kSize = Vec<compute_t<T>>::kSize;
+  return load_lanes(p, lanes, fill, std::make_integer_sequence<int, kSize>{});
 }
 
 #endif
@@ -275,22 +317,7 @@ template <class T>
 SOFTMAX_EXT_INLINE void store(T* p, First lanes, Vec<compute_t<T>> x) {
   T all[Vec<compute_t<T>>::kSize];
   store(all, All{}, x);
-  const char* from = reinterpret_cast<const char*>(all);
-  char* to = reinterpret_cast<char*>(p);
-  const size_t bytes = static_cast<size_t>(lanes.count) * sizeof(T);
-  const auto copy = [&](auto size) SOFTMAX_EXT_LAMBDA {
-    if constexpr (size() < sizeof(all)) {
-      if ((bytes & size()) == 0) return;
-      std::memcpy(to, from, size());
-      to += size();
-      from += size();
-    }
-  };
-  copy(std::integral_constant<size_t, 32>{});
-  copy(std::integral_constant<size_t, 16>{});
-  copy(std::integral_constant<size_t, 8>{});
-  copy(std::integral_constant<size_t, 4>{});
-  copy(std::integral_constant<size_t, 2>{});
+  copy_elements(p, all, lanes.count);
 }
 
 // Rounds each lane once, from the type computed in to the one stored.
@@ -354,8 +381,11 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  static constexpr float kLowest = -104.0f;  // exp is 0 there, and 2^n below stays in range
-  static constexpr float kHighest = 89.0f;   // exp overflows
+  // exp is 0 below kZero. 2^n at kLowest is still in range, and the product with it far enough below
+  // all subnormal numbers: one that could be rounded to such takes some processors 100 cycles.
+  static constexpr float kZero = -104.0f;
+  static constexpr float kLowest = -170.0f;
+  static constexpr float kHighest = 89.0f;  // exp overflows
   static constexpr float kLn2High = 0x1.63p-1f;
   static constexpr float kLn2Low = -0x1.bd0106p-13f;
   static constexpr float kRound = 0x1.8p23f;  // added and taken away, it rounds to an integer
@@ -367,7 +397,8 @@ struct ExpConstants<float> {
 
 template <>
 struct ExpConstants<double> {
-  static constexpr double kLowest = -746.0;
+  static constexpr double kZero = -746.0;
+  static constexpr double kLowest = -1000.0;
   static constexpr double kHighest = 710.0;
   static constexpr double kLn2High = 0x1.62e4p-1;
   static constexpr double kLn2Low = 0x1.7f7d1cf79abcap-20;
@@ -380,12 +411,20 @@ struct ExpConstants<double> {
       0x1.28ad9b8387350p-22, 0x1.ad7f44a01e787p-26};
 };
 
-// x * 2^n for an integral n, with one rounding also where the result is subnormal.
+// q * 2^n, where that is exp(x), with one rounding also where the result is subnormal.
 template <class T>
-SOFTMAX_EXT_INLINE Vec<T> scale(Vec<T> x, Vec<T> n) {
+SOFTMAX_EXT_INLINE Vec<T> scale(Vec<T> q, Vec<T> n, [[maybe_unused]] Vec<T> x) {
 #if defined(SOFTMAX_EXT_AVX512)
-  if constexpr (sizeof(T) == 4) return _mm512_scalef_ps(x.raw, n.raw);
-  if constexpr (sizeof(T) == 8) return _mm512_scalef_pd(x.raw, n.raw);
+  // Of lanes below kZero, q and n may be anything. A NaN is not below.
+  if constexpr (sizeof(T) == 4) {
+    const __mmask16 counts =
+        _mm512_cmp_ps_mask(x.raw, _mm512_set1_ps(ExpConstants<T>::kZero), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(counts, q.raw, n.raw);
+  } else {
+    const __mmask8 counts =
+        _mm512_cmp_pd_mask(x.raw, _mm512_set1_pd(ExpConstants<T>::kZero), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_pd(counts, q.raw, n.raw);
+  }
 #else
   // Two factors, as 2^n itself may be too small for a normal number. Adding kRound and the bias
   // leaves the biased exponent in the lowest bits.
@@ -395,7 +434,7 @@ SOFTMAX_EXT_INLINE Vec<T> scale(Vec<T> x, Vec<T> n) {
     return Vec<T>(bit_cast<typename Vec<T>::Raw>(bits << C::kMantissaBits));
   };
   const Vec<T> half = (n * Vec<T>(T(0.5)) + Vec<T>(C::kRound)) - Vec<T>(C::kRound);
-  return (x * power(half)) * power(n - half);
+  return (q * power(half)) * power(n - half);
 #endif
 }
 
@@ -403,7 +442,9 @@ SOFTMAX_EXT_INLINE Vec<T> scale(Vec<T> x, Vec<T> n) {
 template <class T>
 SOFTMAX_EXT_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
   using C = ExpConstants<T>;
+#if !defined(SOFTMAX_EXT_AVX512)
   x = max_of(Vec<T>(C::kLowest), x);  // a NaN passes
+#endif
   const Vec<T> n =
       fma_of(x, Vec<T>(T(1.44269504088896340736)), Vec<T>(C::kRound)) - Vec<T>(C::kRound);
   Vec<T> r = fma_of(n, Vec<T>(-C::kLn2High), x);
@@ -418,7 +459,7 @@ SOFTMAX_EXT_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
   } else {
     q = (r * r * q + r) + Vec<T>(T(1));
   }
-  return scale(q, n);
+  return scale(q, n, x);
 }
 
 template <class T>
