@@ -42,10 +42,14 @@ constexpr int64_t kKeptRow = 1 << 19;
 template <class A>
 constexpr int64_t kTile = 2048 / static_cast<int64_t>(sizeof(A));
 
-// Elements that are worth waking a thread for.
-constexpr int64_t kGrain = 16384;
-
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Items of so many elements each that are worth waking a thread for: 1024 registers, each about 5 ns
+// of work whatever they hold. A pool that is awake takes 1 us for it, one that sleeps 40 and more.
+template <class A>
+constexpr int64_t grain(int64_t elements) {
+  return ceil_div(1024, ceil_div(elements, Vec<A>::kSize));
+}
 
 template <class F>
 void parallel_for(const Threads& threads, int64_t size, int64_t grain, F body) {
@@ -247,18 +251,13 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   }
 }
 
-// Calls one(row), or few(first, count) with one for each lane of a register where these have at most
-// `elements` together, for all rows of at most one chunk each.
-template <class A, class One, class Few>
-void for_each_short_row(const Shape& shape, int64_t elements, const Threads& threads, One one,
-                        Few few) {
-  constexpr int64_t kSize = Vec<A>::kSize;
-  parallel_for(threads, shape.rows(), ceil_div(kGrain, shape.dim), [=](int64_t begin, int64_t end) {
-    if (shape.dim * kSize <= elements) {
-      for (int64_t row = begin; row < end; row += kSize) few(row, std::min(kSize, end - row));
-    } else {
-      for (int64_t row = begin; row < end; ++row) one(row);
-    }
+// Calls few(first, count) for all rows of at most one chunk each: with a row for each lane of a
+// register where these have at most `elements` together, else with one.
+template <class A, class Few>
+void for_each_short_row(const Shape& shape, int64_t elements, const Threads& threads, Few few) {
+  const int64_t count = shape.dim * Vec<A>::kSize <= elements ? Vec<A>::kSize : 1;
+  parallel_for(threads, shape.rows(), grain<A>(shape.dim), [=](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += count) few(row, std::min(count, end - row));
   });
 }
 
@@ -287,10 +286,11 @@ class Buffer {
 // For each row, of more than one chunk: a state by reduce(row, begin, size) for each chunk, all
 // combined in order, then store(row, begin, size, of_chunk, of_row) for each chunk. States are kept
 // in double.
-template <class State, class Reduce, class Store>
-void reduce_and_store(int64_t rows, int64_t dim, int64_t chunk, const Threads& threads,
-                      Reduce reduce, Store store) {
+template <class State, class A, class Reduce, class Store>
+void reduce_and_store(int64_t rows, int64_t dim, const Threads& threads, Reduce reduce,
+                      Store store) {
   using softmax_ext::combine;
+  constexpr int64_t chunk = kChunk<A>;
   const int64_t chunks = ceil_div(dim, chunk);
   const auto reduce_chunk = [=](int64_t row, int64_t k) {
     return reduce(row, k * chunk, std::min(chunk, dim - k * chunk));
@@ -315,15 +315,14 @@ void reduce_and_store(int64_t rows, int64_t dim, int64_t chunk, const Threads& t
     });
     return;
   }
-  const int64_t grain = ceil_div(kGrain, chunk);
   const Buffer<State> buffer(rows * chunks + rows);
   State* const states = buffer.data();
   State* const of_rows = states + rows * chunks;
-  parallel_for(threads, rows * chunks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, rows * chunks, grain<A>(chunk), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) states[t] = reduce_chunk(t / chunks, t % chunks);
   });
   for (int64_t row = 0; row < rows; ++row) of_rows[row] = combine_chunks(states + row * chunks);
-  parallel_for(threads, rows * chunks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, rows * chunks, grain<A>(chunk), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       store_chunk(t / chunks, t % chunks, states[t], of_rows[t / chunks]);
     }
@@ -410,19 +409,17 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
   T* y = static_cast<T*>(args.output);
   const Input<T> input(args);
   if (dim <= kChunk<A>) {
-    const auto few = [&](int64_t row, int64_t count) {
+    for_each_short_row<A>(args.shape, kChunk<A> / 2, threads, [&](int64_t row, int64_t count) {
       forward_short_rows<op>(input.at(row * dim, count * dim), y + row * dim, dim, count);
-    };
-    for_each_short_row<A>(
-        args.shape, kChunk<A> / 2, threads, [=](int64_t row) { few(row, 1); }, few);
+    });
     return;
   }
   // Where a row stays in cache, the exps of a chunk are kept in the output's memory. They are
   // relative to the chunk's max, and so are weighted by exp(that - the row's max).
   constexpr bool kCanKeep = op == Op::kSoftmax && std::is_same_v<T, A>;
   const bool keep = kCanKeep && dim * static_cast<int64_t>(sizeof(A)) <= kKeptRow;
-  reduce_and_store<OnlineState<double>>(
-      rows, dim, kChunk<A>, threads,
+  reduce_and_store<OnlineState<double>, A>(
+      rows, dim, threads,
       [&](int64_t row, int64_t i, int64_t n) {
         const int64_t offset = row * dim + i;
         const T* x = input.at(offset, n);
@@ -480,22 +477,17 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
     });
   };
   if (dim <= kChunk<A>) {
-    for_each_short_row<A>(
-        args.shape, kChunk<A> / 4, threads,
-        [=](int64_t row) {
-          store_gradient(row * dim, dim, sum_over_lanes(lane_sum(row * dim, dim)));
-        },
-        [=](int64_t row, int64_t count) {
-          V lanes[V::kSize];
-          alignas(64) A sums[V::kSize];
-          for (int64_t r = 0; r < count; ++r) lanes[r] = lane_sum((row + r) * dim, dim);
-          sum_over_lanes(lanes, count, sums);
-          for (int64_t r = 0; r < count; ++r) store_gradient((row + r) * dim, dim, sums[r]);
-        });
+    for_each_short_row<A>(args.shape, kChunk<A> / 4, threads, [=](int64_t row, int64_t count) {
+      V lanes[V::kSize];
+      alignas(64) A sums[V::kSize];
+      for (int64_t r = 0; r < count; ++r) lanes[r] = lane_sum((row + r) * dim, dim);
+      sum_over_lanes(lanes, count, sums);
+      for (int64_t r = 0; r < count; ++r) store_gradient((row + r) * dim, dim, sums[r]);
+    });
     return;
   }
-  reduce_and_store<Sum>(
-      args.shape.rows(), dim, kChunk<A>, threads,
+  reduce_and_store<Sum, A>(
+      args.shape.rows(), dim, threads,
       [=](int64_t row, int64_t i, int64_t n) {
         return Sum{sum_over_lanes(lane_sum(row * dim + i, n))};
       },
@@ -514,14 +506,13 @@ void for_each_tile(const Shape& shape, const Threads& threads, Tile tile) {
   const int64_t share = ceil_div(ceil_div(shape.inner, wanted), kSize) * kSize;
   const int64_t width = std::min(share, kTile<A>);
   const int64_t tiles = ceil_div(shape.inner, width);
-  parallel_for(threads, shape.outer * tiles, ceil_div(kGrain, shape.dim * width),
-               [=](int64_t begin, int64_t end) {
-                 for (int64_t t = begin; t < end; ++t) {
-                   const int64_t column = t % tiles * width;
-                   tile(t / tiles * shape.dim * shape.inner + column,
-                        std::min(width, shape.inner - column));
-                 }
-               });
+  parallel_for(
+      threads, shape.outer * tiles, grain<A>(shape.dim * width), [=](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          const int64_t column = t % tiles * width;
+          tile(t / tiles * shape.dim * shape.inner + column, std::min(width, shape.inner - column));
+        }
+      });
 }
 
 // A running sum of blocks that keeps what each addition rounds off (Kahan, "Further remarks on
