@@ -111,6 +111,23 @@ def test_out(dim: int, op: str, dtype: torch.dtype, device: str) -> None:
     assert out._version > version
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", OPS)
+# In a chunk, in some and kept in cache, beyond that; each with a rest that is no whole register.
+@pytest.mark.parametrize("dim_size", [1031, 20011, 150011])
+def test_out_beyond_the_caches(dim_size: int, op: str, dtype: torch.dtype, device: str) -> None:
+    """32 MB and more are written past the caches of a CPU: the same bits, and nothing beside."""
+    rows = (1 << 25) // (dim_size * dtype.itemsize) + 1
+    row = torch.randn(dim_size, device=device).to(dtype)
+    row[:9] = -torch.inf
+    expected = OURS[op](row, 0)
+    memory = torch.full((rows * dim_size + 2,), 7.0, dtype=dtype, device=device)
+    out = memory[1:-1].view(rows, dim_size)
+    OURS[op](row.expand(rows, -1), 1, out=out)
+    assert torch.equal(out, expected.expand(rows, -1))
+    assert memory[0] == memory[-1] == 7
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int64], ids=str)
 @pytest.mark.parametrize("op", WITH_OUT)
 def test_out_with_a_cast(op: str, dtype: torch.dtype, device: str) -> None:

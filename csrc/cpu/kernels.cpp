@@ -55,7 +55,10 @@ template <class F>
 void parallel_for(const Threads& threads, int64_t size, int64_t grain, F body) {
   threads.parallel_for(
       size, grain,
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); },
+      [](void* context, int64_t begin, int64_t end) {
+        (*static_cast<F*>(context))(begin, end);
+        stream_fence();
+      },
       &body);
 }
 
@@ -151,11 +154,32 @@ SOFTMAX_EXT_INLINE Vec<A> lane_sum_of_exp(const T* x, A* kept, int64_t n, A max,
       Add{});
 }
 
-template <class T, class Formula>
+// How an output is written.
+enum class Write { kCached, kStreamed };
+
+// y[i] = value(i, lanes) for each vector of [0, n). Streamed, n is a register's or more.
+template <Write write, class T, class Value>
+SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
+  constexpr int64_t kSize = Vec<compute_t<T>>::kSize;
+  int64_t begin = 0;
+  if constexpr (write == Write::kStreamed) {
+    constexpr int64_t kBytes = kSize * sizeof(T);
+    const int64_t beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(y)) % kBytes;
+    if (beyond != 0) {
+      begin = (kBytes - beyond) / static_cast<int64_t>(sizeof(T));
+      store(y, First{begin}, value(0, First{begin}));
+    }
+    for (; begin + kSize <= n; begin += kSize) stream(y + begin, value(begin, All{}));
+  }
+  for_each_vector<kSize>(n - begin, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    store(y + begin + i, lanes, value(begin + i, lanes));
+  });
+}
+
+template <Write write, class T, class Formula>
 SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formula) {
-  using A = compute_t<T>;
-  for_each_vector<Vec<A>::kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-    store(y + i, lanes, formula.of(load(x + i, lanes, A(0))));
+  store_each<write>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    return formula.of(load(x + i, lanes, compute_t<T>(0)));
   });
 }
 
@@ -214,16 +238,17 @@ void log_softmax_of_registers(const T* x, T* y, int64_t n, int64_t rows) {
 
 // `rows` neighbouring rows of n elements, together or alone at most one chunk. Step by step for all
 // of them, which hides the latency of each step.
-template <Op op, class T>
+template <Op op, Write write, class T>
 void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
   if constexpr (op == Op::kLogSoftmax) {
     if (n <= V::kSize) return log_softmax_of_registers(x, y, n, rows);
   }
-  // The exps are kept in the output's memory, or beside it where that is narrower.
+  // The exps are kept in the output's memory, or beside it where that is narrower, or streamed to.
   constexpr bool kKeep = op == Op::kSoftmax;
-  constexpr bool kInOutput = std::is_same_v<T, A>;
+  constexpr bool kStreamed = write == Write::kStreamed;
+  constexpr bool kInOutput = std::is_same_v<T, A> && !kStreamed;
   alignas(64) A scratch[kKeep && !kInOutput ? kChunk<A> : 1];
   A* kept = scratch;
   if constexpr (kInOutput) kept = y;
@@ -232,7 +257,7 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x + r * n, n);
   max_over_lanes(lanes, rows, maxes);
   for (int64_t r = 0; r < rows; ++r) {
-    lanes[r] = lane_sum_of_exp<kKeep>(x + r * n, kept + r * n, n, maxes[r]);
+    lanes[r] = lane_sum_of_exp<kKeep>(x + r * n, kept + r * n, n, maxes[r], /*keep_all=*/kStreamed);
   }
   sum_over_lanes(lanes, rows, sums);
   // A lane for each row.
@@ -240,12 +265,12 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     const auto formula = forward_t<op, T>::map(
         formulas, [=](const V& of_rows) SOFTMAX_EXT_LAMBDA { return V(of_rows.raw[r]); });
-    for_each_vector<V::kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    store_each<write>(y + r * n, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       const int64_t k = r * n + i;
-      if constexpr (kKeep && kWhole<decltype(lanes)>) {
-        store(y + k, lanes, formula.of_exp(load(kept + k, lanes, A(0))));
+      if constexpr (kKeep && (kWhole<decltype(lanes)> || kStreamed)) {
+        return formula.of_exp(load(kept + k, lanes, A(0)));
       } else {
-        store(y + k, lanes, formula.of(load(x + k, lanes, A(0))));
+        return formula.of(load(x + k, lanes, A(0)));
       }
     });
   }
@@ -401,7 +426,7 @@ class Input {
   const T* x_;
 };
 
-template <Op op, class T>
+template <Op op, class T, Write write>
 void forward_rows(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
@@ -410,22 +435,24 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
   const Input<T> input(args);
   if (dim <= kChunk<A>) {
     for_each_short_row<A>(args.shape, kChunk<A> / 2, threads, [&](int64_t row, int64_t count) {
-      forward_short_rows<op>(input.at(row * dim, count * dim), y + row * dim, dim, count);
+      forward_short_rows<op, write>(input.at(row * dim, count * dim), y + row * dim, dim, count);
     });
     return;
   }
   // Where a row stays in cache, the exps of a chunk are kept in the output's memory. They are
-  // relative to the chunk's max, and so are weighted by exp(that - the row's max).
-  constexpr bool kCanKeep = op == Op::kSoftmax && std::is_same_v<T, A>;
-  const bool keep = kCanKeep && dim * static_cast<int64_t>(sizeof(A)) <= kKeptRow;
+  // relative to the chunk's max, and so are weighted by exp(that - the row's max). An output that is
+  // streamed keeps none, but has the same bits.
+  constexpr bool kByChunk = op == Op::kSoftmax && std::is_same_v<T, A>;
+  constexpr bool kKeep = kByChunk && write == Write::kCached;
+  const bool by_chunk = kByChunk && dim * static_cast<int64_t>(sizeof(A)) <= kKeptRow;
   reduce_and_store<OnlineState<double>, A>(
       rows, dim, threads,
       [&](int64_t row, int64_t i, int64_t n) {
         const int64_t offset = row * dim + i;
         const T* x = input.at(offset, n);
         const A max = max_over_lanes(lane_max(x, n));
-        if constexpr (kCanKeep) {
-          if (keep) {
+        if constexpr (kKeep) {
+          if (by_chunk) {
             const auto sum = lane_sum_of_exp<true>(x, y + offset, n, max, /*keep_all=*/true);
             return OnlineState<double>{max, sum_over_lanes(sum)};
           }
@@ -436,18 +463,22 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
       [&](int64_t row, int64_t i, int64_t n, OnlineState<double> of_chunk,
           OnlineState<double> of_row) {
         const int64_t offset = row * dim + i;
+        const T* x = input.again(offset);
         const forward_t<op, T> formula(static_cast<A>(of_row.max), of_row.sum);
-        if constexpr (kCanKeep) {
-          if (keep) {
+        if constexpr (kByChunk) {
+          if (by_chunk) {
             const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
-            for_each_vector<V::kSize>(n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-              const V e = load(y + offset + k, lanes, A(0));
-              store(y + offset + k, lanes, formula.of_exp(e * weight));
+            const V shift = shift_of(V(static_cast<A>(of_chunk.max)));
+            const T* kept = y + offset;
+            store_each<write>(y + offset, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+              const V e = kKeep ? load(kept + k, lanes, A(0))
+                                : exp_of_nonpositive(load(x + k, lanes, kLowest<A>) - shift);
+              return formula.of_exp(e * weight);
             });
             return;
           }
         }
-        store_output(input.again(offset), y + offset, n, formula);
+        store_output<write>(x, y + offset, n, formula);
       });
 }
 
@@ -709,12 +740,23 @@ void visit(DType dtype, F f) {
   }
 }
 
+// Past the caches goes what is too large to be found there later, a line or more at a time. Memory
+// that is new has just been cleared by the system, in the caches; that of the input is there too.
+bool is_streamed(const ForwardArgs& args) {
+  constexpr int64_t kBeyondCaches = int64_t{1} << 25, kLongRow = 2048;
+  const int64_t size = size_of(args.output_dtype);
+  return !args.output_is_new && args.output != args.input &&
+         args.input_dtype == args.output_dtype && args.shape.numel() * size >= kBeyondCaches &&
+         args.shape.dim * size >= kLongRow;
+}
+
 template <Op op>
 void launch_forward(const ForwardArgs& args, const Threads& threads) {
   visit(args.output_dtype, [&](auto element) {
     using T = decltype(element);
     if (args.shape.inner == 1) {
-      forward_rows<op, T>(args, threads);
+      is_streamed(args) ? forward_rows<op, T, Write::kStreamed>(args, threads)
+                        : forward_rows<op, T, Write::kCached>(args, threads);
     } else {
       forward_columns<op, T>(args, threads);
     }

@@ -151,6 +151,9 @@ SOFTMAX_EXT_INLINE void round_to(double x, T* to) {
 }
 
 // ---- loads and stores: lanes without an element hold `fill` -------------------------------------
+//
+// stream is a store past the caches, to memory aligned to what it writes; other threads may see it
+// only after a fence.
 
 // Copies fewer elements than a register has, by moves of 32, 16, 8, 4 and 2 bytes.
 template <class T>
@@ -224,6 +227,14 @@ SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, x));
 }
 
+SOFTMAX_EXT_INLINE void stream_fence() { _mm_sfence(); }
+SOFTMAX_EXT_INLINE void stream(float* p, VecF x) { _mm512_stream_ps(p, x.raw); }
+SOFTMAX_EXT_INLINE void stream(double* p, VecD x) { _mm512_stream_pd(p, x.raw); }
+template <class T>
+SOFTMAX_EXT_INLINE void stream(T* p, VecF x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, x));
+}
+
 #else
 
 // What memory at p holds, whatever its alignment.
@@ -277,6 +288,13 @@ template <class T>
 SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, x));
 }
+SOFTMAX_EXT_INLINE void stream_fence() { _mm_sfence(); }
+SOFTMAX_EXT_INLINE void stream(float* p, VecF x) { _mm256_stream_ps(p, x.raw); }
+SOFTMAX_EXT_INLINE void stream(double* p, VecD x) { _mm256_stream_pd(p, x.raw); }
+template <class T>
+SOFTMAX_EXT_INLINE void stream(T* p, VecF x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, x));
+}
 
 #else
 
@@ -289,6 +307,11 @@ SOFTMAX_EXT_INLINE VecF load(const T* p, All, float) {
 template <class T>
 SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
   for (int k = 0; k < VecF::kSize; ++k) round_to(x.raw[k], p + k);
+}
+SOFTMAX_EXT_INLINE void stream_fence() {}
+template <class T>
+SOFTMAX_EXT_INLINE void stream(T* p, Vec<compute_t<T>> x) {
+  store(p, All{}, x);
 }
 
 #endif

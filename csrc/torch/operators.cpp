@@ -68,16 +68,17 @@ bool needs_cast(at::Device device, at::ScalarType load, at::ScalarType store, in
 }
 
 // `output` is contiguous.
-void run_forward(const at::Tensor& input, int64_t dim, Op op, const at::Tensor& output) {
+void run_forward(const at::Tensor& input, int64_t dim, Op op, const at::Tensor& output,
+                 bool output_is_new) {
   if (input.numel() == 0) return;
   if (needs_cast(input.device(), input.scalar_type(), output.scalar_type(), 1)) {
-    run_forward(input.to(output.scalar_type()), dim, op, output);
+    run_forward(input.to(output.scalar_type()), dim, op, output, output_is_new);
     return;
   }
   const at::Tensor contiguous = input.contiguous();
   launch(ForwardArgs{contiguous.const_data_ptr(), output.mutable_data_ptr(),
                      to_dtype(input.scalar_type()), to_dtype(output.scalar_type()),
-                     to_shape(input, dim), op},
+                     to_shape(input, dim), op, output_is_new},
          input.device());
 }
 
@@ -134,7 +135,7 @@ bool is_kernel_dtype(at::ScalarType dtype) {
 
 at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op) {
   const at::Tensor output = empty(input.sizes(), dtype, input.device());
-  run_forward(input, dim, op, output);
+  run_forward(input, dim, op, output, /*output_is_new=*/true);
   return output;
 }
 
@@ -154,7 +155,7 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
   }
   const at::Tensor contiguous = input.contiguous();
   at::assert_no_partial_overlap(out, contiguous);
-  run_forward(contiguous, dim, op, out);
+  run_forward(contiguous, dim, op, out, /*output_is_new=*/false);
   out.unsafeGetTensorImpl()->bump_version();
 }
 

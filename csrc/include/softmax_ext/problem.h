@@ -67,6 +67,7 @@ struct ForwardArgs {
   DType output_dtype;  // floating
   Shape shape;
   Op op;
+  bool output_is_new = true;  // its memory may not have been written yet
 };
 
 // grad_input = the gradient of op, given its output and the gradient of that. grad_input may be
