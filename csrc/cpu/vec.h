@@ -489,6 +489,15 @@ SOFTMAX_EXT_INLINE Vec<T> exp_of(Vec<T> x) {
   return exp_of_nonpositive(min_of(Vec<T>(ExpConstants<T>::kHighest), x));
 }
 
+// a + b, rounded, and what is rounded off (Knuth, "The Art of Computer Programming", volume 2, 4.2.2).
+template <class T>
+SOFTMAX_EXT_INLINE T sum_of(T a, T b, T* rest) {
+  const T sum = a + b;
+  const T of_b = sum - a;
+  *rest = (a - (sum - of_b)) + (b - of_b);
+  return sum;
+}
+
 // log(x) of a row's sum: 1 or more, or NaN, or 0 where the row is all -inf and its output NaN
 // whatever the logarithm is.
 //
@@ -507,9 +516,12 @@ SOFTMAX_EXT_INLINE VecF log_of(VecF x) {
   const VecF square = f * f;
   VecF p(kPolynomial[8]);
   for (int k = 7; k >= 0; --k) p = fma_of(p, f, VecF(kPolynomial[k]));
-  VecF rest = fma_of(f * square, p, n * VecF(C::kLn2Low));
-  rest = fma_of(square, VecF(-0.5f), rest);
-  const VecF log = fma_of(n, VecF(C::kLn2High), f + rest);
+  VecF small = fma_of(f * square, p, n * VecF(C::kLn2Low));
+  small = fma_of(square, VecF(-0.5f), small);
+  VecF rest_of_f, rest;
+  const VecF of_f = sum_of(f, small, &rest_of_f);
+  VecF log = sum_of(n * VecF(C::kLn2High), of_f, &rest);  // the product is exact
+  log = log + (rest + rest_of_f);
   return x.raw == x.raw ? log.raw : x.raw;
 }
 
@@ -521,10 +533,8 @@ SOFTMAX_EXT_INLINE VecD log_of(VecD x) {
 // log(1 + x) for x of at least 0, or NaN: what is rounded off 1 + x counts too.
 template <class T>
 SOFTMAX_EXT_INLINE Vec<T> log1p_of(Vec<T> x) {
-  const Vec<T> one(T(1));
-  const Vec<T> sum = one + x;
-  const Vec<T> of_x = sum - one;
-  const Vec<T> rest = (one - (sum - of_x)) + (x - of_x);
+  Vec<T> rest;
+  const Vec<T> sum = sum_of(Vec<T>(T(1)), x, &rest);
   return log_of(sum) + rest / sum;
 }
 
