@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from softmax_ext._explain import Explanation, explain
 from softmax_ext._info import __version__, build_info
-from softmax_ext.functional import log_softmax, softmax, softmin
+from softmax_ext.functional import log_softmax, log_softmax_, softmax, softmax_, softmin
 from softmax_ext.modules import LogSoftmax, Softmax, Softmax2d, Softmin
+from softmax_ext.switch import disable, enable, enabled
 
 __all__ = [
     "Explanation",
@@ -19,8 +20,13 @@ __all__ = [
     "Softmin",
     "__version__",
     "build_info",
+    "disable",
+    "enable",
+    "enabled",
     "explain",
     "log_softmax",
+    "log_softmax_",
     "softmax",
+    "softmax_",
     "softmin",
 ]

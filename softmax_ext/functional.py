@@ -1,4 +1,4 @@
-"""softmax, log_softmax and softmin with the signatures of torch.nn.functional."""
+"""softmax, log_softmax and softmin with the signatures of torch.nn.functional; two in place."""
 
 from __future__ import annotations
 
@@ -6,23 +6,38 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from softmax_ext._loader import load
 
 _C = load()
 
-__all__ = ["log_softmax", "softmax", "softmin"]
+__all__ = ["log_softmax", "log_softmax_", "softmax", "softmax_", "softmin"]
 
 
 def _implicit_dim(name: str, ndim: int, stacklevel: int) -> int:
-    """The dim that torch.nn.functional takes where none is given, with its warning."""
-    warnings.warn(
-        f"Implicit dimension choice for {name} has been deprecated. "
-        "Change the call to include dim=X as an argument.",
-        stacklevel=stacklevel,
-    )
+    """The dim that torch.nn.functional takes where none is given, with its warning.
+
+    A compiled graph cannot warn.
+    """
+    if not is_dynamo_compiling():
+        warnings.warn(
+            f"Implicit dimension choice for {name} has been deprecated. "
+            "Change the call to include dim=X as an argument.",
+            stacklevel=stacklevel,
+        )
     return 0 if ndim in (0, 1, 3) else 1
+
+
+def _traced(
+    name: str, input: Tensor, dim: int, dtype: torch.dtype | None, out: Tensor | None
+) -> Tensor:
+    """A call that becomes part of a compiled graph: the dispatcher's operator of this name."""
+    plain = type(input) in (Tensor, torch.nn.Parameter) and input.device.type in ("cpu", "cuda")
+    if plain and out is None:
+        return getattr(torch.ops.softmax_ext, name)(input, dim, dtype)  # type: ignore[no-any-return]
+    return getattr(torch, name)(input, dim, dtype=dtype, out=out)  # type: ignore[no-any-return]
 
 
 def softmax(
@@ -70,6 +85,8 @@ def softmax(
         )
     if dim is None:
         dim = _implicit_dim("softmax", input.dim(), _stacklevel)
+    if is_dynamo_compiling():
+        return _traced("softmax", input, dim, dtype, out)
     return _C.softmax(input, dim, dtype, out)  # type: ignore[no-any-return]
 
 
@@ -98,6 +115,8 @@ def log_softmax(
         )
     if dim is None:
         dim = _implicit_dim("log_softmax", input.dim(), _stacklevel)
+    if is_dynamo_compiling():
+        return _traced("log_softmax", input, dim, dtype, out)
     return _C.log_softmax(input, dim, dtype, out)  # type: ignore[no-any-return]
 
 
@@ -125,4 +144,62 @@ def softmin(
         )
     if dim is None:
         dim = _implicit_dim("softmin", input.dim(), _stacklevel)
+    if is_dynamo_compiling():
+        return _traced("softmax", -input, dim, dtype, out)
     return _C.softmax(-input, dim, dtype, out)  # type: ignore[no-any-return]
+
+
+def softmax_(input: Tensor, dim: int | None = None, _stacklevel: int = 3) -> Tensor:
+    """:func:`softmax` in the input's own memory.
+
+    The output is all that the gradient needs, so a forward and a backward pass take two tensors of
+    the input's size beside it: the output's gradient and the input's.
+
+    Args:
+        input: of any shape and layout; float16, bfloat16, float32 or float64. It is overwritten.
+        dim: of which the slices sum to 1, as in :func:`softmax`.
+
+    Returns:
+        `input`.
+
+    Raises:
+        RuntimeError: `input` is a leaf that requires a gradient, or a view of one, or an expanded
+            tensor: what torch forbids to any in-place operation.
+        IndexError, NotImplementedError, TypeError: as :func:`softmax`.
+
+    Source: torch's in-place operations, https://pytorch.org/docs/stable/notes/autograd.html.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 3.0])
+        >>> softmax_(x, dim=0) is x
+        True
+        >>> x
+        tensor([0.0900, 0.2447, 0.6652])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(softmax_, (input,), input, dim=dim, _stacklevel=_stacklevel)
+    if dim is None:
+        dim = _implicit_dim("softmax_", input.dim(), _stacklevel)
+    if is_dynamo_compiling():
+        return input.copy_(_traced("softmax", input, dim, None, None))
+    return _C.softmax_(input, dim)  # type: ignore[no-any-return]
+
+
+def log_softmax_(input: Tensor, dim: int | None = None, _stacklevel: int = 3) -> Tensor:
+    """:func:`log_softmax` in the input's own memory; for the rest as :func:`softmax_`.
+
+    Source: torch's in-place operations, https://pytorch.org/docs/stable/notes/autograd.html.
+
+    Example:
+        >>> log_softmax_(torch.tensor([1.0, 2.0, 3.0]), dim=0)
+        tensor([-2.4076, -1.4076, -0.4076])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            log_softmax_, (input,), input, dim=dim, _stacklevel=_stacklevel
+        )
+    if dim is None:
+        dim = _implicit_dim("log_softmax_", input.dim(), _stacklevel)
+    if is_dynamo_compiling():
+        return input.copy_(_traced("log_softmax", input, dim, None, None))
+    return _C.log_softmax_(input, dim)  # type: ignore[no-any-return]

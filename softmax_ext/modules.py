@@ -6,6 +6,8 @@ only the computation differs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,26 @@ from softmax_ext import functional as F
 __all__ = ["LogSoftmax", "Softmax", "Softmax2d", "Softmin"]
 
 
-class Softmax(torch.nn.Softmax):
+class _WithInplace(torch.nn.Module):
+    """The argument `inplace`, which torch's own softmax modules lack."""
+
+    inplace: bool = False  # also of modules pickled without it
+
+    def __init__(self, *args: Any, inplace: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.inplace = inplace
+
+    def extra_repr(self) -> str:
+        rest = super().extra_repr()
+        return ", ".join(filter(None, (rest, "inplace=True"))) if self.inplace else rest
+
+
+class Softmax(_WithInplace, torch.nn.Softmax):
     """torch.nn.Softmax by :func:`softmax_ext.softmax`.
 
     Args:
         dim: of which the slices sum to 1. Without it, torch's implicit choice, with its warning.
+        inplace: whether the result takes the input's memory.
 
     Shape: any to the same, in the input's dtype. Errors are those of :func:`softmax_ext.softmax`.
 
@@ -30,14 +47,17 @@ class Softmax(torch.nn.Softmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.inplace:
+            return F.softmax_(input, self.dim, _stacklevel=5)
         return F.softmax(input, self.dim, _stacklevel=5)
 
 
-class LogSoftmax(torch.nn.LogSoftmax):
+class LogSoftmax(_WithInplace, torch.nn.LogSoftmax):
     """torch.nn.LogSoftmax by :func:`softmax_ext.log_softmax`.
 
     Args:
         dim: over which. Without it, torch's implicit choice, with its warning.
+        inplace: whether the result takes the input's memory.
 
     Shape: any to the same, in the input's dtype. Errors are those of :func:`softmax_ext.softmax`.
 
@@ -49,14 +69,17 @@ class LogSoftmax(torch.nn.LogSoftmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.inplace:
+            return F.log_softmax_(input, self.dim, _stacklevel=5)
         return F.log_softmax(input, self.dim, _stacklevel=5)
 
 
-class Softmin(torch.nn.Softmin):
+class Softmin(_WithInplace, torch.nn.Softmin):
     """torch.nn.Softmin by :func:`softmax_ext.softmin`.
 
     Args:
         dim: of which the slices sum to 1. Without it, torch's implicit choice, with its warning.
+        inplace: whether the result takes the input's memory.
 
     Shape: any to the same, in the input's dtype. Errors are those of :func:`softmax_ext.softmax`.
 
@@ -68,11 +91,16 @@ class Softmin(torch.nn.Softmin):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.inplace:
+            return F.softmax_(input.neg_(), self.dim, _stacklevel=5)
         return F.softmin(input, self.dim, _stacklevel=5)
 
 
-class Softmax2d(torch.nn.Softmax2d):
+class Softmax2d(_WithInplace, torch.nn.Softmax2d):
     """torch.nn.Softmax2d by :func:`softmax_ext.softmax`: over the channels of each pixel.
+
+    Args:
+        inplace: whether the result takes the input's memory.
 
     Shape: (N, C, H, W) or (C, H, W) to the same, in the input's dtype.
 
@@ -91,4 +119,4 @@ class Softmax2d(torch.nn.Softmax2d):
             raise ValueError(
                 f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead"
             )
-        return F.softmax(input, -3, _stacklevel=5)
+        return F.softmax_(input, -3) if self.inplace else F.softmax(input, -3)

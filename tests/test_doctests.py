@@ -24,6 +24,11 @@ PUBLIC = (
     "LogSoftmax",
     "Softmin",
     "Softmax2d",
+    "softmax_",
+    "log_softmax_",
+    "enable",
+    "disable",
+    "enabled",
     "build_info",
     "explain",
 )

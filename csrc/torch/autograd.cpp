@@ -1,15 +1,17 @@
 #include "autograd.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/WrapDimUtils.h>
-#include <ATen/ops/_log_softmax_backward_data.h>
-#include <ATen/ops/_softmax_backward_data.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/softmax.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include "library.h"
 #include "operators.h"
 
 namespace softmax_ext {
@@ -39,7 +41,9 @@ class SoftmaxNode : public Node {
     return state_.op == Op::kSoftmax ? "SoftmaxExtSoftmaxBackward" : "SoftmaxExtLogSoftmaxBackward";
   }
 
-  void save(const at::Tensor& output) { output_ = SavedVariable(output, /*is_output=*/true); }
+  void save(const at::Tensor& output, bool is_inplace_on_view = false) {
+    output_ = SavedVariable(output, /*is_output=*/true, is_inplace_on_view);
+  }
 
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -115,55 +119,49 @@ auto make_node(torch::autograd::edge_list&& edges, Arguments&&... arguments) {
   }
 }
 
+// Gives `output` (`grad_input`) its place in the graph, if a gradient is wanted.
+void record_forward(const at::Tensor& input, const at::Tensor& output, int64_t dim, Op op) {
+  if (!torch::autograd::compute_requires_grad(input)) return;
+  const auto node = make_node<SoftmaxNode>(
+      torch::autograd::collect_next_edges(input),
+      NodeState{at::maybe_wrap_dim(dim, input.dim()), input.scalar_type(), op});
+  set_history(output, node);
+  node->save(output);
+}
+
+void record_backward(const at::Tensor& grad_output, const at::Tensor& output,
+                     const at::Tensor& grad_input, NodeState state) {
+  if (!torch::autograd::compute_requires_grad(grad_output, output)) return;
+  set_history(grad_input, make_node<SoftmaxBackwardNode>(
+                              torch::autograd::collect_next_edges(grad_output, output), state,
+                              grad_output, output));
+}
+
 at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& output,
                             NodeState state) {
-  if (!kernels_take(grad_output) || !kernels_take(output)) {
-    // Batched gradients, for one. torch's own operator casts only from float to half.
-    const auto dtype = output.scalar_type();
-    return (state.op == Op::kSoftmax
-                ? at::_softmax_backward_data(grad_output, output, state.dim, dtype)
-                : at::_log_softmax_backward_data(grad_output, output, state.dim, dtype))
-        .to(state.input_dtype);
+  if (!kernels_take(grad_output) || !kernels_take(output)) {  // batched gradients, for one
+    return dispatch_backward(grad_output, output, state.dim, state.input_dtype, state.op);
   }
-  at::Tensor grad_input = backward(grad_output, output, state.dim, state.input_dtype, state.op);
-  if (torch::autograd::compute_requires_grad(grad_output, output)) {
-    set_history(grad_input, make_node<SoftmaxBackwardNode>(
-                                torch::autograd::collect_next_edges(grad_output, output), state,
-                                grad_output, output));
-  }
+  const at::Tensor grad_input =
+      backward(grad_output, output, state.dim, state.input_dtype, state.op);
+  record_backward(grad_output, output, grad_input, state);
   return grad_input;
 }
 
-// The output's type, checked: floating, with an integer input only if asked for.
-at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarType> dtype, Op op) {
-  const at::ScalarType result = dtype.value_or(input.scalar_type());
-  if (is_kernel_output_dtype(result)) return result;
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      false, name(op), "(): not implemented for ",
-      dtype.has_value() ? "argument 'dtype' = " : "an argument 'input' of dtype ", result,
-      "; expected Half, BFloat16, Float or Double",
-      dtype.has_value() ? "" : " (an input of another dtype needs the argument 'dtype')");
-}
+bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
 }  // namespace
 
 at::Tensor softmax(const at::Tensor& input, int64_t dim, std::optional<at::ScalarType> dtype,
                    Op op) {
-  if (!kernels_take(input)) {
-    return op == Op::kSoftmax ? at::softmax(input, dim, dtype) : at::log_softmax(input, dim, dtype);
-  }
+  if (!kernels_take(input)) return torch_forward(input, dim, dtype, op);
   dim = at::maybe_wrap_dim(dim, input.dim());
   const at::ScalarType result = output_dtype(input, dtype, op);
   if (!is_kernel_dtype(input.scalar_type())) {
     return softmax(input.to(result), dim, std::nullopt, op);
   }
   const at::Tensor output = forward(input, dim, result, op);
-  if (torch::autograd::compute_requires_grad(input)) {
-    const auto node = make_node<SoftmaxNode>(torch::autograd::collect_next_edges(input),
-                                             NodeState{dim, input.scalar_type(), op});
-    set_history(output, node);
-    node->save(output);
-  }
+  record_forward(input, output, dim, op);
   return output;
 }
 
@@ -181,6 +179,60 @@ void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarT
               "one of the arguments requires grad.");
   const at::Tensor converted = is_kernel_dtype(input.scalar_type()) ? input : input.to(result);
   forward_out(converted, dim, result, op, out);
+}
+
+void softmax_in_place(at::Tensor& input, int64_t dim, Op op) {
+  if (!kernels_take(input)) {
+    input.copy_(torch_forward(input, dim, std::nullopt, op));
+    return;
+  }
+  dim = at::maybe_wrap_dim(dim, input.dim());
+  output_dtype(input, std::nullopt, op);
+  const bool recorded = torch::autograd::compute_requires_grad(input);
+  torch::autograd::check_inplace(input, recorded);
+  at::assert_no_internal_overlap(input);
+  const auto edges =
+      recorded ? torch::autograd::collect_next_edges(input) : torch::autograd::edge_list();
+  torch::autograd::increment_version(input);
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    forward_in_place(input, dim, op);
+  }
+  if (!recorded) return;
+  auto node = make_node<SoftmaxNode>(torch::autograd::edge_list(edges),
+                                     NodeState{dim, input.scalar_type(), op});
+  torch::autograd::rebase_history(input, node);
+  node->save(input, /*is_inplace_on_view=*/input.is_view());
+}
+
+at::Tensor recorded_forward(const at::Tensor& input, int64_t dim,
+                            std::optional<at::ScalarType> dtype, Op op) {
+  if (has_tangent(input)) return torch_forward(input, dim, dtype, op);
+  if (!is_kernel_dtype(input.scalar_type())) {
+    return recorded_forward(input.to(output_dtype(input, dtype, op)), dim, std::nullopt, op);
+  }
+  at::Tensor output;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    output = dispatch_forward(input, dim, dtype, op);
+  }
+  record_forward(input, output, dim, op);
+  return output;
+}
+
+at::Tensor recorded_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
+                             at::ScalarType input_dtype, Op op) {
+  if (has_tangent(grad_output) || has_tangent(output)) {
+    return torch_backward(grad_output, output, dim, input_dtype, op);
+  }
+  at::Tensor grad_input;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    grad_input = dispatch_backward(grad_output, output, dim, input_dtype, op);
+  }
+  record_backward(grad_output, output, grad_input,
+                  {at::maybe_wrap_dim(dim, output.dim()), input_dtype, op});
+  return grad_input;
 }
 
 }  // namespace softmax_ext

@@ -17,4 +17,13 @@ at::Tensor softmax(const at::Tensor& input, int64_t dim, std::optional<at::Scala
 void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarType> dtype, Op op,
                  at::Tensor& out);
 
+// The same into the input, of which autograd keeps nothing else.
+void softmax_in_place(at::Tensor& input, int64_t dim, Op op);
+
+// The dispatcher's operators for autograd: what is below it runs, and is recorded.
+at::Tensor recorded_forward(const at::Tensor& input, int64_t dim,
+                            std::optional<at::ScalarType> dtype, Op op);
+at::Tensor recorded_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
+                             at::ScalarType input_dtype, Op op);
+
 }  // namespace softmax_ext

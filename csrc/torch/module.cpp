@@ -10,6 +10,7 @@
 #include "autograd.h"
 #include "cuda.h"
 #include "operators.h"
+#include "override.h"
 #include "softmax_ext/plan.h"
 
 namespace softmax_ext {
@@ -74,6 +75,20 @@ py::object bind(py::handle input, py::handle dim, py::handle dtype, py::handle o
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+// softmax_(input, dim)
+template <Op op>
+py::object bind_in_place(py::handle input, py::handle dim) {
+  HANDLE_TH_ERRORS
+  at::Tensor tensor = to_tensor(op, "input", input);
+  const int64_t index = to_dim(op, dim);
+  {
+    const py::gil_scoped_release no_gil;
+    softmax_in_place(tensor, index, op);
+  }
+  return py::reinterpret_borrow<py::object>(input);
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 py::dict build_info() {
   py::dict info;
   py::list isas;
@@ -128,6 +143,10 @@ PYBIND11_MODULE(_C, module) {
              py::arg("out"));
   module.def("log_softmax", bind<Op::kLogSoftmax>, py::arg("input"), py::arg("dim"),
              py::arg("dtype"), py::arg("out"));
+  module.def("softmax_", bind_in_place<Op::kSoftmax>, py::arg("input"), py::arg("dim"));
+  module.def("log_softmax_", bind_in_place<Op::kLogSoftmax>, py::arg("input"), py::arg("dim"));
+  module.def("override_torch", override_torch, py::arg("on"),
+             py::call_guard<py::gil_scoped_release>());
   module.def("build_info", build_info);
   module.def("plan", plan, py::arg("outer"), py::arg("dim"), py::arg("inner"),
              py::arg("load_dtype"), py::arg("store_dtype"), py::arg("inputs"), py::arg("aligned"),

@@ -82,6 +82,18 @@ void run_forward(const at::Tensor& input, int64_t dim, Op op, const at::Tensor& 
          input.device());
 }
 
+// `grad_input` is contiguous.
+void run_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim, Op op,
+                  const at::Tensor& grad_input) {
+  if (output.numel() == 0) return;
+  const at::Tensor grad_contiguous = grad_output.contiguous();
+  const at::Tensor contiguous = output.contiguous();
+  launch(BackwardArgs{grad_contiguous.const_data_ptr(), contiguous.const_data_ptr(),
+                      grad_input.mutable_data_ptr(), to_dtype(output.scalar_type()),
+                      to_dtype(grad_input.scalar_type()), to_shape(output, dim), op},
+         output.device());
+}
+
 }  // namespace
 
 DType to_dtype(at::ScalarType dtype) {
@@ -111,9 +123,13 @@ DType to_dtype(at::ScalarType dtype) {
   }
 }
 
+bool kernels_run_on(at::Device device) {
+  return device.is_cpu() || (kBuiltWithCuda && device.is_cuda());
+}
+
 bool kernels_take(const at::Tensor& tensor) {
   const at::Device device = tensor.device();
-  if (!device.is_cpu() && !(kBuiltWithCuda && device.is_cuda())) return false;
+  if (!kernels_run_on(device)) return false;
   const auto local = c10::impl::tls_local_dispatch_key_set();
   const auto others = (tensor.key_set() | local.included_) - kTakenKeys;
   if ((others.raw_repr() & ~c10::full_backend_mask) != 0) return false;
@@ -131,6 +147,16 @@ bool is_kernel_output_dtype(at::ScalarType dtype) {
 bool is_kernel_dtype(at::ScalarType dtype) {
   return is_kernel_output_dtype(dtype) || dtype == at::kBool || dtype == at::kByte ||
          dtype == at::kChar || dtype == at::kShort || dtype == at::kInt || dtype == at::kLong;
+}
+
+at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarType> dtype, Op op) {
+  const at::ScalarType result = dtype.value_or(input.scalar_type());
+  if (is_kernel_output_dtype(result)) return result;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, name(op), "(): not implemented for ",
+      dtype.has_value() ? "argument 'dtype' = " : "an argument 'input' of dtype ", result,
+      "; expected Half, BFloat16, Float or Double",
+      dtype.has_value() ? "" : " (an input of another dtype needs the argument 'dtype')");
 }
 
 at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op) {
@@ -159,6 +185,14 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
   out.unsafeGetTensorImpl()->bump_version();
 }
 
+void forward_in_place(const at::Tensor& input, int64_t dim, Op op) {
+  if (input.is_contiguous()) {
+    run_forward(input, dim, op, input, /*output_is_new=*/false);
+  } else {
+    input.copy_(forward(input, dim, input.scalar_type(), op));
+  }
+}
+
 at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                     at::ScalarType dtype, Op op) {
   if (needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
@@ -170,14 +204,23 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int
     return backward(grad_output.to(wide), output.to(wide), dim, dtype, op);
   }
   const at::Tensor grad_input = empty(output.sizes(), dtype, output.device());
-  if (output.numel() == 0) return grad_input;
-  const at::Tensor grad_contiguous = grad_output.contiguous();
-  const at::Tensor contiguous = output.contiguous();
-  launch(BackwardArgs{grad_contiguous.const_data_ptr(), contiguous.const_data_ptr(),
-                      grad_input.mutable_data_ptr(), to_dtype(output.scalar_type()),
-                      to_dtype(dtype), to_shape(output, dim), op},
-         output.device());
+  run_backward(grad_output, output, dim, op, grad_input);
   return grad_input;
+}
+
+void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim, Op op,
+                  const at::Tensor& grad_input) {
+  at::native::resize_output(grad_input, output.sizes());
+  const at::ScalarType dtype = grad_input.scalar_type();
+  // Memory that is read may be written only element by element, as it is read.
+  if (grad_input.is_contiguous() && grad_output.is_contiguous() && output.is_contiguous() &&
+      !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
+    at::assert_no_partial_overlap(grad_input, grad_output);
+    at::assert_no_partial_overlap(grad_input, output);
+    run_backward(grad_output, output, dim, op, grad_input);
+  } else {
+    grad_input.copy_(backward(grad_output, output, dim, dtype, op));
+  }
 }
 
 }  // namespace softmax_ext

@@ -3,9 +3,14 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "softmax_ext/problem.h"
 
 namespace softmax_ext {
+
+// Whether there are kernels for this device in this build.
+bool kernels_run_on(at::Device device);
 
 // Whether the kernels take a call on this tensor, here and now. They do not take what is not plain
 // strided memory on the CPU (or on a GPU, where built for it), nor a call that something else must
@@ -16,6 +21,9 @@ bool kernels_take(const at::Tensor& tensor);
 // A conversion to one of the kernels' output types can be part of the kernel.
 bool is_kernel_dtype(at::ScalarType dtype);         // as input
 bool is_kernel_output_dtype(at::ScalarType dtype);  // as output: floating
+
+// The output's type, checked: floating, with an integer input only if asked for.
+at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarType> dtype, Op op);
 
 // The kernels' name of such a type.
 DType to_dtype(at::ScalarType dtype);
@@ -28,8 +36,15 @@ at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, O
 void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op,
                  const at::Tensor& out);
 
+// The same into the input, whose elements do not overlap.
+void forward_in_place(const at::Tensor& input, int64_t dim, Op op);
+
 // The gradient of the input, as `dtype`, from the output and its gradient (same type and shape).
 at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                     at::ScalarType dtype, Op op);
+
+// The same into `grad_input`, as its dtype; resized if need be.
+void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim, Op op,
+                  const at::Tensor& grad_input);
 
 }  // namespace softmax_ext

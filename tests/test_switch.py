@@ -1,0 +1,236 @@
+"""enable(), disable(), enabled(): torch's own softmax on these kernels, and back."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import FLOATING, OPS, OURS, TORCH
+
+import softmax_ext
+
+
+@pytest.fixture(autouse=True)
+def off_again() -> Iterator[None]:
+    yield
+    softmax_ext.disable()
+
+
+# Where the two give other bits, so that which one ran can be seen.
+def telling(device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.randn(64, 1000, device=device) * 3).to(dtype)
+
+
+WAYS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "torch.softmax": ("softmax", lambda x: torch.softmax(x, 1)),
+    "torch.special.softmax": ("softmax", lambda x: torch.special.softmax(x, 1)),
+    "Tensor.softmax": ("softmax", lambda x: x.softmax(1)),
+    "F.softmax": ("softmax", lambda x: F.softmax(x, 1)),
+    "nn.Softmax": ("softmax", lambda x: torch.nn.Softmax(1)(x)),
+    "aten::_softmax": ("softmax", lambda x: torch.ops.aten._softmax(x, 1, False)),
+    "out=": ("softmax", lambda x: torch.softmax(x, 1, out=torch.empty_like(x))),
+    "torch.log_softmax": ("log_softmax", lambda x: torch.log_softmax(x, 1)),
+    "nn.LogSoftmax": ("log_softmax", lambda x: torch.nn.LogSoftmax(1)(x)),
+    "log, out=": ("log_softmax", lambda x: torch.log_softmax(x, 1, out=torch.empty_like(x))),
+    "aten::_safe_softmax": ("softmax", lambda x: torch.ops.aten._safe_softmax(x, 1)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forward(way: str, device: str) -> None:
+    op, function = WAYS[way]
+    x = telling(device)
+    theirs, ours = function(x), OURS[op](x, 1)
+    assert not torch.equal(theirs, ours)
+    with softmax_ext.enabled():
+        assert torch.equal(function(x), ours)
+    assert torch.equal(function(x), theirs)
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_backward_and_its_out_form(op: str, dtype: torch.dtype, device: str) -> None:
+    y, grad = OURS[op](telling(device, dtype), 1), telling(device, dtype)
+    backward = getattr(torch.ops.aten, f"_{op}_backward_data")
+    name = "grad_input" if op == "softmax" else "out"
+    leaf = telling(device, dtype).requires_grad_()
+    (expected,) = torch.autograd.grad(OURS[op](leaf, 1), leaf, grad)
+    with softmax_ext.enabled():
+        (found,) = torch.autograd.grad(TORCH[op](leaf, 1), leaf, grad)
+        result = backward(grad, y, 1, dtype)
+        out = torch.empty(0, device=device, dtype=dtype)
+        strided = torch.empty(1000, 64, device=device, dtype=dtype).t()
+        backward.out(grad, y, 1, dtype, **{name: out})
+        backward.out(grad, y, 1, dtype, **{name: strided})
+        over = grad.clone()
+        backward.out(over, y, 1, dtype, **{name: over})
+    assert torch.equal(found, expected)
+    for each in (out, strided, over):
+        assert torch.equal(each, result)
+
+
+def test_loss_attention_and_sdpa(device: str) -> None:
+    """Of the library's own callers: other bits while on, the same values, and as before after."""
+    x = telling(device)
+    target = torch.arange(64, device=device)
+    attention = torch.nn.MultiheadAttention(32, 4, batch_first=True).to(device)
+    query = torch.randn(2, 50, 32, device=device, requires_grad=True)
+
+    def sdpa() -> torch.Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return F.scaled_dot_product_attention(query, query, query)
+
+    def attend() -> torch.Tensor:
+        return attention(query, query, query)[1]
+
+    for function in (lambda: F.cross_entropy(x, target), attend, sdpa):
+        before = function()
+        with softmax_ext.enabled():
+            during = function()
+        torch.testing.assert_close(during, before)
+        assert torch.equal(function(), before)
+
+
+def test_what_the_kernels_do_not_take(device: str) -> None:
+    """torch's own results and errors: dtypes, dims, layouts, and a cast that only CUDA has."""
+    cases: list[Callable[[], torch.Tensor]] = [
+        lambda: torch.softmax(torch.ones(3, dtype=torch.int64, device=device), 0),
+        lambda: torch.softmax(torch.ones(3, dtype=torch.complex64, device=device), 0),
+        lambda: torch.softmax(torch.ones(3, device=device), 1),
+        lambda: torch.ops.aten._softmax(torch.ones(3, dtype=torch.half, device=device), 0, True),
+        lambda: torch.softmax(torch.ones(3, device=device), 0, out=torch.ones(3).long()),
+        lambda: torch.ops.aten._softmax_backward_data(
+            torch.ones(3, device=device), torch.ones(3, device=device).double(), 0, torch.float32
+        ),
+        lambda: torch.ops.aten._softmax_backward_data(
+            torch.ones(3, device=device), torch.ones(4, device=device), 0, torch.float32
+        ),
+        lambda: torch.softmax(torch.ones(2, 3).to_sparse(), 1).to_dense(),
+        lambda: torch.softmax(torch.ones(2, 3, device="meta"), 1),
+    ]
+    for case in cases:
+        outcomes = []
+        for on in (False, True):
+            softmax_ext.enable() if on else softmax_ext.disable()
+            try:
+                result = case()
+                outcomes.append((result.dtype, result.shape, result.device))
+            except Exception as error:
+                outcomes.append((type(error), str(error)))
+        assert outcomes[0] == outcomes[1]
+
+
+def is_on() -> bool:
+    x = telling("cpu")
+    return torch.equal(torch.softmax(x, 1), softmax_ext.softmax(x, 1))
+
+
+def test_nesting_and_exceptions() -> None:
+    assert not is_on()
+    softmax_ext.disable()  # twice off is off
+    softmax_ext.enable()
+    softmax_ext.enable()
+    assert is_on()
+    softmax_ext.disable()
+    assert not is_on()
+    with softmax_ext.enabled():
+        with softmax_ext.enabled():
+            assert is_on()
+        assert is_on()
+        softmax_ext.disable()  # not before the block ends
+        assert is_on()
+    assert not is_on()
+    with pytest.raises(KeyError), softmax_ext.enabled():
+        raise KeyError
+    assert not is_on()
+    softmax_ext.enable()
+    with softmax_ext.enabled():
+        pass
+    assert is_on()
+
+    softmax_ext.disable()
+    decorated = softmax_ext.enabled()(is_on)
+    assert decorated()
+    assert decorated()
+    assert not is_on()
+
+
+def test_threads() -> None:
+    """Contexts that come and go in some threads while others compute: always one of two results."""
+    x = telling("cpu")
+    possible = [torch.softmax(x, 1), softmax_ext.softmax(x, 1)]
+    wrong: list[torch.Tensor] = []
+
+    def work(switching: bool) -> None:
+        for _ in range(200):
+            if switching:
+                with softmax_ext.enabled():
+                    y = torch.softmax(x, 1)
+                    if not torch.equal(y, possible[1]):
+                        wrong.append(y)
+            else:
+                y = torch.softmax(x, 1)
+                if not any(torch.equal(y, each) for each in possible):
+                    wrong.append(y)
+
+    threads = [threading.Thread(target=work, args=(k % 2 == 0,)) for k in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not is_on()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_under_autograd_and_transforms(op: str, device: str) -> None:
+    """torch's own rules stay, above the kernels."""
+    x = torch.randn(3, 4, device=device, dtype=torch.float64, requires_grad=True)
+    with softmax_ext.enabled():
+        assert torch.autograd.gradcheck(
+            lambda x: TORCH[op](x, 1),
+            x,
+            check_forward_ad=True,
+            check_batched_grad=True,
+            check_batched_forward_grad=True,
+        )
+        assert torch.autograd.gradgradcheck(lambda x: TORCH[op](x, 1), x, check_fwd_over_rev=True)
+        hessian = torch.func.hessian(lambda x: TORCH[op](x, 1).square().sum())(x.detach())
+        compiled = torch.compile(lambda x: TORCH[op](x, 1), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), OURS[op](x, 1))
+    torch._dynamo.reset()
+    expected = torch.func.hessian(lambda x: TORCH[op](x, 1).square().sum())(x.detach())
+    torch.testing.assert_close(hessian, expected)
+
+
+def test_half_to_float_on_a_gpu(device: str) -> None:
+    if device != "cuda":
+        pytest.skip("torch has this cast on CUDA only")
+    x = telling(device, torch.float16).requires_grad_()
+    expected = softmax_ext.softmax(x, 1, dtype=torch.float32)
+    with softmax_ext.enabled():
+        y = torch.softmax(x, 1, dtype=torch.float32)
+        (grad,) = torch.autograd.grad(y, x, y.detach())
+    assert torch.equal(y, expected)
+    assert torch.equal(grad, torch.autograd.grad(expected, x, y.detach())[0])
+
+
+def test_no_warning_and_no_change_at_import() -> None:
+    """Importing changes no operator; enabling one prints nothing."""
+    script = """
+import sys, warnings
+warnings.simplefilter("error")
+import torch
+before = torch._C._dispatch_dump("aten::_softmax")
+import softmax_ext
+assert torch._C._dispatch_dump("aten::_softmax") == before
+softmax_ext.enable()
+x = torch.randn(64, 1000)
+assert torch.equal(torch.softmax(x, 1), softmax_ext.softmax(x, 1))
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == process.stderr == ""
