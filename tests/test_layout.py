@@ -113,8 +113,9 @@ def test_out(dim: int, op: str, dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
-# In a chunk, in some and kept in cache, beyond that; each with a rest that is no whole register.
-@pytest.mark.parametrize("dim_size", [1031, 20011, 150011])
+# Of whole lines, several at a time; then each with a rest that is no whole register: in a chunk, in
+# some and kept in cache, beyond that.
+@pytest.mark.parametrize("dim_size", [256, 1031, 20011, 150011])
 def test_out_beyond_the_caches(dim_size: int, op: str, dtype: torch.dtype, device: str) -> None:
     """32 MB and more are written past the caches of a CPU: the same bits, and nothing beside."""
     rows = (1 << 25) // (dim_size * dtype.itemsize) + 1

@@ -276,11 +276,11 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   }
 }
 
-// Calls few(first, count) for all rows of at most one chunk each: with a row for each lane of a
-// register where these have at most `elements` together, else with one.
+// Calls few(first, count) for all rows of at most one chunk each: as many as have at most `elements`
+// together, from one to one for each lane of a register.
 template <class A, class Few>
 void for_each_short_row(const Shape& shape, int64_t elements, const Threads& threads, Few few) {
-  const int64_t count = shape.dim * Vec<A>::kSize <= elements ? Vec<A>::kSize : 1;
+  const int64_t count = std::clamp<int64_t>(elements / shape.dim, 1, Vec<A>::kSize);
   parallel_for(threads, shape.rows(), grain<A>(shape.dim), [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row += count) few(row, std::min(count, end - row));
   });
@@ -740,14 +740,15 @@ void visit(DType dtype, F f) {
   }
 }
 
-// Past the caches goes what is too large to be found there later, a line or more at a time. Memory
-// that is new has just been cleared by the system, in the caches; that of the input is there too.
+// Past the caches goes what is too large to be found there later, where rows are of whole lines, or of
+// so many that the two at their ends do not count. Memory that is new has just been cleared by the
+// system, in the caches; that of the input is there too.
 bool is_streamed(const ForwardArgs& args) {
-  constexpr int64_t kBeyondCaches = int64_t{1} << 25, kLongRow = 2048;
-  const int64_t size = size_of(args.output_dtype);
+  constexpr int64_t kBeyondCaches = int64_t{1} << 25, kLine = 64;
+  const int64_t size = size_of(args.output_dtype), row = args.shape.dim * size;
   return !args.output_is_new && args.output != args.input &&
          args.input_dtype == args.output_dtype && args.shape.numel() * size >= kBeyondCaches &&
-         args.shape.dim * size >= kLongRow;
+         row >= (row % kLine == 0 ? 8 : 16) * kLine;
 }
 
 template <Op op>
