@@ -1,59 +1,63 @@
 """Around a call: workers, forked and spawned processes, copies, parametrizations, CUDA graphs."""
 
 import copy
-import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_threads_and_isa import run
 from tolerances import OPS, OURS, TORCH
-from torch.utils.data import DataLoader, Dataset
 
 import softmax_ext
 
+# A process of its own: a fork of one with threads, such as that of the tests, may wait for ever.
+SCRIPT = """
+import multiprocessing, sys, torch, softmax_ext
+from torch.utils.data import DataLoader, Dataset
 
-class Rows(Dataset[torch.Tensor]):
-    def __len__(self) -> int:
+class Rows(Dataset):
+    def __len__(self):
         return 8
 
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return softmax_ext.softmax(torch.arange(40000.0).view(8, -1) * (index + 1) / 1000, -1)
+    def __getitem__(self, index):
+        x = torch.arange(40000.0).view(8, -1) * (index + 1) / 1000
+        return softmax_ext.softmax(x, -1)
 
+def child(connection, x):
+    leaf = torch.tensor(x).requires_grad_()
+    with softmax_ext.enabled():
+        y = torch.softmax(leaf, 1)
+        y.square().sum().backward()
+    connection.send((torch.equal(y, softmax_ext.softmax(leaf, 1)), leaf.grad.tolist()))
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_data_workers(start: str) -> None:
-    """Their kernels run after those of this process, whose threads a fork does not have."""
-    rows = Rows()
+if __name__ == "__main__":
+    start, rows = sys.argv[1], Rows()
+    # The kernels of this process come first, with threads that a fork does not have.
     expected = torch.stack([rows[k] for k in range(8)])
     loader = DataLoader(rows, batch_size=4, num_workers=2, multiprocessing_context=start)
     assert torch.equal(torch.cat(list(loader)), expected)
 
-
-def child(connection: Any, x: Any) -> None:
-    with softmax_ext.enabled():
-        leaf = torch.tensor(x).requires_grad_()
-        y = torch.softmax(leaf, 1)
-        y.square().sum().backward()
-        assert leaf.grad is not None
-        same = torch.equal(y, softmax_ext.softmax(leaf, 1))
-        connection.send((same, leaf.grad.tolist()))
-
-
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_child_process_with_the_switch(start: str) -> None:
-    x = torch.randn(4, 300)
-    leaf = x.clone().requires_grad_()
-    OURS["softmax"](leaf, 1).square().sum().backward()
+    leaf = torch.randn(4, 300, requires_grad=True)
     context = multiprocessing.get_context(start)
     ours, theirs = context.Pipe()
-    process = context.Process(target=child, args=(theirs, x.tolist()))
+    process = context.Process(target=child, args=(theirs, leaf.tolist()))
     process.start()
     same, grad = ours.recv()
     process.join()
-    assert process.exitcode == 0
-    assert same
-    assert leaf.grad is not None
+    assert process.exitcode == 0 and same
+    softmax_ext.softmax(leaf, 1).square().sum().backward()
     assert torch.equal(torch.tensor(grad), leaf.grad)
+"""
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_data_workers_and_children(start: str, tmp_path: Path) -> None:
+    """A DataLoader's workers, and a child process that turns the switch on."""
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT)
+    process = run(file, start)
+    assert process.returncode == 0, process.stderr
 
 
 def test_deep_copies(device: str) -> None:

@@ -1,13 +1,12 @@
 """enable(), disable(), enabled(): torch's own softmax on these kernels, and back."""
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_threads_and_isa import run
 from tolerances import FLOATING, OPS, OURS, TORCH
 
 import softmax_ext
@@ -231,6 +230,6 @@ softmax_ext.enable()
 x = torch.randn(64, 1000)
 assert torch.equal(torch.softmax(x, 1), softmax_ext.softmax(x, 1))
 """
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    process = run(script)
     assert process.returncode == 0, process.stderr
     assert process.stdout == process.stderr == ""

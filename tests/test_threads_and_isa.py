@@ -70,12 +70,14 @@ def test_the_interpreter_runs_during_a_long_call() -> None:
     assert during > 0
 
 
-def run(script: str, *args: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+def run(script: str | Path, *args: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """A Python process of its own, with this package: of a script's text, or its file."""
     root = str(Path(softmax_ext.__file__).resolve().parents[1])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, **environment}
+    command = [str(script)] if isinstance(script, Path) else ["-c", script]
     return subprocess.run(
-        [sys.executable, "-c", script, *args], capture_output=True, text=True, env=env, timeout=300
+        [sys.executable, *command, *args], capture_output=True, text=True, env=env, timeout=300
     )
 
 
