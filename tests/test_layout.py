@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 from tolerances import FLOATING, OPS, OURS, TORCH, assert_close_to_reference
@@ -127,6 +128,18 @@ def test_out_beyond_the_caches(dim_size: int, op: str, dtype: torch.dtype, devic
     OURS[op](row.expand(rows, -1), 1, out=out)
     assert torch.equal(out, expected.expand(rows, -1))
     assert memory[0] == memory[-1] == 7
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_large_out_between_two_elements(op: str) -> None:
+    """As memory that another library made may lie."""
+    rows = 2100
+    row = torch.randn(4096)
+    memory = numpy.frombuffer(bytearray(rows * row.nbytes + 1), dtype=numpy.float32, offset=1)
+    out = torch.from_numpy(memory).view(rows, 4096)
+    assert out.data_ptr() % out.itemsize != 0
+    OURS[op](row.expand(rows, -1), 1, out=out)
+    assert torch.equal(out, OURS[op](row, 0).expand(rows, -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int64], ids=str)

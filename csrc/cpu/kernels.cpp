@@ -746,7 +746,9 @@ void visit(DType dtype, F f) {
 bool is_streamed(const ForwardArgs& args) {
   constexpr int64_t kBeyondCaches = int64_t{1} << 25, kLine = 64;
   const int64_t size = size_of(args.output_dtype), row = args.shape.dim * size;
-  return !args.output_is_new && args.output != args.input &&
+  // Memory from elsewhere may begin between two elements.
+  const bool on_elements = reinterpret_cast<uintptr_t>(args.output) % size == 0;
+  return !args.output_is_new && args.output != args.input && on_elements &&
          args.input_dtype == args.output_dtype && args.shape.numel() * size >= kBeyondCaches &&
          row >= (row % kLine == 0 ? 8 : 16) * kLine;
 }
