@@ -234,7 +234,8 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
 
 
 def extension() -> Any:
-    sources = ["csrc/cpu/dispatch.cpp", *(str(p) for p in sorted(Path("csrc/torch").glob("*.cpp")))]
+    sources = ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp"]
+    sources += [str(p) for p in sorted(Path("csrc/torch").glob("*.cpp"))]
     cxx = [*OPTIMIZE, *SANITIZE, *WARNINGS, "-fvisibility=hidden"]
     # at::parallel_for is OpenMP code in a header. Its runtime is the one that torch has loaded:
     # linking another would give this extension a thread pool of its own.

@@ -1,7 +1,5 @@
 """How many digits are right, beyond the tolerances of the other tests: in ulp of the result."""
 
-import ctypes
-import mmap
 from pathlib import Path
 
 import numpy as np
@@ -110,30 +108,3 @@ def test_exp_of_every_float32(isa: str, tmp_path: Path) -> None:
     for begin in range(first, last, step):
         bits = torch.arange(begin, min(begin + step, last)) - 2**32
         assert worst_ulp_of_exp(bits.to(torch.int32).view(torch.float32), isa, tmp_path) < 1.0
-
-
-def flags_of(address: int) -> set[str]:
-    """Of the mapping that holds it, in /proc/self/smaps."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head = line.split()[0]
-        if "-" in head and not head.endswith(":"):
-            begin, end = (int(part, 16) for part in head.split("-"))
-            inside = begin <= address < end
-        elif inside and head == "VmFlags:":
-            return set(line.split()[1:])
-    return set()
-
-
-def test_large_new_outputs_ask_for_huge_pages() -> None:
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "hg" not in flags_of_advised():
-        pytest.skip("this system has no huge pages to ask for")
-    large = softmax_ext.softmax(torch.randn(2**24), 0)
-    assert "hg" in flags_of(large.data_ptr() + large.nbytes // 2)
-
-
-def flags_of_advised() -> set[str]:
-    memory = mmap.mmap(-1, 2**23)
-    memory.madvise(14)  # MADV_HUGEPAGE
-    return flags_of(ctypes.addressof(ctypes.c_char.from_buffer(memory)))

@@ -1,5 +1,6 @@
 """Memory: the layouts an input may have, those a result has, out=, and what must stay untouched."""
 
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -128,6 +129,43 @@ def test_out_beyond_the_caches(dim_size: int, op: str, dtype: torch.dtype, devic
     OURS[op](row.expand(rows, -1), 1, out=out)
     assert torch.equal(out, expected.expand(rows, -1))
     assert memory[0] == memory[-1] == 7
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", OPS)
+# As above; then columns: of a block and of more, with steps of whole lines, and one with others.
+@pytest.mark.parametrize(
+    ("dim_size", "inner"),
+    [(256, 1), (1031, 1), (20011, 1), (150011, 1), (16, 4096), (19, 4096), (300, 480), (50, 196)],
+)
+def test_large_results_in_memory_used_before(
+    dim_size: int, inner: int, op: str, dtype: torch.dtype, device: str
+) -> None:
+    """On the CPU the second is written past the caches: the same bits, and so the gradient."""
+    backward = getattr(torch.ops.softmax_ext, f"{op}_backward")
+    outer = (1 << 25) // (dim_size * inner * dtype.itemsize) + 1
+
+    def column(values: torch.Tensor) -> torch.Tensor:
+        return values.to(device, dtype).view(1, dim_size, 1).expand(1, dim_size, min(inner, 2))
+
+    def large(values: torch.Tensor) -> torch.Tensor:
+        return values[..., :1].expand(outer, dim_size, inner)
+
+    x, grad_output = column(torch.randn(dim_size)), column(torch.randn(dim_size))
+    output = OURS[op](x, 1)
+    grad_input = backward(grad_output, output, 1, dtype)
+    places = set()
+    for _ in range(2):
+        result = OURS[op](large(x), 1)
+        assert torch.equal(result, large(output))
+        places.add(result.data_ptr())
+        del result
+        result = backward(large(grad_output), large(output), 1, dtype)
+        assert torch.equal(result, large(grad_input))
+        places.add(result.data_ptr())
+        del result
+    if device == "cpu" and sys.platform == "linux":
+        assert len(places) == 1
 
 
 @pytest.mark.parametrize("op", OPS)

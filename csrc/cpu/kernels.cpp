@@ -157,10 +157,10 @@ SOFTMAX_EXT_INLINE Vec<A> lane_sum_of_exp(const T* x, A* kept, int64_t n, A max,
 // How an output is written.
 enum class Write { kCached, kStreamed };
 
-// y[i] = value(i, lanes) for each vector of [0, n). Streamed, n is a register's or more.
-template <Write write, class T, class Value>
+// y[i] = value(i, lanes), of type A, for each vector of [0, n). Streamed, n is a register's or more.
+template <Write write, class A, class T, class Value>
 SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
-  constexpr int64_t kSize = Vec<compute_t<T>>::kSize;
+  constexpr int64_t kSize = Vec<A>::kSize;
   int64_t begin = 0;
   if constexpr (write == Write::kStreamed) {
     constexpr int64_t kBytes = kSize * sizeof(T);
@@ -172,14 +172,15 @@ SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
     for (; begin + kSize <= n; begin += kSize) stream(y + begin, value(begin, All{}));
   }
   for_each_vector<kSize>(n - begin, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-    store(y + begin + i, lanes, value(begin + i, lanes));
+    store_as(y + begin + i, lanes, value(begin + i, lanes));
   });
 }
 
 template <Write write, class T, class Formula>
 SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formula) {
-  store_each<write>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-    return formula.of(load(x + i, lanes, compute_t<T>(0)));
+  using A = compute_t<T>;
+  store_each<write, A>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    return formula.of(load(x + i, lanes, A(0)));
   });
 }
 
@@ -265,7 +266,7 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     const auto formula = forward_t<op, T>::map(
         formulas, [=](const V& of_rows) SOFTMAX_EXT_LAMBDA { return V(of_rows.raw[r]); });
-    store_each<write>(y + r * n, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    store_each<write, A>(y + r * n, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       const int64_t k = r * n + i;
       if constexpr (kKeep && (kWhole<decltype(lanes)> || kStreamed)) {
         return formula.of_exp(load(kept + k, lanes, A(0)));
@@ -470,7 +471,7 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
             const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
             const V shift = shift_of(V(static_cast<A>(of_chunk.max)));
             const T* kept = y + offset;
-            store_each<write>(y + offset, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+            store_each<write, A>(y + offset, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
               const V e = kKeep ? load(kept + k, lanes, A(0))
                                 : exp_of_nonpositive(load(x + k, lanes, kLowest<A>) - shift);
               return formula.of_exp(e * weight);
@@ -482,7 +483,7 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
       });
 }
 
-template <Op op, class T, class G>
+template <Op op, class T, class G, Write write>
 void backward_rows(const BackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
@@ -490,10 +491,16 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
   const T* grads = static_cast<const T*>(args.grad_output);
   const T* outputs = static_cast<const T*>(args.output);
   G* grad_inputs = static_cast<G*>(args.grad_input);
+  constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
+  const bool ahead = kAhead && dim * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   const auto lane_sum = [=](int64_t offset, int64_t n) SOFTMAX_EXT_LAMBDA {
     return fold(
         n, V(A(0)),
         [=](V sum, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+          // A first look at the output while stores pass the caches would wait behind them.
+          if constexpr (kAhead) {
+            if (ahead) __builtin_prefetch(outputs + offset + k);
+          }
           return sum + Backward<op, V>::term(load(grads + offset + k, lanes, A(0)),
                                              load(outputs + offset + k, lanes, A(0)));
         },
@@ -501,10 +508,9 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
   };
   const auto store_gradient = [=](int64_t offset, int64_t n, A sum) SOFTMAX_EXT_LAMBDA {
     const Backward<op, V> formula{sum};
-    for_each_vector<V::kSize>(n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-      store_as<G>(grad_inputs + offset + k, lanes,
-                  formula.of(load(grads + offset + k, lanes, A(0)),
-                             load(outputs + offset + k, lanes, A(0))));
+    store_each<write, A>(grad_inputs + offset, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+      return formula.of(load(grads + offset + k, lanes, A(0)),
+                        load(outputs + offset + k, lanes, A(0)));
     });
   };
   if (dim <= kChunk<A>) {
@@ -572,8 +578,18 @@ SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
   for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(d + kBlock, dim));
 }
 
+// y = value. Streamed, y is aligned to a line, and all lanes count.
+template <Write write, class T, class Lanes, class A>
+SOFTMAX_EXT_INLINE void write_vector(T* y, Lanes lanes, Vec<A> value) {
+  if constexpr (write == Write::kStreamed && kWhole<Lanes>) {
+    stream(y, value);
+  } else {
+    store_as(y, lanes, value);
+  }
+}
+
 // Columns of at most a block: forward_columns for log-softmax.
-template <class T>
+template <class T, Write write>
 void log_softmax_of_short_columns(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
@@ -609,17 +625,17 @@ void log_softmax_of_short_columns(const ForwardArgs& args, const Threads& thread
       formulas[v].log_sum = AboveOne<V>::log_sum(above[v].rest, above[v].ones);
     }
     for_each_step(again, [&](int64_t v, V x, int64_t place, auto lanes) SOFTMAX_EXT_LAMBDA {
-      store(output + place, lanes, formulas[v].of(x));
+      write_vector<write>(output + place, lanes, formulas[v].of(x));
     });
   });
 }
 
-template <Op op, class T>
+template <Op op, class T, Write write>
 void forward_columns(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
   if constexpr (op == Op::kLogSoftmax) {
-    if (args.shape.dim <= kBlock) return log_softmax_of_short_columns<T>(args, threads);
+    if (args.shape.dim <= kBlock) return log_softmax_of_short_columns<T, write>(args, threads);
   }
   constexpr int kSize = V::kSize;
   const int64_t dim = args.shape.dim, inner = args.shape.inner;
@@ -679,13 +695,13 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
       const T* x = input.again(offset + d * inner);
       T* y = output + offset + d * inner;
       for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        store(y + c, lanes, formulas[c / kSize].of(load(x + c, lanes, A(0))));
+        write_vector<write>(y + c, lanes, formulas[c / kSize].of(load(x + c, lanes, A(0))));
       });
     }
   });
 }
 
-template <Op op, class T, class G>
+template <Op op, class T, class G, Write write>
 void backward_columns(const BackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
@@ -694,6 +710,8 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   const T* grads = static_cast<const T*>(args.grad_output);
   const T* outputs = static_cast<const T*>(args.output);
   G* grad_inputs = static_cast<G*>(args.grad_input);
+  constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
+  const bool ahead = kAhead && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   for_each_tile<A>(args.shape, threads, [=](int64_t offset, int64_t width) {
     BlockSum<V> sums[kTile<A> / kSize];
     std::fill_n(sums, ceil_div(width, kSize), BlockSum<V>{V(A(0)), V(A(0))});
@@ -705,6 +723,9 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
         const T* y = outputs + offset + d * inner;
         for_each_vector<kSize>(width, [=, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
           V& sum = block_sums[c / kSize];
+          if constexpr (kAhead) {
+            if (ahead) __builtin_prefetch(y + c);
+          }
           sum = sum + Backward<op, V>::term(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0)));
         });
       }
@@ -715,9 +736,9 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
       const T* y = outputs + offset + d * inner;
       G* grad_input = grad_inputs + offset + d * inner;
       for_each_vector<kSize>(width, [=, &sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        store_as<G>(grad_input + c, lanes,
-                    Backward<op, V>{sums[c / kSize].sum}.of(load(grad + c, lanes, A(0)),
-                                                            load(y + c, lanes, A(0))));
+        write_vector<write>(grad_input + c, lanes,
+                            Backward<op, V>{sums[c / kSize].sum}.of(load(grad + c, lanes, A(0)),
+                                                                    load(y + c, lanes, A(0))));
       });
     }
   });
@@ -740,29 +761,41 @@ void visit(DType dtype, F f) {
   }
 }
 
-// Past the caches goes what is too large to be found there later, where rows are of whole lines, or of
-// so many that the two at their ends do not count. Memory that is new has just been cleared by the
-// system, in the caches; that of the input is there too.
-bool is_streamed(const ForwardArgs& args) {
+// Past the caches goes what is too large to be found there later: rows of whole lines, or of so many
+// that the two at their ends do not count; columns whose steps are whole lines. Memory that is new has
+// just been cleared by the system, in the caches; that of an input is there too.
+bool is_streamed(const Shape& shape, const void* output, DType dtype, bool is_new) {
   constexpr int64_t kBeyondCaches = int64_t{1} << 25, kLine = 64;
-  const int64_t size = size_of(args.output_dtype), row = args.shape.dim * size;
+  const int64_t size = size_of(dtype);
+  if (is_new || shape.numel() * size < kBeyondCaches) return false;
+  const int64_t stretch = (shape.inner == 1 ? shape.dim : shape.inner) * size;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(output);
+  const bool whole_lines = stretch % kLine == 0;
+  if (shape.inner > 1 && !(whole_lines && address % kLine == 0)) return false;
   // Memory from elsewhere may begin between two elements.
-  const bool on_elements = reinterpret_cast<uintptr_t>(args.output) % size == 0;
-  return !args.output_is_new && args.output != args.input && on_elements &&
-         args.input_dtype == args.output_dtype && args.shape.numel() * size >= kBeyondCaches &&
-         row >= (row % kLine == 0 ? 8 : 16) * kLine;
+  return address % size == 0 && stretch >= (whole_lines ? 8 : 16) * kLine;
+}
+
+// f(std::integral_constant<Write, ...>{}).
+template <class F>
+void visit(bool streamed, F f) {
+  if (streamed) return f(std::integral_constant<Write, Write::kStreamed>{});
+  f(std::integral_constant<Write, Write::kCached>{});
 }
 
 template <Op op>
 void launch_forward(const ForwardArgs& args, const Threads& threads) {
+  const bool streamed = args.output != args.input && args.input_dtype == args.output_dtype &&
+                        is_streamed(args.shape, args.output, args.output_dtype, args.output_is_new);
   visit(args.output_dtype, [&](auto element) {
-    using T = decltype(element);
-    if (args.shape.inner == 1) {
-      is_streamed(args) ? forward_rows<op, T, Write::kStreamed>(args, threads)
-                        : forward_rows<op, T, Write::kCached>(args, threads);
-    } else {
-      forward_columns<op, T>(args, threads);
-    }
+    visit(streamed, [&](auto write) {
+      using T = decltype(element);
+      if (args.shape.inner == 1) {
+        forward_rows<op, T, write()>(args, threads);
+      } else {
+        forward_columns<op, T, write()>(args, threads);
+      }
+    });
   });
 }
 
@@ -773,15 +806,22 @@ void launch_forward(const ForwardArgs& args, const Threads& threads) {
 
 template <Op op>
 void launch_backward(const BackwardArgs& args, const Threads& threads) {
+  const bool streamed =
+      args.grad_input != args.grad_output && args.grad_input != args.output &&
+      args.grad_input_dtype == args.output_dtype &&
+      is_streamed(args.shape, args.grad_input, args.grad_input_dtype, args.grad_input_is_new);
   visit(args.output_dtype, [&](auto element) {
     visit(args.grad_input_dtype, [&](auto grad_element) {
-      using T = decltype(element);
-      using G = decltype(grad_element);
-      if (args.shape.inner == 1) {
-        backward_rows<op, T, G>(args, threads);
-      } else {
-        backward_columns<op, T, G>(args, threads);
-      }
+      visit(streamed, [&](auto write) {
+        using T = decltype(element);
+        using G = decltype(grad_element);
+        constexpr Write kWrite = std::is_same_v<T, G> ? write() : Write::kCached;
+        if (args.shape.inner == 1) {
+          backward_rows<op, T, G, kWrite>(args, threads);
+        } else {
+          backward_columns<op, T, G, kWrite>(args, threads);
+        }
+      });
     });
   });
 }

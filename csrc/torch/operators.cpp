@@ -6,10 +6,11 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "../cpu/launch.h"
-#include "../cpu/pages.h"
+#include "../cpu/memory.h"
 #include "cuda.h"
 #include "softmax_ext/plan.h"
 
@@ -28,14 +29,40 @@ Shape to_shape(const at::Tensor& tensor, int64_t dim) {
           c10::multiply_integers(sizes.slice(dim + 1))};
 }
 
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device) {
-  if (device.is_cpu()) {
+// A contiguous tensor to be written, and whether its memory may not have been yet.
+struct NewTensor {
+  at::Tensor tensor;
+  bool is_new;
+};
+
+NewTensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device) {
+  if (!device.is_cpu()) return {at::empty(sizes, at::TensorOptions(device).dtype(dtype)), true};
+  const size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
+  c10::Allocator* const allocator = c10::GetCPUAllocator();
+  cpu::Memory memory{nullptr, true};
+  // An allocator of the user's own is asked for all.
+  if (bytes >= cpu::kLargeOutput && allocator == c10::GetDefaultCPUAllocator()) {
+    memory = cpu::take_memory(bytes);
+  }
+  if (memory.data == nullptr) {
     // What at::empty ends in, without its dispatch.
     at::Tensor tensor = at::detail::empty_cpu(sizes, dtype);
-    cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
-    return tensor;
+    cpu::prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
+    return {tensor, true};
   }
-  return at::empty(sizes, at::TensorOptions(device).dtype(dtype));
+  c10::profiledCPUMemoryReporter().New(memory.data, bytes);
+  const auto free = [](void* data) {
+    c10::profiledCPUMemoryReporter().Delete(data);
+    cpu::free_memory(data);
+  };
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
+                       c10::DataPtr(memory.data, memory.data, free, at::kCPU), allocator,
+                       /*resizable=*/true);
+  at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU),
+      c10::scalarTypeToTypeMeta(dtype));
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return {tensor, memory.is_new};
 }
 
 cpu::Threads threads() {
@@ -84,13 +111,14 @@ void run_forward(const at::Tensor& input, int64_t dim, Op op, const at::Tensor& 
 
 // `grad_input` is contiguous.
 void run_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim, Op op,
-                  const at::Tensor& grad_input) {
+                  const at::Tensor& grad_input, bool grad_input_is_new) {
   if (output.numel() == 0) return;
   const at::Tensor grad_contiguous = grad_output.contiguous();
   const at::Tensor contiguous = output.contiguous();
   launch(BackwardArgs{grad_contiguous.const_data_ptr(), contiguous.const_data_ptr(),
                       grad_input.mutable_data_ptr(), to_dtype(output.scalar_type()),
-                      to_dtype(grad_input.scalar_type()), to_shape(output, dim), op},
+                      to_dtype(grad_input.scalar_type()), to_shape(output, dim), op,
+                      grad_input_is_new},
          output.device());
 }
 
@@ -160,9 +188,9 @@ at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarTyp
 }
 
 at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op) {
-  const at::Tensor output = empty(input.sizes(), dtype, input.device());
-  run_forward(input, dim, op, output, /*output_is_new=*/true);
-  return output;
+  const NewTensor output = empty(input.sizes(), dtype, input.device());
+  run_forward(input, dim, op, output.tensor, output.is_new);
+  return output.tensor;
 }
 
 void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op,
@@ -203,9 +231,9 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int
     }
     return backward(grad_output.to(wide), output.to(wide), dim, dtype, op);
   }
-  const at::Tensor grad_input = empty(output.sizes(), dtype, output.device());
-  run_backward(grad_output, output, dim, op, grad_input);
-  return grad_input;
+  const NewTensor grad_input = empty(output.sizes(), dtype, output.device());
+  run_backward(grad_output, output, dim, op, grad_input.tensor, grad_input.is_new);
+  return grad_input.tensor;
 }
 
 void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim, Op op,
@@ -217,7 +245,7 @@ void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64
       !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
     at::assert_no_partial_overlap(grad_input, grad_output);
     at::assert_no_partial_overlap(grad_input, output);
-    run_backward(grad_output, output, dim, op, grad_input);
+    run_backward(grad_output, output, dim, op, grad_input, /*grad_input_is_new=*/false);
   } else {
     grad_input.copy_(backward(grad_output, output, dim, dtype, op));
   }

@@ -80,6 +80,7 @@ struct BackwardArgs {
   DType grad_input_dtype;  // floating
   Shape shape;
   Op op;
+  bool grad_input_is_new = true;  // its memory may not have been written yet
 };
 
 }  // namespace softmax_ext
