@@ -1,4 +1,4 @@
-"""The memory of results of 32 MB and more on the CPU: kept for the next, and the system's to take."""
+"""The memory of CPU results of 32 MB and more: kept for the next, and the system's to take."""
 
 import ctypes
 import gc

@@ -5,9 +5,6 @@
 //   split rows   inner == 1, fewer long rows than threads: the chunks of a row are shared out.
 //   columns      inner > 1: a thread takes tiles of neighbouring columns, in blocks along dim.
 //
-// Log-softmax of rows of a register, and of columns of a block, which may have a sum close to 1, has
-// kernels of its own.
-//
 // A row is always reduced by the same chunks (blocks) in the same order, so its result depends
 // neither on the batch it is in nor on the number of threads. Input of another type is first
 // rounded to the output's, in the output's memory, one row or tile at a time.
@@ -103,23 +100,55 @@ constexpr A kLowest = -static_cast<A>(INFINITY);
 template <class T, class V>
 struct Share : Full<V> {
   static SOFTMAX_EXT_INLINE V exp(V x) { return exp_of_nonpositive(x); }
-  // What the reciprocal is rounded by; e / sum is their sum times e, rounded once.
-  template <class S>
-  static SOFTMAX_EXT_INLINE V correction(S sum, S reciprocal) {
-    using A = compute_t<T>;
-    if constexpr (std::is_same_v<S, double> && !std::is_same_v<A, double>) {
-      return V(static_cast<A>(reciprocal - static_cast<A>(reciprocal)));
-    } else {
-      return fma_of(V(A(0)) - V(reciprocal), V(sum), V(A(1))) * V(reciprocal);
-    }
-  }
+  // e / sum is e times the reciprocal and what that is rounded off, rounded once.
   static SOFTMAX_EXT_INLINE V quotient(V e, V rest, V reciprocal) {
     if constexpr (sizeof(T) == 2) return e * reciprocal;
     return fma_of(e, reciprocal, e * rest);
   }
 };
+
+// The formula of log-softmax, and what its log_sum is rounded off.
+template <class V>
+struct ExactLogSoftmax : Forward<Op::kLogSoftmax, V> {
+  V rest;
+
+  template <class F>
+  static SOFTMAX_EXT_INLINE ExactLogSoftmax map(const ExactLogSoftmax& other, F f) {
+    return {Forward<Op::kLogSoftmax, V>::map(other, f), f(other.rest)};
+  }
+  SOFTMAX_EXT_INLINE V of(V x) const { return ((x - this->max) - rest) - this->log_sum; }
+};
+
 template <Op op, class T, class V = Vec<compute_t<T>>>
-using forward_t = Forward<op, V, Share<T, V>>;
+using forward_t =
+    std::conditional_t<op == Op::kSoftmax, Forward<op, V, Share<T, V>>, ExactLogSoftmax<V>>;
+
+// The formula for a row's max and its sum + rest, where rest is an ulp of the sum or so. In each lane
+// for another row, or the same.
+template <Op op, class T, class V = Vec<compute_t<T>>>
+SOFTMAX_EXT_INLINE forward_t<op, T> formula_of(V max, V sum, V rest) {
+  forward_t<op, T> formula;
+  if constexpr (op == Op::kSoftmax) {
+    const V one(1);
+    formula.max = max;
+    formula.reciprocal = one / sum;
+    const V off = fma_of(-formula.reciprocal, sum, one);
+    formula.correction = fma_of(-formula.reciprocal, rest, off) * formula.reciprocal;
+  } else {
+    V rest_of_log;
+    formula.max = max;
+    formula.log_sum = log_of(sum, &rest_of_log);
+    formula.rest = rest_of_log + rest / sum;
+  }
+  return formula;
+}
+
+template <Op op, class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE forward_t<op, T> formula_of(OnlineState<double> row) {
+  const A sum = static_cast<A>(row.sum);
+  return formula_of<op, T>(Vec<A>(static_cast<A>(row.max)), Vec<A>(sum),
+                           Vec<A>(static_cast<A>(row.sum - sum)));
+}
 
 // The largest of x, lane by lane.
 template <class T, class V = Vec<compute_t<T>>>
@@ -184,55 +213,48 @@ SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formul
   });
 }
 
-// Of log-softmax over so few elements that the sum may be close to 1, where its log needs more digits
-// than the sum has: what the sum is above 1, in two numbers. The largest elements have exp 1 (or NaN)
-// and add nothing to the first, and 1 each to the second, of which one is the 1.
-template <class V>
-struct AboveOne {
-  V rest{0};
-  V ones{0};
+// formulas[r], of row r, in all lanes.
+template <class F>
+SOFTMAX_EXT_INLINE F of_lane(const F& formulas, int64_t r) {
+  return F::map(formulas, [=](const auto& of_rows) SOFTMAX_EXT_LAMBDA {
+    return std::decay_t<decltype(of_rows)>(of_rows.raw[r]);
+  });
+}
 
-  SOFTMAX_EXT_INLINE void add(V x, V max, V e) {
-    const V one(1);
-    rest = rest + V(x.raw == max.raw ? (e - one).raw : e.raw);
-    ones = ones + V(x.raw == max.raw ? one.raw : V(0).raw);
-  }
-  static SOFTMAX_EXT_INLINE V log_sum(V rest, V ones) { return log1p_of(rest + (ones - V(1))); }
-};
-
-// Rows of at most a register: forward_short_rows for log-softmax.
-template <class T>
-void log_softmax_of_registers(const T* x, T* y, int64_t n, int64_t rows) {
+// `rows` neighbouring rows of at most a register each, which are read once.
+template <Op op, class T>
+void forward_rows_of_a_register(const T* x, T* y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  using F = forward_t<Op::kLogSoftmax, T>;
   const First lanes{n};
-  const auto row = [=](int64_t r) SOFTMAX_EXT_LAMBDA {
-    return n == V::kSize ? load(x + r * n, All{}, kLowest<A>) : load(x + r * n, lanes, kLowest<A>);
-  };
-  V values[V::kSize], rest[V::kSize], ones[V::kSize];
-  alignas(64) A maxes[V::kSize] = {}, rests[V::kSize] = {}, counts[V::kSize] = {};
-  for (int64_t r = 0; r < rows; ++r) rest[r] = values[r] = row(r);
-  max_over_lanes(rest, rows, maxes);
+  V values[V::kSize], of_rows[V::kSize], rest;
+  alignas(64) A maxes[V::kSize] = {};
+  alignas(64) double sums[V::kSize] = {};
   for (int64_t r = 0; r < rows; ++r) {
-    const V max(maxes[r]);
-    AboveOne<V> above;
-    above.add(values[r], max, exp_of_nonpositive(values[r] - shift_of(max)));
-    rest[r] = above.rest;
-    ones[r] = above.ones;
+    const T* row = x + r * n;
+    values[r] = n == V::kSize ? load(row, All{}, kLowest<A>) : load(row, lanes, kLowest<A>);
+    of_rows[r] = values[r];
   }
-  sum_over_lanes(rest, rows, rests);
-  sum_over_lanes(ones, rows, counts);
-  F formulas;
-  formulas.max = load(maxes, All{}, A(0));
-  formulas.log_sum = AboveOne<V>::log_sum(load(rests, All{}, A(0)), load(counts, All{}, A(0)));
+  max_over_lanes(of_rows, rows, maxes);
   for (int64_t r = 0; r < rows; ++r) {
-    const auto formula =
-        F::map(formulas, [=](const V& of_rows) SOFTMAX_EXT_LAMBDA { return V(of_rows.raw[r]); });
-    if (n == V::kSize) {
-      store(y + r * n, All{}, formula.of(values[r]));
+    of_rows[r] = exp_of_nonpositive(values[r] - shift_of(V(maxes[r])));
+    if constexpr (op == Op::kSoftmax) values[r] = of_rows[r];
+  }
+  exact_sum_over_lanes(of_rows, rows, sums);
+  const V sum = load_rounded(sums, &rest);
+  const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum, rest);
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto formula = of_lane(formulas, r);
+    V result;
+    if constexpr (op == Op::kSoftmax) {
+      result = formula.of_exp(values[r]);
     } else {
-      store(y + r * n, lanes, formula.of(values[r]));
+      result = formula.of(values[r]);
+    }
+    if (n == V::kSize) {
+      store(y + r * n, All{}, result);
+    } else {
+      store(y + r * n, lanes, result);
     }
   }
 }
@@ -243,9 +265,7 @@ template <Op op, Write write, class T>
 void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  if constexpr (op == Op::kLogSoftmax) {
-    if (n <= V::kSize) return log_softmax_of_registers(x, y, n, rows);
-  }
+  if (n <= V::kSize) return forward_rows_of_a_register<op>(x, y, n, rows);
   // The exps are kept in the output's memory, or beside it where that is narrower, or streamed to.
   constexpr bool kKeep = op == Op::kSoftmax;
   constexpr bool kStreamed = write == Write::kStreamed;
@@ -254,18 +274,19 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   A* kept = scratch;
   if constexpr (kInOutput) kept = y;
   V lanes[V::kSize];
-  alignas(64) A maxes[V::kSize] = {}, sums[V::kSize] = {};
+  V rest;
+  alignas(64) A maxes[V::kSize] = {};
+  alignas(64) double sums[V::kSize] = {};
   for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x + r * n, n);
   max_over_lanes(lanes, rows, maxes);
   for (int64_t r = 0; r < rows; ++r) {
     lanes[r] = lane_sum_of_exp<kKeep>(x + r * n, kept + r * n, n, maxes[r], /*keep_all=*/kStreamed);
   }
-  sum_over_lanes(lanes, rows, sums);
-  // A lane for each row.
-  const forward_t<op, T> formulas(load(maxes, All{}, A(0)), load(sums, All{}, A(0)));
+  exact_sum_over_lanes(lanes, rows, sums);
+  const V sum = load_rounded(sums, &rest);
+  const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum, rest);
   for (int64_t r = 0; r < rows; ++r) {
-    const auto formula = forward_t<op, T>::map(
-        formulas, [=](const V& of_rows) SOFTMAX_EXT_LAMBDA { return V(of_rows.raw[r]); });
+    const auto formula = of_lane(formulas, r);
     store_each<write, A>(y + r * n, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       const int64_t k = r * n + i;
       if constexpr (kKeep && (kWhole<decltype(lanes)> || kStreamed)) {
@@ -455,17 +476,18 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
         if constexpr (kKeep) {
           if (by_chunk) {
             const auto sum = lane_sum_of_exp<true>(x, y + offset, n, max, /*keep_all=*/true);
-            return OnlineState<double>{max, sum_over_lanes(sum)};
+            return OnlineState<double>{max, exact_sum_over_lanes(sum)};
           }
         }
         A* const nowhere = nullptr;
-        return OnlineState<double>{max, sum_over_lanes(lane_sum_of_exp<false>(x, nowhere, n, max))};
+        const auto sum = lane_sum_of_exp<false>(x, nowhere, n, max);
+        return OnlineState<double>{max, exact_sum_over_lanes(sum)};
       },
       [&](int64_t row, int64_t i, int64_t n, OnlineState<double> of_chunk,
           OnlineState<double> of_row) {
         const int64_t offset = row * dim + i;
         const T* x = input.again(offset);
-        const forward_t<op, T> formula(static_cast<A>(of_row.max), of_row.sum);
+        const auto formula = formula_of<op, T>(of_row);
         if constexpr (kByChunk) {
           if (by_chunk) {
             const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
@@ -552,24 +574,26 @@ void for_each_tile(const Shape& shape, const Threads& threads, Tile tile) {
       });
 }
 
-// A running sum of blocks that keeps what each addition rounds off (Kahan, "Further remarks on
-// reducing truncation errors", 1965): its error does not grow with dim.
+// A running sum, and what its additions have rounded off (Neumaier, "Rundungsfehleranalyse einiger
+// Verfahren zur Summation endlicher Summen", 1974): its error does not grow with dim.
 template <class V>
-struct BlockSum {
+struct ExactSum {
   V sum;
-  V excess;  // of sum over the true one
+  V rest;
 
-  SOFTMAX_EXT_INLINE void add(V block) {
-    const V term = block - excess;
-    const V next = sum + term;
-    excess = zero_if_nan((next - sum) - term);  // an infinite sum has none
-    sum = next;
+  SOFTMAX_EXT_INLINE void add(V term) {
+    V lost;
+    sum = sum_of(sum, term, &lost);
+    rest = rest + lost;
   }
 
   SOFTMAX_EXT_INLINE void scale(V factor) {
     sum = sum * factor;
-    excess = excess * factor;
+    rest = rest * factor;
   }
+
+  // An infinite sum has no rest.
+  SOFTMAX_EXT_INLINE V rounded() const { return sum + zero_if_nan(rest); }
 };
 
 // block(begin, end) for each block of steps along dim.
@@ -588,66 +612,21 @@ SOFTMAX_EXT_INLINE void write_vector(T* y, Lanes lanes, Vec<A> value) {
   }
 }
 
-// Columns of at most a block: forward_columns for log-softmax.
-template <class T, Write write>
-void log_softmax_of_short_columns(const ForwardArgs& args, const Threads& threads) {
-  using A = compute_t<T>;
-  using V = Vec<A>;
-  constexpr int kSize = V::kSize;
-  const int64_t dim = args.shape.dim, inner = args.shape.inner;
-  T* output = static_cast<T*>(args.output);
-  const Input<T> input(args);
-  for_each_tile<A>(args.shape, threads, [&](int64_t offset, int64_t width) {
-    // step(vector, values, place in memory, lanes) for each vector of each step along dim.
-    const auto for_each_step = [&](auto ready, auto step) SOFTMAX_EXT_LAMBDA {
-      for (int64_t d = 0; d < dim; ++d) {
-        const int64_t place = offset + d * inner;
-        const T* x = ready(place);
-        for_each_vector<kSize>(width, [&](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-          step(c / kSize, load(x + c, lanes, kLowest<A>), place + c, lanes);
-        });
-      }
-    };
-    const auto again = [&](int64_t place) SOFTMAX_EXT_LAMBDA { return input.again(place); };
-    V maxes[kTile<A> / kSize];
-    AboveOne<V> above[kTile<A> / kSize];
-    forward_t<Op::kLogSoftmax, T> formulas[kTile<A> / kSize];
-    std::fill_n(maxes, ceil_div(width, kSize), V(kLowest<A>));
-    std::fill_n(above, ceil_div(width, kSize), AboveOne<V>{});
-    for_each_step([&](int64_t place) SOFTMAX_EXT_LAMBDA { return input.at(place, width); },
-                  [&](int64_t v, V x, int64_t, auto)
-                      SOFTMAX_EXT_LAMBDA { maxes[v] = max_of(x, maxes[v]); });
-    for_each_step(again, [&](int64_t v, V x, int64_t, auto) SOFTMAX_EXT_LAMBDA {
-      above[v].add(x, maxes[v], exp_of_nonpositive(x - shift_of(maxes[v])));
-    });
-    for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
-      formulas[v].max = maxes[v];
-      formulas[v].log_sum = AboveOne<V>::log_sum(above[v].rest, above[v].ones);
-    }
-    for_each_step(again, [&](int64_t v, V x, int64_t place, auto lanes) SOFTMAX_EXT_LAMBDA {
-      write_vector<write>(output + place, lanes, formulas[v].of(x));
-    });
-  });
-}
-
 template <Op op, class T, Write write>
 void forward_columns(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  if constexpr (op == Op::kLogSoftmax) {
-    if (args.shape.dim <= kBlock) return log_softmax_of_short_columns<T, write>(args, threads);
-  }
   constexpr int kSize = V::kSize;
   const int64_t dim = args.shape.dim, inner = args.shape.inner;
   T* output = static_cast<T*>(args.output);
   const Input<T> input(args);
   for_each_tile<A>(args.shape, threads, [&](int64_t offset, int64_t width) {
     V maxes[kTile<A> / kSize];
-    BlockSum<V> sums[kTile<A> / kSize];
+    ExactSum<V> sums[kTile<A> / kSize];
     std::fill_n(maxes, ceil_div(width, kSize), V(kLowest<A>));
-    std::fill_n(sums, ceil_div(width, kSize), BlockSum<V>{V(A(0)), V(A(0))});
+    std::fill_n(sums, ceil_div(width, kSize), ExactSum<V>{V(A(0)), V(A(0))});
     for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
-      V shifts[kTile<A> / kSize], block_sums[kTile<A> / kSize];
+      V shifts[kTile<A> / kSize];
       std::copy_n(maxes, ceil_div(width, kSize), shifts);
       for (int64_t d = begin; d < end; ++d) {
         const T* x = input.at(offset + d * inner, width);
@@ -661,35 +640,29 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
         maxes[v] = shifts[v];
         shifts[v] = shift_of(maxes[v]);
         sums[v].scale(exp_of_nonpositive(old - shifts[v]));
-        block_sums[v] = V(A(0));
       }
-      // Four steps at a time: a sum of sums, which rounds less often than one after another.
+      // Four steps at a time; but of a few steps the sum may be close to 1, and then its log has as many
+      // digits as what is added to that.
       const auto sum_steps = [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
         const T* x[4] = {};
         for (int64_t k = 0; k < steps(); ++k) x[k] = input.again(offset + (d + k) * inner);
         for_each_vector<kSize>(
-            width, [=, &shifts, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+            width, [=, &shifts, &sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
               const V shift = shifts[c / kSize];
               V e[4];
               for (int64_t k = 0; k < steps(); ++k) {
                 e[k] = exp_of_nonpositive(load(x[k] + c, lanes, kLowest<A>) - shift);
               }
-              V& sum = block_sums[c / kSize];
-              if constexpr (steps() == 4) {
-                sum = sum + ((e[0] + e[1]) + (e[2] + e[3]));
-              } else {
-                sum = sum + e[0];
-              }
+              sums[c / kSize].add(steps() == 4 ? (e[0] + e[1]) + (e[2] + e[3]) : e[0]);
             });
       };
       int64_t d = begin;
-      for (; d + 4 <= end; d += 4) sum_steps(d, std::integral_constant<int, 4>{});
+      for (; dim > kBlock && d + 4 <= end; d += 4) sum_steps(d, std::integral_constant<int, 4>{});
       for (; d < end; ++d) sum_steps(d, std::integral_constant<int, 1>{});
-      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);
     });
     forward_t<op, T> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
-      formulas[v] = forward_t<op, T>(maxes[v], sums[v].sum);
+      formulas[v] = formula_of<op, T>(maxes[v], sums[v].sum, sums[v].rest);
     }
     for (int64_t d = 0; d < dim; ++d) {
       const T* x = input.again(offset + d * inner);
@@ -713,8 +686,8 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
   const bool ahead = kAhead && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   for_each_tile<A>(args.shape, threads, [=](int64_t offset, int64_t width) {
-    BlockSum<V> sums[kTile<A> / kSize];
-    std::fill_n(sums, ceil_div(width, kSize), BlockSum<V>{V(A(0)), V(A(0))});
+    ExactSum<V> sums[kTile<A> / kSize];
+    std::fill_n(sums, ceil_div(width, kSize), ExactSum<V>{V(A(0)), V(A(0))});
     for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
       V block_sums[kTile<A> / kSize];
       std::fill_n(block_sums, ceil_div(width, kSize), V(A(0)));
@@ -724,21 +697,23 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
         for_each_vector<kSize>(width, [=, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
           V& sum = block_sums[c / kSize];
           if constexpr (kAhead) {
-            if (ahead) __builtin_prefetch(y + c);
+            if (ahead) __builtin_prefetch(y + c);  // as in backward_rows
           }
           sum = sum + Backward<op, V>::term(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0)));
         });
       }
       for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);
     });
+    Backward<op, V> formulas[kTile<A> / kSize];
+    for (int64_t v = 0; v < ceil_div(width, kSize); ++v) formulas[v] = {sums[v].rounded()};
     for (int64_t d = 0; d < dim; ++d) {
       const T* grad = grads + offset + d * inner;
       const T* y = outputs + offset + d * inner;
       G* grad_input = grad_inputs + offset + d * inner;
-      for_each_vector<kSize>(width, [=, &sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        write_vector<write>(grad_input + c, lanes,
-                            Backward<op, V>{sums[c / kSize].sum}.of(load(grad + c, lanes, A(0)),
-                                                                    load(y + c, lanes, A(0))));
+      for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+        write_vector<write>(
+            grad_input + c, lanes,
+            formulas[c / kSize].of(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0))));
       });
     }
   });

@@ -498,12 +498,12 @@ SOFTMAX_EXT_INLINE T sum_of(T a, T b, T* rest) {
   return sum;
 }
 
-// log(x) of a row's sum: 1 or more, or NaN, or 0 where the row is all -inf and its output NaN
-// whatever the logarithm is.
+// log(x), and what it is rounded off, of a row's sum: 1 or more, or NaN, or 0 where the row is all -inf
+// and its output NaN whatever the logarithm is.
 //
 // x is 2^n * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) is f - f^2/2 + f^3 p(f) with p a
 // minimax polynomial for the relative error (2^-30).
-SOFTMAX_EXT_INLINE VecF log_of(VecF x) {
+SOFTMAX_EXT_INLINE VecF log_of(VecF x, VecF* rest) {
   constexpr int32_t kSqrtHalf = 0x3f3504f3;
   constexpr float kPolynomial[] = {0x1.555548p-2f,  -0x1.000006p-2f, 0x1.99a4b6p-3f,
                                    -0x1.555c4cp-3f, 0x1.23376ap-3f,  -0x1.fc2224p-4f,
@@ -518,24 +518,17 @@ SOFTMAX_EXT_INLINE VecF log_of(VecF x) {
   for (int k = 7; k >= 0; --k) p = fma_of(p, f, VecF(kPolynomial[k]));
   VecF small = fma_of(f * square, p, n * VecF(C::kLn2Low));
   small = fma_of(square, VecF(-0.5f), small);
-  VecF rest_of_f, rest;
-  const VecF of_f = sum_of(f, small, &rest_of_f);
-  VecF log = sum_of(n * VecF(C::kLn2High), of_f, &rest);  // the product is exact
-  log = log + (rest + rest_of_f);
+  // Of two summands the first is the larger, or 0 (Dekker, "A floating-point technique for extending
+  // the available precision", 1971). The product is exact.
+  const VecF of_n = n * VecF(C::kLn2High), of_f = f + small, log = of_n + of_f;
+  *rest = (of_f - (log - of_n)) + (small - (of_f - f));
   return x.raw == x.raw ? log.raw : x.raw;
 }
 
-SOFTMAX_EXT_INLINE VecD log_of(VecD x) {
+SOFTMAX_EXT_INLINE VecD log_of(VecD x, VecD* rest) {
   for (int k = 0; k < VecD::kSize; ++k) x.raw[k] = softmax_ext::log_of(x.raw[k]);
+  *rest = VecD(0.0);
   return x;
-}
-
-// log(1 + x) for x of at least 0, or NaN: what is rounded off 1 + x counts too.
-template <class T>
-SOFTMAX_EXT_INLINE Vec<T> log1p_of(Vec<T> x) {
-  Vec<T> rest;
-  const Vec<T> sum = sum_of(Vec<T>(T(1)), x, &rest);
-  return log_of(sum) + rest / sum;
 }
 
 template <class T>
@@ -633,6 +626,57 @@ SOFTMAX_EXT_INLINE void sum_over_lanes(Vec<T>* x, int64_t count, T* result) {
   constexpr int kSize = Vec<T>::kSize;
   if (count == kSize) return over_lanes_of_all<kSize / 2>(x, result, Add{});
   for (int64_t k = 0; k < count; ++k) result[k] = sum_over_lanes(x[k]);
+}
+
+// The same of floats, from here on in double: neighbouring halves of a register as doubles, added.
+typedef float HalfRawFloat __attribute__((vector_size(kRegisterBytes / 2)));
+
+template <int... kLane>
+SOFTMAX_EXT_INLINE VecD halves_added(VecF x, std::integer_sequence<int, kLane...>) {
+  const HalfRawFloat low = __builtin_shufflevector(x.raw, x.raw, kLane...);
+  const HalfRawFloat high = __builtin_shufflevector(x.raw, x.raw, (kLane + VecD::kSize)...);
+  return VecD(__builtin_convertvector(low, RawDouble)) +
+         VecD(__builtin_convertvector(high, RawDouble));
+}
+SOFTMAX_EXT_INLINE VecD halves_added(VecF x) {
+  return halves_added(x, std::make_integer_sequence<int, VecD::kSize>{});
+}
+
+SOFTMAX_EXT_INLINE double exact_sum_over_lanes(VecF x) { return sum_over_lanes(halves_added(x)); }
+SOFTMAX_EXT_INLINE double exact_sum_over_lanes(VecD x) { return sum_over_lanes(x); }
+
+SOFTMAX_EXT_INLINE void exact_sum_over_lanes(VecF* x, int64_t count, double* result) {
+  for (int64_t k = 0; k < count; k += VecD::kSize) {
+    VecD wide[VecD::kSize];
+    const int64_t some = count - k < VecD::kSize ? count - k : VecD::kSize;
+    for (int64_t j = 0; j < some; ++j) wide[j] = halves_added(x[k + j]);
+    sum_over_lanes(wide, some, result + k);
+  }
+}
+SOFTMAX_EXT_INLINE void exact_sum_over_lanes(VecD* x, int64_t count, double* result) {
+  sum_over_lanes(x, count, result);
+}
+
+// What p points to as floats, and what is rounded off.
+SOFTMAX_EXT_INLINE VecF load_rounded(const double* p, VecF* rest) {
+  const VecD low = load(p, All{}, 0.0), high = load(p + VecD::kSize, All{}, 0.0);
+  const auto narrow = [](VecD a, VecD b) SOFTMAX_EXT_LAMBDA {
+    VecF x;
+    const HalfRawFloat parts[] = {__builtin_convertvector(a.raw, HalfRawFloat),
+                                  __builtin_convertvector(b.raw, HalfRawFloat)};
+    std::memcpy(&x.raw, parts, sizeof(parts));
+    return x;
+  };
+  const VecF x = narrow(low, high);
+  HalfRawFloat parts[2];
+  std::memcpy(parts, &x.raw, sizeof(parts));
+  *rest = narrow(low - VecD(__builtin_convertvector(parts[0], RawDouble)),
+                 high - VecD(__builtin_convertvector(parts[1], RawDouble)));
+  return x;
+}
+SOFTMAX_EXT_INLINE VecD load_rounded(const double* p, VecD* rest) {
+  *rest = VecD(0.0);
+  return load(p, All{}, 0.0);
 }
 
 }  // namespace
