@@ -113,55 +113,70 @@ def test_out(dim: int, op: str, dtype: torch.dtype, device: str) -> None:
     assert out._version > version
 
 
+def large_input(dim_size: int, inner: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Just over 32 MB, of which a third is far from too large for the caches; dim is 1."""
+    outer = (1 << 25) // (dim_size * inner * dtype.itemsize) + 1
+    x = torch.randn(outer, dim_size, inner, device=device).to(dtype)
+    x[:, 1] = -torch.inf
+    return x.squeeze(2)
+
+
+def in_thirds(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    parts = zip(*(tensor.chunk(3) for tensor in tensors), strict=True)
+    return torch.cat([function(*part) for part in parts])
+
+
+# Rows of whole lines, several at a time; then each with a rest that is no whole register: in a
+# chunk, alone in the last chunk, in some and kept in cache, beyond that.
+LARGE_ROWS = [256, 1031, 4097, 20011, 150011]
+
+
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
-# Of whole lines, several at a time; then each with a rest that is no whole register: in a chunk, in
-# some and kept in cache, beyond that.
-@pytest.mark.parametrize("dim_size", [256, 1031, 20011, 150011])
+@pytest.mark.parametrize("dim_size", LARGE_ROWS)
 def test_out_beyond_the_caches(dim_size: int, op: str, dtype: torch.dtype, device: str) -> None:
     """32 MB and more are written past the caches of a CPU: the same bits, and nothing beside."""
-    rows = (1 << 25) // (dim_size * dtype.itemsize) + 1
-    row = torch.randn(dim_size, device=device).to(dtype)
-    row[:9] = -torch.inf
-    expected = OURS[op](row, 0)
-    memory = torch.full((rows * dim_size + 2,), 7.0, dtype=dtype, device=device)
-    out = memory[1:-1].view(rows, dim_size)
-    OURS[op](row.expand(rows, -1), 1, out=out)
-    assert torch.equal(out, expected.expand(rows, -1))
+    x = large_input(dim_size, 1, dtype, device)
+    memory = torch.full((x.numel() + 2,), 7.0, dtype=dtype, device=device)
+    out = memory[1:-1].view(x.shape)
+    OURS[op](x, 1, out=out)
+    assert torch.equal(out, in_thirds(lambda part: OURS[op](part, 1), x))
     assert memory[0] == memory[-1] == 7
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
-# As above; then columns: of a block and of more, with steps of whole lines, and one with others.
+# Columns: of a block and of more, with steps of whole lines; then with others.
 @pytest.mark.parametrize(
     ("dim_size", "inner"),
-    [(256, 1), (1031, 1), (20011, 1), (150011, 1), (16, 4096), (19, 4096), (300, 480), (50, 196)],
+    [*((size, 1) for size in LARGE_ROWS), (16, 4096), (19, 4096), (300, 480), (50, 196)],
 )
 def test_large_results_in_memory_used_before(
     dim_size: int, inner: int, op: str, dtype: torch.dtype, device: str
 ) -> None:
     """On the CPU the second is written past the caches: the same bits, and so the gradient."""
-    backward = getattr(torch.ops.softmax_ext, f"{op}_backward")
-    outer = (1 << 25) // (dim_size * inner * dtype.itemsize) + 1
 
-    def column(values: torch.Tensor) -> torch.Tensor:
-        return values.to(device, dtype).view(1, dim_size, 1).expand(1, dim_size, min(inner, 2))
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return OURS[op](x, 1)
 
-    def large(values: torch.Tensor) -> torch.Tensor:
-        return values[..., :1].expand(outer, dim_size, inner)
+    def backward(grad_output: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = getattr(torch.ops.softmax_ext, f"{op}_backward")(
+            grad_output, output, 1, dtype
+        )
+        return result
 
-    x, grad_output = column(torch.randn(dim_size)), column(torch.randn(dim_size))
-    output = OURS[op](x, 1)
-    grad_input = backward(grad_output, output, 1, dtype)
+    x = large_input(dim_size, inner, dtype, device)
+    grad_output = torch.randn_like(x)
+    output = in_thirds(forward, x)
+    grad_input = in_thirds(backward, grad_output, output)
     places = set()
     for _ in range(2):
-        result = OURS[op](large(x), 1)
-        assert torch.equal(result, large(output))
+        result = forward(x)
+        assert torch.equal(result, output)
         places.add(result.data_ptr())
         del result
-        result = backward(large(grad_output), large(output), 1, dtype)
-        assert torch.equal(result, large(grad_input))
+        result = backward(grad_output, output)
+        assert torch.equal(result, grad_input)
         places.add(result.data_ptr())
         del result
     if device == "cpu" and sys.platform == "linux":

@@ -186,7 +186,7 @@ SOFTMAX_EXT_INLINE Vec<A> lane_sum_of_exp(const T* x, A* kept, int64_t n, A max,
 // How an output is written.
 enum class Write { kCached, kStreamed };
 
-// y[i] = value(i, lanes), of type A, for each vector of [0, n). Streamed, n is a register's or more.
+// y[i] = value(i, lanes), of type A, for each vector of [0, n).
 template <Write write, class A, class T, class Value>
 SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
   constexpr int64_t kSize = Vec<A>::kSize;
@@ -195,7 +195,7 @@ SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
     constexpr int64_t kBytes = kSize * sizeof(T);
     const int64_t beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(y)) % kBytes;
     if (beyond != 0) {
-      begin = (kBytes - beyond) / static_cast<int64_t>(sizeof(T));
+      begin = std::min(n, (kBytes - beyond) / static_cast<int64_t>(sizeof(T)));
       store(y, First{begin}, value(0, First{begin}));
     }
     for (; begin + kSize <= n; begin += kSize) stream(y + begin, value(begin, All{}));
@@ -602,7 +602,7 @@ SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
   for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(d + kBlock, dim));
 }
 
-// y = value. Streamed, y is aligned to a line, and all lanes count.
+// y = value. Streamed, y is aligned to what a register of results has.
 template <Write write, class T, class Lanes, class A>
 SOFTMAX_EXT_INLINE void write_vector(T* y, Lanes lanes, Vec<A> value) {
   if constexpr (write == Write::kStreamed && kWhole<Lanes>) {

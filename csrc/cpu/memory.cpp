@@ -20,14 +20,12 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 constexpr uintptr_t round_up(uintptr_t a, uintptr_t b) { return (a + b - 1) / b * b; }
 
-// Of all that is kept; SOFTMAX_EXT_KEEP_MB is read once.
-size_t limit() {
-  static const size_t bytes = [] {
-    const char* megabytes = std::getenv("SOFTMAX_EXT_KEEP_MB");
-    return size_t{megabytes == nullptr ? 512 : std::strtoul(megabytes, nullptr, 10)} << 20;
-  }();
-  return bytes;
-}
+// Of all that is kept.
+const size_t limit = [] {
+  const char* megabytes = std::getenv("SOFTMAX_EXT_KEEP_MB");
+  const bool is_set = megabytes != nullptr && *megabytes != '\0';
+  return size_t{is_set ? std::strtoul(megabytes, nullptr, 10) : 512} << 20;
+}();
 
 // Before the data of a block is its size, in a page that the system has no leave to take. No machine
 // has larger ones.
@@ -53,12 +51,12 @@ void unmap(void* data) {
   if (data != nullptr) (void)munmap(static_cast<char*>(data) - kHead, kHead + size_of(data));
 }
 
-// The blocks that are kept, in a ring: `next` is the oldest one's place. Without a lock, which a
-// child made by fork could find locked for ever.
+// The blocks that are kept, in a ring: the latest is before `next`, the oldest after it. Without a
+// lock, which a child made by fork could find locked for ever.
 constexpr unsigned kSlots = 16;
 std::atomic<void*> slots[kSlots];
 std::atomic<unsigned> next{0};
-std::atomic<size_t> kept{0};
+std::atomic<size_t> kept{0};  // bytes in the slots and on the way there
 
 // What a slot has, or nullptr; the caller's alone from now on.
 void* take_from(std::atomic<void*>& slot) {
@@ -67,9 +65,8 @@ void* take_from(std::atomic<void*>& slot) {
   return data;
 }
 
-// Of a block that is nobody's, in place of the oldest one.
+// In place of the oldest block. kept has its size already.
 void keep(void* data) {
-  kept += size_of(data);
   void* const oldest = slots[next++ % kSlots].exchange(data);
   if (oldest == nullptr) return;
   kept -= size_of(oldest);
@@ -96,23 +93,30 @@ Memory take_memory(size_t bytes) {
     void* const data = take_from(slot);
     if (data == nullptr) continue;
     const size_t size = size_of(data);
-    if (size >= bytes && size - bytes <= bytes / 4) return {data, false};
-    void* empty = nullptr;
-    kept += size;
-    if (!slot.compare_exchange_strong(empty, data)) {
-      kept -= size;
-      keep(data);
+    if (size >= bytes && size - bytes <= bytes / 4) {
+      unsigned expected = end;
+      if (k == 1) next.compare_exchange_strong(expected, end - 1);
+      return {data, false};
     }
+    kept += size;
+    void* empty = nullptr;
+    if (!slot.compare_exchange_strong(empty, data)) keep(data);
   }
-  return {map(bytes), true};
+  void* data = map(bytes);
+  if (data == nullptr) {
+    for (std::atomic<void*>& slot : slots) unmap(take_from(slot));
+    data = map(bytes);
+  }
+  return {data, true};
 }
 
 void free_memory(void* data) {
   const size_t size = size_of(data);
-  for (unsigned k = 0; k < kSlots && kept + size > limit(); ++k) {  // the oldest first
+  if (size > limit || madvise(data, size, MADV_FREE) != 0) return unmap(data);
+  kept += size;
+  for (unsigned k = 0; k < kSlots && kept > limit; ++k) {  // the oldest first
     unmap(take_from(slots[(next + k) % kSlots]));
   }
-  if (kept + size > limit() || madvise(data, size, MADV_FREE) != 0) return unmap(data);
   keep(data);
 }
 

@@ -14,8 +14,7 @@ namespace softmax_ext::cpu {
 // in use already keeps its pages.
 void prefer_huge_pages(void* data, size_t bytes);
 
-// What malloc would give back. (It keeps less, once such a size has been freed: mallopt(3),
-// M_MMAP_THRESHOLD.)
+// What malloc gives back. Smaller sizes it keeps, once one has been freed: mallopt(3), M_MMAP_THRESHOLD.
 constexpr size_t kLargeOutput = size_t{32} << 20;
 
 struct Memory {

@@ -518,8 +518,8 @@ SOFTMAX_EXT_INLINE VecF log_of(VecF x, VecF* rest) {
   for (int k = 7; k >= 0; --k) p = fma_of(p, f, VecF(kPolynomial[k]));
   VecF small = fma_of(f * square, p, n * VecF(C::kLn2Low));
   small = fma_of(square, VecF(-0.5f), small);
-  // Of two summands the first is the larger, or 0 (Dekker, "A floating-point technique for extending
-  // the available precision", 1971). The product is exact.
+  // The product is exact. Of two summands the first is the larger, or 0 (Dekker, "A floating-point
+  // technique for extending the available precision", 1971), or both are far below an ulp of n ln 2.
   const VecF of_n = n * VecF(C::kLn2High), of_f = f + small, log = of_n + of_f;
   *rest = (of_f - (log - of_n)) + (small - (of_f - f));
   return x.raw == x.raw ? log.raw : x.raw;
