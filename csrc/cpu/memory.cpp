@@ -86,6 +86,7 @@ void prefer_huge_pages(void* data, size_t bytes) {
 }
 
 Memory take_memory(size_t bytes) {
+  if (bytes > SIZE_MAX / 2) return {nullptr, true};
   bytes = round_up(bytes, kHugePage);
   const unsigned end = next;
   for (unsigned k = 1; k <= kSlots; ++k) {  // the latest first

@@ -37,17 +37,20 @@ struct NewTensor {
 
 NewTensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device) {
   if (!device.is_cpu()) return {at::empty(sizes, at::TensorOptions(device).dtype(dtype)), true};
-  const size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(dtype);
   c10::Allocator* const allocator = c10::GetCPUAllocator();
+  const size_t size = c10::elementSize(dtype);
+  size_t bytes = 0;
   cpu::Memory memory{nullptr, true};
   // An allocator of the user's own is asked for all.
-  if (bytes >= cpu::kLargeOutput && allocator == c10::GetDefaultCPUAllocator()) {
+  if (static_cast<size_t>(c10::multiply_integers(sizes)) >= cpu::kLargeOutput / size &&
+      allocator == c10::GetDefaultCPUAllocator()) {
+    bytes = at::detail::computeStorageNbytesContiguous(sizes, size);  // which may be too many
     memory = cpu::take_memory(bytes);
   }
   if (memory.data == nullptr) {
     // What at::empty ends in, without its dispatch.
     at::Tensor tensor = at::detail::empty_cpu(sizes, dtype);
-    cpu::prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
+    cpu::prefer_huge_pages(tensor.mutable_data_ptr(), tensor.nbytes());
     return {tensor, true};
   }
   c10::profiledCPUMemoryReporter().New(memory.data, bytes);
