@@ -22,10 +22,10 @@ namespace softmax_ext::cpu {
 namespace {
 
 // Of a row: small enough to stay in the first-level cache between two looks, and for each lane of the
-// four registers that sum it to have no more than 128 terms.
+// four registers that sum it to have no more than 64 terms.
 template <class A>
 constexpr int64_t kChunk =
-    std::min<int64_t>(16384 / static_cast<int64_t>(sizeof(A)), 512 * Vec<A>::kSize);
+    std::min<int64_t>(16384 / static_cast<int64_t>(sizeof(A)), 256 * Vec<A>::kSize);
 
 // Along dim, in the columns schedule: a block of a tile stays in cache between two looks. Memory is
 // always walked along inner: a walk along dim can meet loads that share their address modulo 4096
