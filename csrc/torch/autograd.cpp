@@ -1,150 +1,141 @@
 #include "autograd.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/SequenceNumber.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/WrapDimUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 
 #include "library.h"
+#include "node.h"
+#include "node_type.h"
 #include "operators.h"
 
 namespace softmax_ext {
 namespace {
 
-using torch::autograd::Node;
-using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// What the nodes keep besides tensors.
-struct NodeState {
+// What a profiler or an execution trace is told of a call that no dispatcher sees.
+#define SOFTMAX_EXT_RECORD(name, ...)                                                            \
+  RECORD_FUNCTION((name), (std::vector<c10::IValue>{__VA_ARGS__}),                               \
+                  at::GradMode::is_enabled() ? static_cast<int64_t>(at::sequence_number::peek()) \
+                                             : int64_t{-1})
+
+template <class F>
+auto visit(Op op, F f) {
+  if (op == Op::kSoftmax) return f(std::integral_constant<Op, Op::kSoftmax>{});
+  return f(std::integral_constant<Op, Op::kLogSoftmax>{});
+}
+
+template <Op op>
+at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
+                            at::ScalarType input_dtype);
+
+// The gradient of the input. It needs nothing but the output.
+template <Op op>
+struct InputGradient {
+  static constexpr const char* kName =
+      op == Op::kSoftmax ? "SoftmaxExtSoftmaxBackward" : "SoftmaxExtLogSoftmaxBackward";
+  static constexpr std::array kSaved = {"result"};
+  static constexpr std::array kMembers = {"dim", "input_dtype"};
+
   int64_t dim;
   at::ScalarType input_dtype;
-  Op op;
-};
 
-at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& output,
-                            NodeState state);
-
-// Nodes as torch's generated ones, where torch::autograd::Function would cost a small call half as
-// much again as torch's own operator.
-class SoftmaxNode : public Node {
- public:
-  SoftmaxNode(NodeState state) : state_(state) {}
-
-  std::string name() const override {
-    return state_.op == Op::kSoftmax ? "SoftmaxExtSoftmaxBackward" : "SoftmaxExtLogSoftmaxBackward";
-  }
-
-  void save(const at::Tensor& output, bool is_inplace_on_view = false) {
-    output_ = SavedVariable(output, /*is_output=*/true, is_inplace_on_view);
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  variable_list operator()(const variable_list& grads,
+                           const std::array<at::Tensor, 1>& saved) const {
     if (!grads[0].defined()) return {at::Tensor()};
-    return {softmax_backward(grads[0], output_.unpack(getptr()), state_)};
+    return {softmax_backward<op>(grads[0], saved[0], dim, input_dtype)};
   }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    output_.reset_data();
-  }
-
- private:
-  NodeState state_;
-  SavedVariable output_;
 };
 
 // The gradient's own gradient. With v the incoming gradient and sums over dim:
 //   softmax      dx = y (g - sum(g y))     dg = y (v - sum(v y))    dy = v (g - sum(g y)) - g sum(v y)
 //   log-softmax  dx = g - exp(y) sum(g)    dg = v - sum(v exp(y))   dy = -v exp(y) sum(g)
-class SoftmaxBackwardNode : public Node {
- public:
-  SoftmaxBackwardNode(NodeState state, const at::Tensor& grad_output, const at::Tensor& output)
-      : state_(state), grad_output_(grad_output, false), output_(output, false) {}
+template <Op op>
+struct GradientOfGradient {
+  static constexpr const char* kName = op == Op::kSoftmax ? "SoftmaxExtSoftmaxBackwardBackward"
+                                                          : "SoftmaxExtLogSoftmaxBackwardBackward";
+  static constexpr std::array kSaved = {"grad_output", "output"};
+  static constexpr std::array kMembers = {"dim"};
 
-  std::string name() const override {
-    return state_.op == Op::kSoftmax ? "SoftmaxExtSoftmaxBackwardBackward"
-                                     : "SoftmaxExtLogSoftmaxBackwardBackward";
-  }
+  int64_t dim;
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  variable_list operator()(const variable_list& grads,
+                           const std::array<at::Tensor, 2>& saved) const {
     if (!grads[0].defined()) return {at::Tensor(), at::Tensor()};
-    const at::Tensor g = grad_output_.unpack();
-    const at::Tensor y = output_.unpack();
+    const at::Tensor& g = saved[0];
+    const at::Tensor& y = saved[1];
     const at::Tensor v = grads[0].to(y.scalar_type());
-    const auto sum = [&](const at::Tensor& x) { return x.sum(state_.dim, /*keepdim=*/true); };
-    if (state_.op == Op::kSoftmax) {
-      return {softmax_backward(v, y, {state_.dim, y.scalar_type(), state_.op}),
+    check_gradient(g, y, dim, y.scalar_type(), op);
+    check_gradient(v, y, dim, y.scalar_type(), op);
+    const auto sum = [&](const at::Tensor& x) { return x.sum(dim, /*keepdim=*/true); };
+    if constexpr (op == Op::kSoftmax) {
+      return {softmax_backward<op>(v, y, dim, y.scalar_type()),
               v * (g - sum(g * y)) - g * sum(v * y)};
+    } else {
+      const at::Tensor weighted = v * y.exp();
+      return {v - sum(weighted), -weighted * sum(g)};
     }
-    const at::Tensor weighted = v * y.exp();
-    return {v - sum(weighted), -weighted * sum(g)};
   }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    grad_output_.reset_data();
-    output_.reset_data();
-  }
-
- private:
-  NodeState state_;
-  SavedVariable grad_output_;
-  SavedVariable output_;
 };
 
-// A std::shared_ptr up to torch 2.12 or so, a c10::intrusive_ptr since.
-using NodePointer = decltype(std::declval<Node&>().getptr());
-
-template <class N, class Pointer = NodePointer, class... Arguments>
-auto make_node(torch::autograd::edge_list&& edges, Arguments&&... arguments) {
-  const auto finish = [&](auto node) {
-    node->set_next_edges(std::move(edges));
-    return node;
-  };
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>) {
-    // deleteNode spares the destruction of a long graph a deep recursion.
-    return finish(std::shared_ptr<N>(new N(std::forward<Arguments>(arguments)...),
-                                     [](auto* node) { deleteNode(node); }));
-  } else {
-    return finish(c10::make_intrusive<N>(std::forward<Arguments>(arguments)...));
-  }
+template <Op op>
+auto members(InputGradient<op>& f) {
+  return std::tie(f.dim, f.input_dtype);
+}
+template <Op op>
+auto members(const InputGradient<op>& f) {
+  return std::tie(f.dim, f.input_dtype);
+}
+template <Op op>
+auto members(GradientOfGradient<op>& f) {
+  return std::tie(f.dim);
+}
+template <Op op>
+auto members(const GradientOfGradient<op>& f) {
+  return std::tie(f.dim);
 }
 
 // Gives `output` (`grad_input`) its place in the graph, if a gradient is wanted.
-void record_forward(const at::Tensor& input, const at::Tensor& output, int64_t dim, Op op) {
+template <Op op>
+void record_forward(const at::Tensor& input, const at::Tensor& output, int64_t dim) {
   if (!torch::autograd::compute_requires_grad(input)) return;
-  const auto node = make_node<SoftmaxNode>(
-      torch::autograd::collect_next_edges(input),
-      NodeState{at::maybe_wrap_dim(dim, input.dim()), input.scalar_type(), op});
+  const auto node =
+      make_node(torch::autograd::collect_next_edges(input),
+                InputGradient<op>{at::maybe_wrap_dim(dim, input.dim()), input.scalar_type()});
   set_history(output, node);
-  node->save(output);
+  node->save(0, output, /*is_output=*/true);
 }
 
+template <Op op>
 void record_backward(const at::Tensor& grad_output, const at::Tensor& output,
-                     const at::Tensor& grad_input, NodeState state) {
+                     const at::Tensor& grad_input, int64_t dim) {
   if (!torch::autograd::compute_requires_grad(grad_output, output)) return;
-  set_history(grad_input, make_node<SoftmaxBackwardNode>(
-                              torch::autograd::collect_next_edges(grad_output, output), state,
-                              grad_output, output));
+  const auto node = make_node(torch::autograd::collect_next_edges(grad_output, output),
+                              GradientOfGradient<op>{at::maybe_wrap_dim(dim, output.dim())});
+  node->save(0, grad_output, /*is_output=*/false);
+  node->save(1, output, /*is_output=*/false);
+  set_history(grad_input, node);
 }
 
-at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& output,
-                            NodeState state) {
+template <Op op>
+at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
+                            at::ScalarType input_dtype) {
   if (!kernels_take(grad_output) || !kernels_take(output)) {  // batched gradients, for one
-    return dispatch_backward(grad_output, output, state.dim, state.input_dtype, state.op);
+    return dispatch_backward(grad_output, output, dim, input_dtype, op);
   }
-  const at::Tensor grad_input =
-      backward(grad_output, output, state.dim, state.input_dtype, state.op);
-  record_backward(grad_output, output, grad_input, state);
+  SOFTMAX_EXT_RECORD(
+      (op == Op::kSoftmax ? "softmax_ext::softmax_backward" : "softmax_ext::log_softmax_backward"),
+      grad_output, output, dim, input_dtype);
+  const at::Tensor grad_input = backward(grad_output, output, dim, input_dtype, op);
+  record_backward<op>(grad_output, output, grad_input, dim);
   return grad_input;
 }
 
@@ -160,8 +151,10 @@ at::Tensor softmax(const at::Tensor& input, int64_t dim, std::optional<at::Scala
   if (!is_kernel_dtype(input.scalar_type())) {
     return softmax(input.to(result), dim, std::nullopt, op);
   }
+  SOFTMAX_EXT_RECORD((op == Op::kSoftmax ? "softmax_ext::softmax" : "softmax_ext::log_softmax"),
+                     input, dim, dtype);
   const at::Tensor output = forward(input, dim, result, op);
-  record_forward(input, output, dim, op);
+  visit(op, [&](auto op) { record_forward<op()>(input, output, dim); });
   return output;
 }
 
@@ -177,6 +170,8 @@ void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarT
   TORCH_CHECK(!torch::autograd::compute_requires_grad(input, out), name(op),
               "(): functions with out=... arguments don't support automatic differentiation, but "
               "one of the arguments requires grad.");
+  SOFTMAX_EXT_RECORD((op == Op::kSoftmax ? "softmax_ext::softmax" : "softmax_ext::log_softmax"),
+                     input, dim, dtype, out);
   const at::Tensor converted = is_kernel_dtype(input.scalar_type()) ? input : input.to(result);
   forward_out(converted, dim, result, op, out);
 }
@@ -191,18 +186,20 @@ void softmax_in_place(at::Tensor& input, int64_t dim, Op op) {
   const bool recorded = torch::autograd::compute_requires_grad(input);
   torch::autograd::check_inplace(input, recorded);
   at::assert_no_internal_overlap(input);
-  const auto edges =
-      recorded ? torch::autograd::collect_next_edges(input) : torch::autograd::edge_list();
+  SOFTMAX_EXT_RECORD((op == Op::kSoftmax ? "softmax_ext::softmax_" : "softmax_ext::log_softmax_"),
+                     input, dim);
+  auto edges = recorded ? torch::autograd::collect_next_edges(input) : torch::autograd::edge_list();
   torch::autograd::increment_version(input);
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     forward_in_place(input, dim, op);
   }
   if (!recorded) return;
-  auto node = make_node<SoftmaxNode>(torch::autograd::edge_list(edges),
-                                     NodeState{dim, input.scalar_type(), op});
-  torch::autograd::rebase_history(input, node);
-  node->save(input, /*is_inplace_on_view=*/input.is_view());
+  visit(op, [&](auto op) {
+    const auto node = make_node(std::move(edges), InputGradient<op()>{dim, input.scalar_type()});
+    torch::autograd::rebase_history(input, node);
+    node->save(0, input, /*is_output=*/true, /*is_inplace_on_view=*/input.is_view());
+  });
 }
 
 at::Tensor recorded_forward(const at::Tensor& input, int64_t dim,
@@ -216,7 +213,7 @@ at::Tensor recorded_forward(const at::Tensor& input, int64_t dim,
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     output = dispatch_forward(input, dim, dtype, op);
   }
-  record_forward(input, output, dim, op);
+  visit(op, [&](auto op) { record_forward<op()>(input, output, dim); });
   return output;
 }
 
@@ -230,9 +227,17 @@ at::Tensor recorded_backward(const at::Tensor& grad_output, const at::Tensor& ou
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     grad_input = dispatch_backward(grad_output, output, dim, input_dtype, op);
   }
-  record_backward(grad_output, output, grad_input,
-                  {at::maybe_wrap_dim(dim, output.dim()), input_dtype, op});
+  visit(op, [&](auto op) { record_backward<op()>(grad_output, output, grad_input, dim); });
   return grad_input;
+}
+
+void add_node_types() {
+  for (const Op each : {Op::kSoftmax, Op::kLogSoftmax}) {
+    visit(each, [](auto op) {
+      NodeType<InputGradient<op()>>::add();
+      NodeType<GradientOfGradient<op()>>::add();
+    });
+  }
 }
 
 }  // namespace softmax_ext

@@ -26,4 +26,7 @@ at::Tensor recorded_forward(const at::Tensor& input, int64_t dim,
 at::Tensor recorded_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                              at::ScalarType input_dtype, Op op);
 
+// Gives the nodes' Python objects their names and attributes; once, at import.
+void add_node_types();
+
 }  // namespace softmax_ext

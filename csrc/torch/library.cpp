@@ -27,7 +27,7 @@ struct Kernels {
     if (!kernels_run_on(input.device())) return torch_forward(input, dim, dtype, op);
     const at::ScalarType result = output_dtype(input, dtype, op);
     return softmax_ext::forward(is_kernel_dtype(input.scalar_type()) ? input : input.to(result),
-                                at::maybe_wrap_dim(dim, input.dim()), result, op);
+                                dim, result, op);
   }
 
   static at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
@@ -35,8 +35,7 @@ struct Kernels {
     if (!kernels_run_on(output.device())) {
       return torch_backward(grad_output, output, dim, input_dtype, op);
     }
-    return softmax_ext::backward(grad_output, output, at::maybe_wrap_dim(dim, output.dim()),
-                                 input_dtype, op);
+    return softmax_ext::backward(grad_output, output, dim, input_dtype, op);
   }
 
   static at::Tensor forward_meta(const at::Tensor& input, int64_t dim, Dtype dtype) {
@@ -45,8 +44,9 @@ struct Kernels {
                             input.options().dtype(output_dtype(input, dtype, op)));
   }
 
-  static at::Tensor backward_meta(const at::Tensor&, const at::Tensor& output, int64_t,
-                                  at::ScalarType input_dtype) {
+  static at::Tensor backward_meta(const at::Tensor& grad_output, const at::Tensor& output,
+                                  int64_t dim, at::ScalarType input_dtype) {
+    check_gradient(grad_output, output, dim, input_dtype, op);
     return at::empty_symint(output.sym_sizes(), output.options().dtype(input_dtype));
   }
 
@@ -106,6 +106,7 @@ at::Tensor torch_forward(const at::Tensor& input, int64_t dim, Dtype dtype, Op o
 
 at::Tensor torch_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                           at::ScalarType input_dtype, Op op) {
+  check_gradient(grad_output, output, dim, input_dtype, op);
   // torch's own operator casts only from float to half.
   const auto dtype = output.scalar_type();
   return (op == Op::kSoftmax ? at::_softmax_backward_data(grad_output, output, dim, dtype)

@@ -139,6 +139,7 @@ py::dict plan(int64_t outer, int64_t dim, int64_t inner, py::handle load_dtype,
 PYBIND11_MODULE(_C, module) {
   // A forced instruction set that cannot be had is an error at import, not at the first call.
   cpu::kernels();
+  add_node_types();
   module.def("softmax", bind<Op::kSoftmax>, py::arg("input"), py::arg("dim"), py::arg("dtype"),
              py::arg("out"));
   module.def("log_softmax", bind<Op::kLogSoftmax>, py::arg("input"), py::arg("dim"),

@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
+#include <ATen/WrapDimUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/empty.h>
@@ -23,10 +24,48 @@ constexpr c10::DispatchKeySet kTakenKeys =
                          c10::DispatchKey::AutocastCPU, c10::DispatchKey::AutocastCUDA});
 
 Shape to_shape(const at::Tensor& tensor, int64_t dim) {
+  dim = at::maybe_wrap_dim(dim, tensor.dim());
   const at::IntArrayRef sizes = tensor.sizes();
   if (sizes.empty()) return {1, 1, 1};
   return {c10::multiply_integers(sizes.slice(0, dim)), sizes[dim],
           c10::multiply_integers(sizes.slice(dim + 1))};
+}
+
+bool have_same_size(const at::Tensor& a, const at::Tensor& b) {
+  const auto is_symbolic = [](const at::Tensor& tensor) {
+    return tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  if (!is_symbolic(a) && !is_symbolic(b)) return a.sizes() == b.sizes();
+  return sym_equals(a.sym_sizes(), b.sym_sizes()).expect_true(__FILE__, __LINE__);
+}
+
+// A storage may have been resized to less than what a tensor sees of it.
+void check_storage(Op op, const char* argument, const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return;
+  const size_t size = tensor.itemsize(), offset = tensor.storage_offset();
+  const size_t bytes =
+      tensor.is_contiguous()
+          ? (offset + static_cast<size_t>(tensor.numel())) * size
+          : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), size, offset);
+  TORCH_CHECK(bytes <= tensor.storage().nbytes(), name(op), "(): argument '", argument,
+              "' of sizes ", tensor.sizes(), ", strides ", tensor.strides(), " and storage offset ",
+              offset, " requires a storage of ", bytes, " bytes, but its storage has ",
+              tensor.storage().nbytes());
+}
+
+// What each call relies on, before it allocates or changes anything. The shape comes of it.
+Shape check_forward(const at::Tensor& input, int64_t dim, Op op) {
+  const Shape shape = to_shape(input, dim);
+  check_storage(op, "input", input);
+  return shape;
+}
+
+Shape check_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
+                     at::ScalarType input_dtype, Op op) {
+  check_gradient(grad_output, output, dim, input_dtype, op);
+  check_storage(op, "grad_output", grad_output);
+  check_storage(op, "output", output);
+  return to_shape(output, dim);
 }
 
 // A contiguous tensor to be written, and whether its memory may not have been yet.
@@ -98,30 +137,29 @@ bool needs_cast(at::Device device, at::ScalarType load, at::ScalarType store, in
 }
 
 // `output` is contiguous.
-void run_forward(const at::Tensor& input, int64_t dim, Op op, const at::Tensor& output,
+void run_forward(const at::Tensor& input, const Shape& shape, Op op, const at::Tensor& output,
                  bool output_is_new) {
   if (input.numel() == 0) return;
   if (needs_cast(input.device(), input.scalar_type(), output.scalar_type(), 1)) {
-    run_forward(input.to(output.scalar_type()), dim, op, output, output_is_new);
+    run_forward(input.to(output.scalar_type()), shape, op, output, output_is_new);
     return;
   }
   const at::Tensor contiguous = input.contiguous();
   launch(ForwardArgs{contiguous.const_data_ptr(), output.mutable_data_ptr(),
-                     to_dtype(input.scalar_type()), to_dtype(output.scalar_type()),
-                     to_shape(input, dim), op, output_is_new},
+                     to_dtype(input.scalar_type()), to_dtype(output.scalar_type()), shape, op,
+                     output_is_new},
          input.device());
 }
 
 // `grad_input` is contiguous.
-void run_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim, Op op,
-                  const at::Tensor& grad_input, bool grad_input_is_new) {
+void run_backward(const at::Tensor& grad_output, const at::Tensor& output, const Shape& shape,
+                  Op op, const at::Tensor& grad_input, bool grad_input_is_new) {
   if (output.numel() == 0) return;
   const at::Tensor grad_contiguous = grad_output.contiguous();
   const at::Tensor contiguous = output.contiguous();
   launch(BackwardArgs{grad_contiguous.const_data_ptr(), contiguous.const_data_ptr(),
                       grad_input.mutable_data_ptr(), to_dtype(output.scalar_type()),
-                      to_dtype(grad_input.scalar_type()), to_shape(output, dim), op,
-                      grad_input_is_new},
+                      to_dtype(grad_input.scalar_type()), shape, op, grad_input_is_new},
          output.device());
 }
 
@@ -190,9 +228,36 @@ at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarTyp
       dtype.has_value() ? "" : " (an input of another dtype needs the argument 'dtype')");
 }
 
+void check_gradient(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
+                    at::ScalarType input_dtype, Op op) {
+  const at::ScalarType dtype = output.scalar_type();
+  TORCH_CHECK(
+      grad_output.device() == output.device(), name(op),
+      "_backward(): Expected all tensors to be on the same device, but found 'grad_output' on ",
+      grad_output.device(), " and 'output' on ", output.device());
+  for (const auto& [argument, tensor] :
+       {std::pair("grad_output", &grad_output), std::pair("output", &output)}) {
+    TORCH_CHECK_NOT_IMPLEMENTED(is_kernel_output_dtype(tensor->scalar_type()), name(op),
+                                "_backward(): not implemented for an argument '", argument,
+                                "' of dtype ", tensor->scalar_type(),
+                                "; expected Half, BFloat16, Float or Double");
+  }
+  TORCH_CHECK_NOT_IMPLEMENTED(is_kernel_output_dtype(input_dtype), name(op),
+                              "_backward(): not implemented for argument 'input_dtype' = ",
+                              input_dtype, "; expected Half, BFloat16, Float or Double");
+  TORCH_CHECK(grad_output.scalar_type() == dtype, name(op), "_backward(): expected scalar type ",
+              dtype, " but found ", grad_output.scalar_type(),
+              ": argument 'grad_output' must have the dtype of 'output'");
+  TORCH_CHECK(have_same_size(grad_output, output), name(op),
+              "_backward(): Expected argument 'grad_output' to have same size as 'output', but ",
+              grad_output.sym_sizes(), " does not equal ", output.sym_sizes());
+  (void)at::maybe_wrap_dim(dim, output.dim());
+}
+
 at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op) {
+  const Shape shape = check_forward(input, dim, op);
   const NewTensor output = empty(input.sizes(), dtype, input.device());
-  run_forward(input, dim, op, output.tensor, output.is_new);
+  run_forward(input, shape, op, output.tensor, output.is_new);
   return output.tensor;
 }
 
@@ -202,6 +267,8 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
               dtype, ", but got ", out.scalar_type());
   TORCH_CHECK(out.device() == input.device(), name(op), "(): expected argument 'out' on ",
               input.device(), " like 'input', but got ", out.device());
+  const Shape shape = check_forward(input, dim, op);
+  check_storage(op, "out", out);
   at::native::resize_output(out, input.sizes());
   at::assert_no_internal_overlap(out);
   // What the kernel reads and writes must be the same elements or none of the same; memory that is
@@ -212,13 +279,13 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
   }
   const at::Tensor contiguous = input.contiguous();
   at::assert_no_partial_overlap(out, contiguous);
-  run_forward(contiguous, dim, op, out, /*output_is_new=*/false);
+  run_forward(contiguous, shape, op, out, /*output_is_new=*/false);
   out.unsafeGetTensorImpl()->bump_version();
 }
 
 void forward_in_place(const at::Tensor& input, int64_t dim, Op op) {
   if (input.is_contiguous()) {
-    run_forward(input, dim, op, input, /*output_is_new=*/false);
+    run_forward(input, check_forward(input, dim, op), op, input, /*output_is_new=*/false);
   } else {
     input.copy_(forward(input, dim, input.scalar_type(), op));
   }
@@ -226,6 +293,7 @@ void forward_in_place(const at::Tensor& input, int64_t dim, Op op) {
 
 at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                     at::ScalarType dtype, Op op) {
+  const Shape shape = check_backward(grad_output, output, dim, dtype, op);
   if (needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
     // In the wider type: the gradient is rounded once.
     const at::ScalarType wide = c10::promoteTypes(output.scalar_type(), dtype);
@@ -235,20 +303,25 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int
     return backward(grad_output.to(wide), output.to(wide), dim, dtype, op);
   }
   const NewTensor grad_input = empty(output.sizes(), dtype, output.device());
-  run_backward(grad_output, output, dim, op, grad_input.tensor, grad_input.is_new);
+  run_backward(grad_output, output, shape, op, grad_input.tensor, grad_input.is_new);
   return grad_input.tensor;
 }
 
 void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim, Op op,
                   const at::Tensor& grad_input) {
-  at::native::resize_output(grad_input, output.sizes());
   const at::ScalarType dtype = grad_input.scalar_type();
+  const Shape shape = check_backward(grad_output, output, dim, dtype, op);
+  TORCH_CHECK(grad_input.device() == output.device(), name(op),
+              "_backward(): expected the gradient's memory on ", output.device(), ", but got ",
+              grad_input.device());
+  check_storage(op, "grad_input", grad_input);
+  at::native::resize_output(grad_input, output.sizes());
   // Memory that is read may be written only element by element, as it is read.
   if (grad_input.is_contiguous() && grad_output.is_contiguous() && output.is_contiguous() &&
       !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
     at::assert_no_partial_overlap(grad_input, grad_output);
     at::assert_no_partial_overlap(grad_input, output);
-    run_backward(grad_output, output, dim, op, grad_input, /*grad_input_is_new=*/false);
+    run_backward(grad_output, output, shape, op, grad_input, /*grad_input_is_new=*/false);
   } else {
     grad_input.copy_(backward(grad_output, output, dim, dtype, op));
   }

@@ -28,8 +28,16 @@ at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarTyp
 // The kernels' name of such a type.
 DType to_dtype(at::ScalarType dtype);
 
-// softmax or log-softmax of `input`, as `dtype`, over `dim` (already wrapped), into a new
-// contiguous tensor.
+// Raises, as torch would, unless these can be the arguments of a backward call: on any device, of
+// shapes that may be symbolic.
+void check_gradient(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
+                    at::ScalarType input_dtype, Op op);
+
+// The calls that reach a kernel. Each checks all that the kernel relies on, so that it can be called
+// with any strided tensors on a device that kernels_run_on, and any dim.
+
+// softmax or log-softmax of `input`, of a type that is_kernel_dtype, as `dtype`, over `dim`, into a
+// new contiguous tensor.
 at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op);
 
 // The same into `out`, resized if need be. Raises as torch.softmax(out=) does.

@@ -1,6 +1,6 @@
 #include "override.h"
 
-#include <ATen/WrapDimUtils.h>
+#include <ATen/TensorUtils.h>
 #include <ATen/ops/_log_softmax_backward_data_cpu_dispatch.h>
 #include <ATen/ops/_log_softmax_cpu_dispatch.h>
 #include <ATen/ops/_softmax_backward_data_cpu_dispatch.h>
@@ -60,21 +60,29 @@ std::optional<at::ScalarType> taken(const at::Tensor& self, bool half_to_float) 
   return {};
 }
 
+// torch's own log_softmax backward reads past the end of the shorter one.
+void check_same_size(const char* caller, const at::Tensor& grad_output, const at::Tensor& output) {
+  if (!is_on.load(std::memory_order_relaxed)) return;
+  at::checkSameSize(caller, {grad_output, "grad", 1}, {output, "output", 2});
+}
+
 bool takes(const at::Tensor& grad_output, const at::Tensor& output, at::ScalarType input_dtype) {
   const at::ScalarType dtype = output.scalar_type();
   return is_on.load(std::memory_order_relaxed) && is_kernel_output_dtype(dtype) &&
-         grad_output.scalar_type() == dtype && grad_output.sizes() == output.sizes() &&
-         grad_output.device() == output.device() &&
+         grad_output.scalar_type() == dtype && grad_output.device() == output.device() &&
          (input_dtype == dtype ||
           (output.is_cuda() && dtype == at::kFloat && input_dtype == at::kHalf));
 }
 
 template <Op op, const TorchKernels& torchs>
 struct Override {
+  static constexpr const char* kBackward =
+      op == Op::kSoftmax ? "softmax_backward" : "log_softmax_backward";
+
   static at::Tensor forward(const at::Tensor& self, int64_t dim, bool half_to_float) {
     const auto dtype = taken(self, half_to_float);
     if (!dtype) return torchs.forward(self, dim, half_to_float);
-    return softmax_ext::forward(self, at::maybe_wrap_dim(dim, self.dim()), *dtype, op);
+    return softmax_ext::forward(self, dim, *dtype, op);
   }
 
   static at::Tensor& forward_out(const at::Tensor& self, int64_t dim, bool half_to_float,
@@ -83,27 +91,27 @@ struct Override {
     if (dtype != out.scalar_type() || out.device() != self.device()) {
       return torchs.forward_out(self, dim, half_to_float, out);
     }
-    softmax_ext::forward_out(self, at::maybe_wrap_dim(dim, self.dim()), *dtype, op, out);
+    softmax_ext::forward_out(self, dim, *dtype, op, out);
     return out;
   }
 
   static at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                              at::ScalarType input_dtype) {
+    check_same_size(kBackward, grad_output, output);
     if (!takes(grad_output, output, input_dtype)) {
       return torchs.backward(grad_output, output, dim, input_dtype);
     }
-    return softmax_ext::backward(grad_output, output, at::maybe_wrap_dim(dim, output.dim()),
-                                 input_dtype, op);
+    return softmax_ext::backward(grad_output, output, dim, input_dtype, op);
   }
 
   static at::Tensor& backward_out(const at::Tensor& grad_output, const at::Tensor& output,
                                   int64_t dim, at::ScalarType input_dtype, at::Tensor& grad_input) {
+    check_same_size(kBackward, grad_output, output);
     if (!takes(grad_output, output, input_dtype) || grad_input.scalar_type() != input_dtype ||
         grad_input.device() != output.device()) {
       return torchs.backward_out(grad_output, output, dim, input_dtype, grad_input);
     }
-    softmax_ext::backward_out(grad_output, output, at::maybe_wrap_dim(dim, output.dim()), op,
-                              grad_input);
+    softmax_ext::backward_out(grad_output, output, dim, op, grad_input);
     return grad_input;
   }
 };
