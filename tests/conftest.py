@@ -17,6 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--update-cuda-budgets", action="store_true", help="write softmax_ext/cuda_budgets.txt anew"
     )
     parser.addoption(
+        "--fuzz-calls", type=int, default=2000, help="random calls of all entries (tests/fuzz.py)"
+    )
+    parser.addoption(
         "--simt-lanes",
         default="o2",
         help="builds of the host executor to run the CUDA kernels in: o2,asan,tsan,debug",

@@ -72,6 +72,7 @@ struct GradientOfGradient {
     if (!grads[0].defined()) return {at::Tensor(), at::Tensor()};
     const at::Tensor& g = saved[0];
     const at::Tensor& y = saved[1];
+    check_storage(op, "grad", grads[0]);
     const at::Tensor v = grads[0].to(y.scalar_type());
     check_gradient(g, y, dim, y.scalar_type(), op);
     check_gradient(v, y, dim, y.scalar_type(), op);
@@ -107,11 +108,12 @@ auto members(const GradientOfGradient<op>& f) {
 template <Op op>
 void record_forward(const at::Tensor& input, const at::Tensor& output, int64_t dim) {
   if (!torch::autograd::compute_requires_grad(input)) return;
-  const auto node =
+  auto node =
       make_node(torch::autograd::collect_next_edges(input),
                 InputGradient<op>{at::maybe_wrap_dim(dim, input.dim()), input.scalar_type()});
-  set_history(output, node);
-  node->save(0, output, /*is_output=*/true);
+  auto& saving = *node;
+  set_history(output, std::move(node));
+  saving.save(0, output, /*is_output=*/true);
 }
 
 template <Op op>
@@ -149,7 +151,7 @@ at::Tensor softmax(const at::Tensor& input, int64_t dim, std::optional<at::Scala
   dim = at::maybe_wrap_dim(dim, input.dim());
   const at::ScalarType result = output_dtype(input, dtype, op);
   if (!is_kernel_dtype(input.scalar_type())) {
-    return softmax(input.to(result), dim, std::nullopt, op);
+    return softmax(cast(input, result, op), dim, std::nullopt, op);
   }
   SOFTMAX_EXT_RECORD((op == Op::kSoftmax ? "softmax_ext::softmax" : "softmax_ext::log_softmax"),
                      input, dim, dtype);
@@ -161,6 +163,7 @@ at::Tensor softmax(const at::Tensor& input, int64_t dim, std::optional<at::Scala
 void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarType> dtype, Op op,
                  at::Tensor& out) {
   if (!kernels_take(input) || !kernels_take(out)) {
+    if (kernels_take(input)) check_storage(op, "input", input);
     op == Op::kSoftmax ? at::softmax_out(out, input, dim, dtype)
                        : at::log_softmax_out(out, input, dim, dtype);
     return;
@@ -172,7 +175,8 @@ void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarT
               "one of the arguments requires grad.");
   SOFTMAX_EXT_RECORD((op == Op::kSoftmax ? "softmax_ext::softmax" : "softmax_ext::log_softmax"),
                      input, dim, dtype, out);
-  const at::Tensor converted = is_kernel_dtype(input.scalar_type()) ? input : input.to(result);
+  const at::Tensor converted =
+      is_kernel_dtype(input.scalar_type()) ? input : cast(input, result, op);
   forward_out(converted, dim, result, op, out);
 }
 
@@ -206,7 +210,7 @@ at::Tensor recorded_forward(const at::Tensor& input, int64_t dim,
                             std::optional<at::ScalarType> dtype, Op op) {
   if (has_tangent(input)) return torch_forward(input, dim, dtype, op);
   if (!is_kernel_dtype(input.scalar_type())) {
-    return recorded_forward(input.to(output_dtype(input, dtype, op)), dim, std::nullopt, op);
+    return recorded_forward(cast(input, output_dtype(input, dtype, op), op), dim, std::nullopt, op);
   }
   at::Tensor output;
   {

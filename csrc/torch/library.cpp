@@ -26,8 +26,8 @@ struct Kernels {
   static at::Tensor forward(const at::Tensor& input, int64_t dim, Dtype dtype) {
     if (!kernels_run_on(input.device())) return torch_forward(input, dim, dtype, op);
     const at::ScalarType result = output_dtype(input, dtype, op);
-    return softmax_ext::forward(is_kernel_dtype(input.scalar_type()) ? input : input.to(result),
-                                dim, result, op);
+    return softmax_ext::forward(
+        is_kernel_dtype(input.scalar_type()) ? input : cast(input, result, op), dim, result, op);
   }
 
   static at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,

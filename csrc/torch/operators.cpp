@@ -39,20 +39,6 @@ bool have_same_size(const at::Tensor& a, const at::Tensor& b) {
   return sym_equals(a.sym_sizes(), b.sym_sizes()).expect_true(__FILE__, __LINE__);
 }
 
-// A storage may have been resized to less than what a tensor sees of it.
-void check_storage(Op op, const char* argument, const at::Tensor& tensor) {
-  if (tensor.numel() == 0) return;
-  const size_t size = tensor.itemsize(), offset = tensor.storage_offset();
-  const size_t bytes =
-      tensor.is_contiguous()
-          ? (offset + static_cast<size_t>(tensor.numel())) * size
-          : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), size, offset);
-  TORCH_CHECK(bytes <= tensor.storage().nbytes(), name(op), "(): argument '", argument,
-              "' of sizes ", tensor.sizes(), ", strides ", tensor.strides(), " and storage offset ",
-              offset, " requires a storage of ", bytes, " bytes, but its storage has ",
-              tensor.storage().nbytes());
-}
-
 // What each call relies on, before it allocates or changes anything. The shape comes of it.
 Shape check_forward(const at::Tensor& input, int64_t dim, Op op) {
   const Shape shape = to_shape(input, dim);
@@ -63,8 +49,6 @@ Shape check_forward(const at::Tensor& input, int64_t dim, Op op) {
 Shape check_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                      at::ScalarType input_dtype, Op op) {
   check_gradient(grad_output, output, dim, input_dtype, op);
-  check_storage(op, "grad_output", grad_output);
-  check_storage(op, "output", output);
   return to_shape(output, dim);
 }
 
@@ -107,7 +91,14 @@ NewTensor empty(at::IntArrayRef sizes, at::ScalarType dtype, at::Device device) 
   return {tensor, memory.is_new};
 }
 
-cpu::Threads threads() {
+cpu::Threads threads(const Shape& shape) {
+  // Too little for a second thread, and for asking whether there is one.
+  constexpr int64_t kFew = 2048;
+  if (shape.numel() <= kFew) {
+    return {1, [](int64_t size, int64_t, cpu::Threads::Body body, void* context) {
+              body(context, 0, size);
+            }};
+  }
   return {at::in_parallel_region() ? 1 : at::get_num_threads(),
           [](int64_t size, int64_t grain, cpu::Threads::Body body, void* context) {
             at::parallel_for(0, size, grain,
@@ -117,7 +108,7 @@ cpu::Threads threads() {
 
 void launch(const ForwardArgs& args, at::Device device) {
   if (device.is_cpu()) {
-    cpu::kernels().launch_forward(args, threads());
+    cpu::kernels().launch_forward(args, threads(args.shape));
   } else {
     launch_on_cuda(args, device);
   }
@@ -125,7 +116,7 @@ void launch(const ForwardArgs& args, at::Device device) {
 
 void launch(const BackwardArgs& args, at::Device device) {
   if (device.is_cpu()) {
-    cpu::kernels().launch_backward(args, threads());
+    cpu::kernels().launch_backward(args, threads(args.shape));
   } else {
     launch_on_cuda(args, device);
   }
@@ -228,6 +219,20 @@ at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarTyp
       dtype.has_value() ? "" : " (an input of another dtype needs the argument 'dtype')");
 }
 
+void check_storage(Op op, const char* argument, const at::Tensor& tensor) {
+  const at::TensorImpl* const impl = tensor.unsafeGetTensorImpl();
+  if (!impl->has_storage() || impl->has_symbolic_sizes_strides() || tensor.numel() == 0) return;
+  const size_t size = tensor.itemsize(), offset = tensor.storage_offset();
+  const size_t bytes =
+      tensor.is_contiguous()
+          ? (offset + static_cast<size_t>(tensor.numel())) * size
+          : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), size, offset);
+  TORCH_CHECK(bytes <= tensor.storage().nbytes(), name(op), "(): argument '", argument,
+              "' of sizes ", tensor.sizes(), ", strides ", tensor.strides(), " and storage offset ",
+              offset, " requires a storage of ", bytes, " bytes, but its storage has ",
+              tensor.storage().nbytes());
+}
+
 void check_gradient(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                     at::ScalarType input_dtype, Op op) {
   const at::ScalarType dtype = output.scalar_type();
@@ -252,6 +257,13 @@ void check_gradient(const at::Tensor& grad_output, const at::Tensor& output, int
               "_backward(): Expected argument 'grad_output' to have same size as 'output', but ",
               grad_output.sym_sizes(), " does not equal ", output.sym_sizes());
   (void)at::maybe_wrap_dim(dim, output.dim());
+  check_storage(op, "grad_output", grad_output);
+  check_storage(op, "output", output);
+}
+
+at::Tensor cast(const at::Tensor& input, at::ScalarType dtype, Op op) {
+  check_storage(op, "input", input);
+  return input.to(dtype);
 }
 
 at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op) {

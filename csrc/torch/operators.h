@@ -28,6 +28,12 @@ at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarTyp
 // The kernels' name of such a type.
 DType to_dtype(at::ScalarType dtype);
 
+// Raises unless all that a tensor sees is in its storage, which may have been resized to less.
+void check_storage(Op op, const char* argument, const at::Tensor& tensor);
+
+// An input of a type that the kernels do not take, as one that they do.
+at::Tensor cast(const at::Tensor& input, at::ScalarType dtype, Op op);
+
 // Raises, as torch would, unless these can be the arguments of a backward call: on any device, of
 // shapes that may be symbolic.
 void check_gradient(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,

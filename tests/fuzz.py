@@ -1,0 +1,241 @@
+"""Random calls of every entry, right ones and wrong ones: an exception, or torch's value.
+
+python tests/fuzz.py CALLS [SEED] [LOG]: a process of its own, since what it looks for would end it.
+Each call is written to LOG before it is made, so that the last one there is the one that crashed.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+from tolerances import FLOATING, OPS, OURS, TOLERANCES, TORCH
+
+import softmax_ext
+
+IN_PLACE = {"softmax": softmax_ext.softmax_, "log_softmax": softmax_ext.log_softmax_}
+DTYPES = (*FLOATING, torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)
+# 17 and 300: more than a register, more than a block.
+SIZES = st.sampled_from((0, 1, 2, 3, 5, 17, 300))
+SHAPES = st.lists(SIZES, max_size=4).filter(lambda sizes: torch.Size(sizes).numel() < 20000)
+LAYOUTS = ("plain", "transposed", "expanded", "sliced", "negated", "leaf", "shrunk", "sparse")
+ENTRIES = (
+    "function",
+    "out",
+    "in place",
+    "operator",
+    "backward operator",
+    "node",
+    "gradient's node",
+    "switch",
+    "switch, backward",
+    "switch, backward out",
+)
+
+
+@st.composite
+def tensors(draw: DrawFn, like: torch.Tensor | None = None) -> torch.Tensor:
+    """Of any dtype, shape, layout and device, mostly those of `like`."""
+    rarely = st.integers(0, 9).map(lambda k: k == 0)
+    shape = list(like.shape) if like is not None and not draw(rarely) else draw(SHAPES)
+    dtype = like.dtype if like is not None and not draw(rarely) else draw(st.sampled_from(DTYPES))
+    device = "meta" if draw(st.integers(0, 19)) == 0 else "cpu"
+    layout = draw(st.sampled_from(LAYOUTS)) if draw(st.booleans()) else "plain"
+    sizes = shape
+    if layout == "transposed":
+        sizes = shape[::-1]
+    elif layout == "sliced" and shape:
+        sizes = [*shape[:-1], 2 * shape[-1] + 1]
+    elif layout == "expanded" and shape:
+        sizes = [1, *shape[1:]]
+    values = torch.empty(sizes).uniform_(-3, 3)
+    if dtype.is_complex or dtype.is_floating_point:
+        tensor = values.to(dtype)
+    else:
+        tensor = values.abs().to(dtype)
+    tensor = tensor.to(device)
+    if layout == "transposed":
+        tensor = tensor.permute(*range(len(shape))[::-1]) if shape else tensor
+    elif layout == "sliced" and shape:
+        tensor = tensor[..., 1::2]
+    elif layout == "expanded" and shape:
+        tensor = tensor.expand(shape) if shape[0] else tensor[:0]
+    elif layout == "negated" and dtype in FLOATING:
+        tensor = torch._neg_view(tensor)
+    elif layout == "leaf" and dtype in FLOATING:
+        tensor = tensor.requires_grad_()
+    elif layout == "shrunk" and device == "cpu":
+        tensor.untyped_storage().resize_(draw(st.integers(0, tensor.nbytes)))
+    elif layout == "sparse" and dtype in FLOATING and shape and device == "cpu":
+        tensor = tensor.to_sparse()
+    return tensor
+
+
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Whether all its elements are in its storage: torch's own operators take that on trust."""
+    if tensor.layout != torch.strided or tensor.numel() == 0 or tensor.device.type == "meta":
+        return True
+    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach + 1) * tensor.itemsize
+    return needed <= tensor.untyped_storage().nbytes()
+
+
+def run(entry: str, op: str, tensors: list[torch.Tensor], dim: int, dtype: Any) -> Any:
+    """(ours, torch's), each a function; the second one with nothing that torch takes on trust."""
+    x, y = tensors
+    ops, aten = torch.ops.softmax_ext, torch.ops.aten
+    torchs_backward = getattr(torch, f"_{op}_backward_data")
+
+    def backward_by_torch(to: torch.dtype, dim: int = dim) -> Any:
+        if x.shape != y.shape:
+            raise RuntimeError
+        return torchs_backward(x, y, dim, y.dtype).to(to)
+
+    def node(saved: torch.Tensor) -> Any:
+        leaf = torch.ones(2, 2, 2, 2, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: saved):
+            return OURS[op](leaf, dim).grad_fn
+
+    def gradients_node() -> Any:
+        leaf = torch.ones_like(y).requires_grad_()
+        result = OURS[op](leaf, dim)
+        (grad,) = torch.autograd.grad(result.square().sum(), leaf, create_graph=True)
+        return grad.grad_fn
+
+    def switched(function: Any) -> Any:
+        with softmax_ext.enabled():
+            return function()
+
+    to = dtype or torch.float32
+    if entry == "function":
+        return lambda: OURS[op](x, dim, dtype=dtype), lambda: TORCH[op](x, dim, dtype=dtype)
+    if entry == "out":
+        return (
+            lambda: OURS[op](x.detach(), dim, dtype=dtype, out=y),
+            lambda: TORCH[op](x.detach(), dim, dtype=y.dtype),
+        )
+    if entry == "in place":
+        return lambda: IN_PLACE[op](x, dim), lambda: TORCH[op](x, dim)
+    if entry == "operator":
+        return lambda: getattr(ops, op)(x, dim, dtype), lambda: TORCH[op](x, dim, dtype=dtype)
+    if entry == "backward operator":
+        return (
+            lambda: getattr(ops, f"{op}_backward")(x, y, dim, to),
+            lambda: backward_by_torch(to),
+        )
+    if entry == "node":
+        return lambda: node(y)(x), lambda: backward_by_torch(to, dim % 4)
+    if entry == "gradient's node":
+        return lambda: gradients_node()(x), None
+    if entry == "switch":
+        return (
+            lambda: switched(lambda: getattr(torch, op)(x, dim, dtype=dtype)),
+            lambda: TORCH[op](x, dim, dtype=dtype),
+        )
+    backward = getattr(aten, f"_{op}_backward_data")
+    name = "grad_input" if op == "softmax" else "out"
+
+    def data() -> Any:
+        if "out" not in entry:
+            return backward(x, y, dim, y.dtype)
+        return backward.out(x, y, dim, y.dtype, **{name: torch.empty(0, dtype=y.dtype)})
+
+    def data_by_torch() -> Any:
+        if x.shape != y.shape and x.device == y.device == torch.device("cpu"):
+            raise RuntimeError  # where torch reads past the end
+        return data()
+
+    return lambda: switched(data), data_by_torch
+
+
+def outcome(function: Any) -> Any:
+    try:
+        return function()
+    except Exception as error:
+        # A failed assertion inside is no answer to a user.
+        if "INTERNAL ASSERT" in str(error):
+            raise
+        return error
+
+
+def check(entry: str, op: str, args: list[torch.Tensor], dim: int, dtype: Any) -> bool:
+    """One call; whether there was a value."""
+    switched = entry.startswith("switch")
+    used = args[:1] if entry in ("function", "in place", "operator", "switch") else args
+    whole = all(map(is_whole, used))
+    if switched and not whole and not all(t.dtype in FLOATING for t in used):
+        return False  # torch's own operator, which reads what is not there
+    if switched and not whole and (dtype or args[0].dtype) != args[0].dtype:
+        return False  # torch's own cast
+    if entry == "gradient's node" and not whole and args[1].device.type == "meta":
+        return False  # torch's own node
+    ours, torchs = run(entry, op, args, dim, dtype)
+    expected = outcome(torchs) if torchs is not None and whole else None
+    found = outcome(ours)
+    if isinstance(found, Exception):
+        return False
+    if torchs is None:
+        return True
+    assert whole, "read what is not there"
+    assert not isinstance(expected, Exception), f"torch raised {expected!r}"
+    found = found[0] if isinstance(found, tuple) else found
+    assert (found.shape, found.device) == (expected.shape, expected.device)
+    assert entry == "out" or found.dtype == expected.dtype
+    if found.device.type == "cpu" and found.numel():
+        # Where torch rounds to the output's type first, so may its value be.
+        dtypes = {found.dtype, expected.dtype, *(t.dtype for t in used)} & TOLERANCES.keys()
+        tolerance = max(TOLERANCES[each].rtol for each in dtypes)
+        # Gradients are differences of terms of up to 3 * 3 * 3, one of them a sum.
+        terms = 27 * max(found.shape, default=1) ** 0.5 if len(used) == 2 else 1
+        torch.testing.assert_close(
+            found.to_dense().double(),
+            expected.to_dense().double(),
+            rtol=4 * tolerance,
+            atol=4 * tolerance * terms,
+            equal_nan=True,
+        )
+    return True
+
+
+def main(calls: int, number: int, log: Path) -> None:
+    counts = {entry: [0, 0] for entry in ENTRIES}
+
+    @seed(number)
+    @settings(
+        max_examples=calls,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def calls_of_every_entry(data: st.DataObject) -> None:
+        torch.manual_seed(0)
+        entry = data.draw(st.sampled_from(ENTRIES))
+        op = data.draw(st.sampled_from(OPS))
+        second = data.draw(tensors())
+        first = data.draw(tensors(like=second))
+        dim = data.draw(st.integers(-5, 4)) if data.draw(st.booleans()) else -1
+        dtype = data.draw(st.sampled_from((None, *DTYPES))) if data.draw(st.booleans()) else None
+        if entry in ("node",):
+            dtype = dtype if dtype in FLOATING else torch.float32
+        described = [(t.shape, t.dtype, t.layout, t.device) for t in (first, second)]
+        log.write_text(f"{entry}, {op}, dim {dim}, dtype {dtype}, {described}\n")
+        counts[entry][check(entry, op, [first, second], dim, dtype)] += 1
+
+    calls_of_every_entry()
+    for entry, (refused, taken) in counts.items():
+        print(f"{entry}: {refused} refused, {taken} taken")
+        assert calls < 1000 or (refused and taken), "one of the two never happened"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
