@@ -103,9 +103,7 @@ FAULTS = {
     "an integer gradient": Fault(lambda g, y: (g.int(), y), NotImplementedError, "softmax"),
     "integers": Fault(lambda g, y: (g.int(), y.int()), NotImplementedError, "softmax"),
     "booleans": Fault(lambda g, y: (g.bool(), y.bool()), NotImplementedError, "softmax"),
-    "complex numbers": Fault(
-        lambda g, y: (g.cfloat(), y.cfloat()), NotImplementedError, "softmax"
-    ),
+    "complex numbers": Fault(lambda g, y: (g.cfloat(), y.cfloat()), NotImplementedError, "softmax"),
     "a meta gradient": Fault(lambda g, y: (g.to("meta"), y), RuntimeError, "device"),
     "a meta output": Fault(lambda g, y: (g, y.to("meta")), RuntimeError, "device"),
     "an output of fewer dims": Fault(
