@@ -87,7 +87,8 @@ $(VENV)/.wanted: FORCE
 build/settings: FORCE
 	$(call record,$(abspath $(VENV)) $(FORCE_CUDA)/$(FORCE_CPU)/$(TORCH_CUDA_ARCH_LIST)/$(CUDA_HOME))
 
-# Where Debian's python3-venv is missing, the pip of PYTHON stands in for it.
+# Where Debian's python3-venv is missing, the pip of PYTHON stands in for it. An index that TORCH
+# names need not have more than torch.
 $(VENV)/.torch: export WANTED = $(TORCH)
 $(VENV)/.torch: $(VENV)/.wanted
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
@@ -98,7 +99,8 @@ $(VENV)/.torch: $(VENV)/.wanted
 	@test "$$($(python) -V)" = "$$($(PYTHON) -V)" || { \
 	  echo "$(VENV) has $$($(python) -V), $(PYTHON) is $$($(PYTHON) -V): remove $(VENV), or name another VENV="; \
 	  exit 1; }
-	$(pip) install $$WANTED "$(supported_torch)" "setuptools>=77" wheel ninja pybind11 numpy
+	$(pip) install $$WANTED "$(supported_torch)"
+	$(pip) install "setuptools>=77" wheel ninja pybind11 numpy
 	@touch $@
 
 # Compiled in place, where the editable installation finds it, and only as far as need be.

@@ -7,6 +7,9 @@ Environment:
     CXX, CC                the C++ compiler, by default c++; CC is the one that nvcc calls
     MAX_JOBS               parallel compiler runs; by default as many as cores and memory allow
     SOFTMAX_EXT_DEBUG=1    -O1 with address and undefined-behaviour sanitizers; warnings are errors
+    SOFTMAX_EXT_LOCAL_VERSION
+                           what follows the + in the version, by default the torch and CUDA of the
+                           build; empty: nothing, as pip wants it of an sdist installed by its name
     SOFTMAX_EXT_UNTRIED_TORCH=1
                            no warning where torch is newer than the newest that was tried
 """
@@ -117,7 +120,9 @@ def check_torch(version: str) -> str | None:
 def build_version(torch_version: str, cuda: str | None) -> str:
     """Such as 0.2.0+torch2.14.cu130: the torch, and the CUDA kernels if any, of this build."""
     kernels = "cpu" if cuda is None else "cu" + cuda.replace(".", "")
-    return f"{VERSION}+torch{dotted(release(torch_version))}.{kernels}"
+    label = f"torch{dotted(release(torch_version))}.{kernels}"
+    label = os.environ.get("SOFTMAX_EXT_LOCAL_VERSION", label)
+    return f"{VERSION}+{label}" if label else VERSION
 
 
 def build_requirement(torch_version: str) -> str:

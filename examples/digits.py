@@ -246,12 +246,12 @@ def doubts(speed: Speed) -> list[str]:
 
 def print_speed(speed: Speed) -> None:
     print("\nMicroseconds a call, float32, median of paired runs, and of their ratios:\n")
-    print(f"{'':66}{'torch / softmax_ext':>22}")
-    print(f"{'shape':>10}  {'':32}{'torch':>9}{'softmax_ext':>13}{'median':>8}{'quartiles':>14}")
+    print(f"{'':66}{'torch / softmax_ext':>21}")
+    print(f"{'shape':>10}  {'':32}{'torch':>9}{'softmax_ext':>13}{'median':>8}{'quartiles':>13}")
     for t in speed.timings:
         print(
             f"{t.shape:>10}  {t.op + ' ' + t.what:32}{1e6 * t.torch:9.1f}"
-            f"{1e6 * t.softmax_ext:13.1f}{t.ratio:8.2f}{t.low:8.2f} -{t.high:5.2f}"
+            f"{1e6 * t.softmax_ext:13.1f}{t.ratio:8.2f}{t.low:8.2f} - {t.high:.2f}"
         )
     print("".join(f"\n{note}" for note in doubts(speed)))
 

@@ -72,6 +72,12 @@ def test_a_build_says_and_requires_the_torch_that_it_is_for(setup, version, cuda
         assert not required.specifier.contains(other)
 
 
+@pytest.mark.parametrize(("label", "suffix"), [("", ""), ("lab.1", "+lab.1")])
+def test_another_label_of_a_build(setup, monkeypatch, label, suffix):
+    monkeypatch.setenv("SOFTMAX_EXT_LOCAL_VERSION", label)
+    assert setup.build_version("2.13.0", None) == setup.VERSION + suffix
+
+
 def metadata(text: str) -> tuple[str, list[str]]:
     """The version, and the requirements without the extras."""
     fields = [line.split(": ", 1) for line in text.split("\n\n")[0].splitlines() if ": " in line]
