@@ -228,3 +228,28 @@ def test_no_ninja_beside_what_it_left(setup, monkeypatch, tmp_path):
     with mock.patch("subprocess.run", side_effect=FileNotFoundError):
         setup.BuildExt.write_compile_commands(build, [{"file": "kernels.cpp"}])
     assert "kernels.cpp" in (tmp_path / "compile_commands.json").read_text()
+
+
+def make(*arguments: str) -> str:
+    """What `make` prints, with the variables of no other make."""
+    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    command = ["make", "-C", str(ROOT), "--no-print-directory", *arguments]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_alone_prints_the_targets():
+    printed = make()
+    for target in ("demo", "test", "bench", "gpu-check", "lint", "format", "debug", "clean"):
+        assert f"make {target} " in printed
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(("target", "extras"), [("demo", "[demo]"), ("test", "[test,demo]")])
+def test_a_target_installs_what_it_needs(setup, tmp_path, target, extras):
+    printed = make("-n", target, f"VENV={tmp_path}")
+    assert f'"torch>={setup.dotted(setup.OLDEST_TORCH)}"' in printed
+    assert printed.count(' -e ".') == 1
+    assert f' -e ".{extras}"' in printed
