@@ -1,5 +1,5 @@
-# make demo, make test: one set-up for both, kept in VENV. A second run sets nothing up again, and
-# compiles only if the sources or the settings have changed. README.md says more.
+# make demo, make test: a set-up of what each needs, kept in VENV. A second run sets nothing up
+# again, and compiles only if the sources or the settings have changed. README.md says more.
 
 PYTHON ?= python3
 TORCH ?= torch
@@ -8,18 +8,35 @@ ARGS ?=
 
 python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check
-supported_torch = $(shell grep -oE -m 1 'torch>=[0-9.,<>=]+' pyproject.toml)
+supported_torch = $(shell sed -n 's/^OLDEST_TORCH = (\(.*\), \(.*\))/torch>=\1.\2/p' setup.py)
 
-.PHONY: demo test bench gpu-check lint format debug torch build clean FORCE
+.PHONY: help demo test bench gpu-check lint format debug torch build clean FORCE
 .DELETE_ON_ERROR:
 
-demo: build
+define HELP
+make demo       set up in $(VENV); train a classifier with both softmaxes, compare them, time them
+make test       the same set-up and what the tests need, then all tests
+make bench      each case of the benchmark against torch, on a quiet machine
+make gpu-check  on a GPU: build, tests, compute-sanitizer, benchmark
+make lint       clang-format, ruff and mypy over all tracked files
+make format     let the formatters mend what they can
+make debug      a second build with sanitizers, and all tests on it
+make clean      remove what builds have made, but not $(VENV)
+
+Variables: TORCH=torch==2.13.0 (what to give to pip), PYTHON=, VENV=, ARGS= (passed on).
+README.md has the rest.
+endef
+
+help:
+	@$(info $(HELP)):
+
+demo: build/extension $(VENV)/.installed-demo
 	$(python) examples/digits.py $(ARGS)
 
 test: build
 	$(python) -m pytest $(ARGS)
 
-bench: build
+bench: build/extension $(VENV)/.installed-demo
 	$(python) -m benchmarks $(ARGS)
 
 # With GPU_PYTHON= that Python does it all as it is, without pip or a virtual environment.
@@ -31,10 +48,10 @@ ifndef GPU_PYTHON
 endif
 	$(or $(GPU_PYTHON),$(python)) -m benchmarks.gpu_check $(ARGS)
 
-lint: build
+lint: $(VENV)/.installed-dev
 	PATH="$(abspath $(VENV))/bin:$$PATH" pre-commit run --all-files --show-diff-on-failure
 
-format: build
+format: $(VENV)/.installed-dev
 	git ls-files -co --exclude-standard '*.h' '*.cuh' '*.cpp' '*.cu' \
 	  | xargs -r $(VENV)/bin/clang-format -i
 	$(VENV)/bin/ruff check --fix .
@@ -54,10 +71,11 @@ clean:
 	rm -rf build dist *.egg-info compile_commands.json softmax_ext/_C.*.so softmax_ext/_build.json
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-# The set-up by its steps: the virtual environment with torch and what a build needs; all of it.
+# The set-up by its steps: the virtual environment with torch and what a build needs; all that the
+# tests need.
 torch: $(VENV)/.torch
 
-build: build/extension $(VENV)/.installed
+build: build/extension $(VENV)/.installed-test
 
 # $(call record,TEXT): rewrites the target, and so makes it newer than what depends on it, only if
 # the text is not what it was.
@@ -69,7 +87,8 @@ $(VENV)/.wanted: FORCE
 build/settings: FORCE
 	$(call record,$(abspath $(VENV)) $(FORCE_CUDA)/$(FORCE_CPU)/$(TORCH_CUDA_ARCH_LIST)/$(CUDA_HOME))
 
-# Where Debian's python3-venv is missing, the pip of PYTHON stands in for it.
+# Where Debian's python3-venv is missing, the pip of PYTHON stands in for it. An index that TORCH
+# names need not have more than torch.
 $(VENV)/.torch: export WANTED = $(TORCH)
 $(VENV)/.torch: $(VENV)/.wanted
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
@@ -80,7 +99,8 @@ $(VENV)/.torch: $(VENV)/.wanted
 	@test "$$($(python) -V)" = "$$($(PYTHON) -V)" || { \
 	  echo "$(VENV) has $$($(python) -V), $(PYTHON) is $$($(PYTHON) -V): remove $(VENV), or name another VENV="; \
 	  exit 1; }
-	$(pip) install $$WANTED "$(supported_torch)" "setuptools>=77" wheel ninja pybind11 numpy
+	$(pip) install $$WANTED "$(supported_torch)"
+	$(pip) install "setuptools>=77" wheel ninja pybind11 numpy
 	@touch $@
 
 # Compiled in place, where the editable installation finds it, and only as far as need be.
@@ -88,6 +108,9 @@ build/extension: $(VENV)/.torch build/settings setup.py $(shell find csrc)
 	$(python) setup.py -q build_ext --inplace
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch setup.py pyproject.toml | build/extension
-	$(pip) install --no-build-isolation -e ".[test,demo,dev]"
+# The tests try the demo too.
+$(VENV)/.installed-test: extras = test,demo
+$(VENV)/.installed-%: extras = $*
+$(VENV)/.installed-%: $(VENV)/.torch setup.py pyproject.toml | build/extension
+	$(pip) install --no-build-isolation -e ".[$(extras)]"
 	@touch $@

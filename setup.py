@@ -4,8 +4,14 @@ Environment:
     FORCE_CUDA=1           build the CUDA kernels, or fail saying what is missing
     FORCE_CPU=1            do not build them
     TORCH_CUDA_ARCH_LIST   the GPU architectures, as for any torch extension
+    CXX, CC                the C++ compiler, by default c++; CC is the one that nvcc calls
     MAX_JOBS               parallel compiler runs; by default as many as cores and memory allow
     SOFTMAX_EXT_DEBUG=1    -O1 with address and undefined-behaviour sanitizers; warnings are errors
+    SOFTMAX_EXT_LOCAL_VERSION
+                           what follows the + in the version, by default the torch and CUDA of the
+                           build; empty: nothing, as pip wants it of an sdist installed by its name
+    SOFTMAX_EXT_UNTRIED_TORCH=1
+                           no warning where torch is newer than the newest that was tried
 """
 
 from __future__ import annotations
@@ -14,14 +20,17 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
 
 def set_cuda_home() -> None:
@@ -38,6 +47,10 @@ def set_cuda_home() -> None:
 
 
 set_cuda_home()  # before torch looks for it
+# For the ninja of a virtual environment that was not activated, behind the user's own programs.
+os.environ["PATH"] = os.pathsep.join(
+    filter(None, [os.environ.get("PATH"), sysconfig.get_path("scripts")])
+)
 try:
     import torch
     from torch.utils import cpp_extension
@@ -53,7 +66,9 @@ ROOT = Path(__file__).resolve().parent
 INCLUDE = ROOT / "csrc" / "include"
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 GIB_PER_JOB = 3
-SUPPORTED_TORCH = ((2, 11), (2, 14))  # as in pyproject.toml
+VERSION = "0.2.0.dev0"  # a build adds what it was made for, see build_version()
+OLDEST_TORCH = (2, 11)
+NEWEST_TRIED_TORCH = (2, 15)
 
 # The CPU kernels are compiled once for each instruction set; which one runs is decided at import.
 X86_ISAS = {
@@ -76,15 +91,42 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "0").lower() in ("1", "on", "true", "yes")
 
 
-def check_torch() -> None:
-    """Exits if the torch found is not one that pip would leave in place."""
-    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    low, high = (".".join(map(str, version)) for version in SUPPORTED_TORCH)
-    if not SUPPORTED_TORCH[0] <= found <= SUPPORTED_TORCH[1]:
+def release(version: str) -> tuple[int, int]:
+    """Major and minor: the binary interface of torch changes between minor versions."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def check_torch(version: str) -> str | None:
+    """Exits if torch is too old. A warning if it is newer than any that was tried."""
+    found = release(version)
+    if found < OLDEST_TORCH:
         sys.exit(
-            f"softmax_ext: torch {torch.__version__} was found; torch {low} to {high} are "
-            f"supported. Install one of them: pip install 'torch~={high}.0'"
+            f"softmax_ext: torch {version} was found, and {dotted(OLDEST_TORCH)} is the oldest "
+            "that is supported. Install a newer one: pip install --upgrade torch"
         )
+    if found <= NEWEST_TRIED_TORCH or flag("SOFTMAX_EXT_UNTRIED_TORCH"):
+        return None
+    return (
+        f"warning: torch {version} is newer than {dotted(NEWEST_TRIED_TORCH)}, the newest that "
+        "this source was tried with: run its tests. SOFTMAX_EXT_UNTRIED_TORCH=1 silences this"
+    )
+
+
+def build_version(torch_version: str, cuda: str | None) -> str:
+    """Such as 0.2.0+torch2.14.cu130: the torch, and the CUDA kernels if any, of this build."""
+    kernels = "cpu" if cuda is None else "cu" + cuda.replace(".", "")
+    label = f"torch{dotted(release(torch_version))}.{kernels}"
+    label = os.environ.get("SOFTMAX_EXT_LOCAL_VERSION", label)
+    return f"{VERSION}+{label}" if label else VERSION
+
+
+def build_requirement(torch_version: str) -> str:
+    return f"torch=={dotted(release(torch_version))}.*"
 
 
 def nvcc_version() -> str | None:
@@ -98,13 +140,12 @@ def nvcc_version() -> str | None:
     return match.group(1) if match else None
 
 
-def decide_cuda() -> bool:
-    """Whether to build for CUDA. Prints why; exits if FORCE_CUDA cannot be met."""
+def decide_cuda() -> tuple[bool, str]:
+    """Whether to build for CUDA, and why. Exits if FORCE_CUDA cannot be met."""
     if flag("FORCE_CPU") and flag("FORCE_CUDA"):
         sys.exit("softmax_ext: FORCE_CPU and FORCE_CUDA are both set; set one of them")
     if flag("FORCE_CPU"):
-        say("CPU only, as FORCE_CPU asks")
-        return False
+        return False, "CPU only, as FORCE_CPU asks"
     wanted, found = torch.version.cuda, nvcc_version()
     if wanted is None:
         missing = f"torch {torch.__version__} is not a CUDA build; install one that is"
@@ -119,27 +160,60 @@ def decide_cuda() -> bool:
             f"nvcc {found}; install CUDA {wanted.split('.')[0]}, or name its folder in CUDA_HOME"
         )
     else:
-        say(f"CPU and CUDA: torch {torch.__version__} (CUDA {wanted}), nvcc {found}")
-        return True
+        return True, f"CPU and CUDA: torch {torch.__version__} (CUDA {wanted}), nvcc {found}"
     if flag("FORCE_CUDA"):
         sys.exit(f"softmax_ext: FORCE_CUDA cannot be met: {missing}")
-    say(f"CPU only: {missing}")
-    return False
+    return False, f"CPU only: {missing}"
 
 
-def max_jobs() -> int:
-    """By cores and available memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that programs can still have: the caches given back, and no more than the container's
+    limit. None where the system does not say."""
+    sizes = []
+    for name, pattern, unit in (
+        ("proc/meminfo", r"^MemAvailable:\s*(\d+) kB$", 1024),
+        ("sys/fs/cgroup/memory.max", r"^(\d+)$", 1),
+        ("sys/fs/cgroup/memory/memory.limit_in_bytes", r"^(\d+)$", 1),
+    ):
+        try:
+            match = re.search(pattern, (root / name).read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if match:
+            sizes.append(int(match.group(1)) * unit)
+    return min(sizes, default=None)
+
+
+def max_jobs(cores: int, memory: int | None) -> int:
+    by_memory = cores if memory is None else memory // (GIB_PER_JOB << 30)
+    return max(1, min(cores, by_memory))
+
+
+def compiler(variable: str, default: str, language: str) -> list[str]:
+    """The words of the compiler that the variable names. Exits if it does not run."""
+    if not os.environ.get(variable):
+        os.environ.pop(variable, None)  # torch would take an empty one for a name
+    text = os.environ.get(variable, default)
+    named = f'{variable}="{text}"' if variable in os.environ else text
+    mend = f"Install a C++ compiler, or name yours in {variable}"
     try:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return cores or 1
-    return max(1, min(cores or 1, available // (GIB_PER_JOB << 30)))
+        words = shlex.split(text)
+        command = [*words, "-x", language, "-fsyntax-only", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"softmax_ext: the compiler, {named}, cannot be run: {error}. {mend}")
+    if done.returncode != 0:
+        sys.exit(
+            f"softmax_ext: the compiler, {named}, does not work: {shlex.join(command)} ended with "
+            f"status {done.returncode}:\n{done.stdout}{done.stderr}{mend}"
+        )
+    return words
 
 
-check_torch()
+WARNING = check_torch(torch.__version__)
 DEBUG = flag("SOFTMAX_EXT_DEBUG")
-WITH_CUDA = decide_cuda()
+WITH_CUDA, WHY = decide_cuda()
+CUDA = torch.version.cuda if WITH_CUDA else None
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = X86_ISAS if IS_X86 else {"baseline": []}
 
@@ -168,7 +242,13 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         self.build_temp = str(ROOT / "build" / "-".join(parts))
 
     def build_extensions(self) -> None:
-        os.environ.setdefault("MAX_JOBS", str(max_jobs()))
+        say(WHY)
+        if WARNING:
+            say(WARNING)
+        self.check_compilers()
+        has_affinity = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        os.environ.setdefault("MAX_JOBS", str(max_jobs(cores, available_memory())))
         if WITH_CUDA:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
             say(f"GPU architectures: {os.environ['TORCH_CUDA_ARCH_LIST']}")
@@ -179,18 +259,30 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         super().build_extensions()
         self.write_compile_commands(commands)
 
+    def check_compilers(self) -> None:
+        """Before anything is compiled. torch and nvcc each want one word where they look at it."""
+        self.cxx = compiler("CXX", "c++", "c++")
+        if len(self.cxx) > 1:
+            os.environ["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"
+        if not os.environ.get("CC"):
+            return
+        cc = compiler("CC", "cc", "c")
+        if WITH_CUDA and len(cc) > 1:
+            host = [word for word in cc if not word.startswith("-")][-1]
+            self.extensions[0].extra_compile_args["nvcc"].append(f"-ccbin={host}")
+
     def compile_kernels(self, isa: str) -> dict[str, str]:
         """Compiles csrc/cpu/kernels.cpp for one instruction set, if anything in it is newer."""
         source = ROOT / "csrc" / "cpu" / "kernels.cpp"
         output = Path(self.build_temp).resolve() / f"kernels_{isa}.o"
         output.parent.mkdir(parents=True, exist_ok=True)
-        command = [*self.compiler.compiler_so[:1], *OPTIMIZE, *SANITIZE, *WARNINGS, *ISA_WARNINGS]
+        command = [*self.cxx, *OPTIMIZE, *SANITIZE, *WARNINGS, *ISA_WARNINGS]
         command += ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{INCLUDE}"]
         command += [f"-DSOFTMAX_EXT_ISA={isa}", *ISAS[isa]]
         command += ["-c", str(source), "-o", str(output)]
         inputs = [*source.parent.glob("*"), *INCLUDE.rglob("*.h")]
         made_by = output.with_suffix(".command")
-        text = " ".join(command)
+        text = shlex.join(command)
         if (
             not output.exists()
             or not made_by.exists()
@@ -211,15 +303,17 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         """What the loader compares with the torch it finds, before it loads the library."""
         library = Path(self.get_ext_fullpath("softmax_ext._C"))
         record = {
+            "version": self.distribution.get_version(),
             "torch": torch.__version__,
-            "cuda": torch.version.cuda if WITH_CUDA else None,
+            "cuda": CUDA,
             "architectures": os.environ["TORCH_CUDA_ARCH_LIST"] if WITH_CUDA else None,
         }
         (library.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def write_compile_commands(self, commands: list[dict[str, str]]) -> None:
         """compile_commands.json, for editors."""
-        for ninja in Path(self.build_temp).resolve().rglob("build.ninja"):
+        listings = Path(self.build_temp).resolve().rglob("build.ninja") if self.use_ninja else ()
+        for ninja in listings:
             listing = subprocess.run(
                 ["ninja", "-C", str(ninja.parent), "-t", "compdb", "compile", "cuda_compile"],
                 capture_output=True,
@@ -231,6 +325,22 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
             (ROOT / "compile_commands.json").write_text(json.dumps(commands, indent=2) + "\n")
         except OSError as error:
             say(f"compile_commands.json not written: {error}")
+
+
+class Sdist(sdist):
+    """The source is for any supported torch, not for the one at hand."""
+
+    def run(self) -> None:
+        of_build = self.distribution.metadata.version, self.distribution.install_requires
+        self.describe(VERSION, [f"torch>={dotted(OLDEST_TORCH)}"])
+        super().run()
+        self.describe(*of_build)  # for `setup.py sdist bdist_wheel`
+
+    def describe(self, version: str, requires: list[str]) -> None:
+        self.distribution.metadata.version = version
+        self.distribution.install_requires = requires
+        self.distribution.metadata.install_requires = requires
+        self.reinitialize_command("egg_info")
 
 
 def extension() -> Any:
@@ -269,4 +379,9 @@ def extension() -> Any:
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExt})
+setup(
+    version=build_version(torch.__version__, CUDA),
+    install_requires=[build_requirement(torch.__version__)],
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildExt, "sdist": Sdist},
+)

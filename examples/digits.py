@@ -9,6 +9,7 @@ Then it times both implementations, turn and turn about, and draws all of it as 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -32,6 +33,8 @@ WIDTH = 32
 BATCH = 64
 LOSS_TOLERANCE = 1e-4  # of the first loss; rounding alone moves it by about 1e-7
 ACCURACY_TOLERANCE = 0.005  # two images of the test set
+WIDE = 0.2  # quartiles of a ratio this far apart, in ratios, leave little of its second digit
+BUSY = 0.25  # cores in use by other programs
 SPEED_SHAPES = ((8, 64), (4096, 16), (4096, 128), (1024, 1024), (64, 50257))
 EXAMPLES = ("ordinary", "ordinary", "least certain", "next to least certain")
 COLORS = {"torch": "#ee4c2c", "softmax_ext": "#1f6f8b"}
@@ -57,14 +60,21 @@ class Digits(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Median seconds a call of both, and the median of torch's time over softmax_ext's."""
+    """Median seconds a call of both; quartiles of torch's time over softmax_ext's."""
 
     shape: str
     op: str
     what: str
     torch: float
     softmax_ext: float
+    low: float
     ratio: float
+    high: float
+
+
+class Speed(NamedTuple):
+    timings: list[Timing]
+    others: float | None  # cores in use by other programs meanwhile, if the system says
 
 
 class Result(NamedTuple):
@@ -151,11 +161,16 @@ def pick(probabilities: Tensor) -> list[int]:
 
 
 def print_probabilities(probabilities: Tensor, labels: Tensor) -> None:
+    block = "\N{FULL BLOCK}"
+    try:
+        block.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        block = "#"
     print("\nClass probabilities by softmax_ext, the three highest:")
     for example, i in zip(EXAMPLES, pick(probabilities), strict=True):
         print(f"\n  {example}, a {int(labels[i])}")
         for p, digit in zip(*(t.tolist() for t in probabilities[i].topk(3)), strict=True):
-            print(f"    {digit}  {'█' * round(40 * p):40}  {p:6.1%}")
+            print(f"    {digit}  {block * round(40 * p):40}  {p:6.1%}")
 
 
 def call_seconds(function: Callable[..., Tensor], x: Tensor, grad: Tensor, calls: int) -> float:
@@ -172,7 +187,7 @@ def call_seconds(function: Callable[..., Tensor], x: Tensor, grad: Tensor, calls
 
 
 def compare(op: str, x: Tensor, pairs: int = 11) -> Timing:
-    """Time both, turn and turn about, each pair in the other order; medians over the pairs."""
+    """Time both, turn and turn about, each pair in the other order; quartiles over the pairs."""
     functions: list[Callable[..., Tensor]] = [getattr(TORCH, op), getattr(OURS, op)]
     grad = torch.randn_like(x)
     once = max(call_seconds(function, x, grad, 3) for function in functions)
@@ -184,32 +199,65 @@ def compare(op: str, x: Tensor, pairs: int = 11) -> Timing:
     ratios = [a / b for a, b in zip(*times, strict=True)]
     what = "forward + backward" if x.requires_grad else "forward"
     shape = "x".join(map(str, x.shape))
-    medians = map(statistics.median, (*times, ratios))
-    return Timing(shape, op, what, *medians)
+    medians = map(statistics.median, times)
+    return Timing(shape, op, what, *medians, *statistics.quantiles(ratios, n=4))
 
 
-def compare_all(device: str) -> list[Timing]:
+def others_seconds() -> float | None:
+    """CPU time that all programs but this one have had so far, where the system tells (Linux)."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    except (OSError, ValueError):
+        return None
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def compare_all(device: str) -> Speed:
     timings = []
+    start, before = time.perf_counter(), others_seconds()
     for shape in tqdm(SPEED_SHAPES, desc=f"{'speed':>11}", unit="shape", ncols=88):
         x = torch.randn(shape, device=device)
         for op in ("softmax", "log_softmax"):
             timings.append(compare(op, x))
             timings.append(compare(op, x.detach().requires_grad_()))
-    return timings
+    after = others_seconds()
+    if before is None or after is None:
+        return Speed(timings, None)
+    return Speed(timings, max(0.0, after - before) / (time.perf_counter() - start))
 
 
-def print_speed(timings: list[Timing]) -> None:
-    print("\nMicroseconds a call, float32, median of paired runs:\n")
-    print(f"{'shape':>10}  {'':32}{'torch':>10}{'softmax_ext':>14}{'torch / softmax_ext':>22}")
-    for t in timings:
-        print(
-            f"{t.shape:>10}  {t.op + ' ' + t.what:32}"
-            f"{1e6 * t.torch:10.1f}{1e6 * t.softmax_ext:14.1f}{t.ratio:22.2f}"
+def doubts(speed: Speed) -> list[str]:
+    """Why the figures are not to be relied on: nothing, on a quiet machine."""
+    wide = sum((t.high - t.low) / t.ratio > WIDE for t in speed.timings)
+    notes = []
+    if speed.others is not None and speed.others > BUSY:
+        notes.append(
+            f"This machine is busy: other programs used {speed.others:.1f} of its {os.cpu_count()} "
+            "cores meanwhile."
         )
+    if wide:
+        notes.append(
+            f"{wide} of the {len(speed.timings)} ratios have quartiles more than {WIDE:.0%} apart."
+        )
+    return [*notes, "Run it again when the machine is quiet."] if notes else []
+
+
+def print_speed(speed: Speed) -> None:
+    print("\nMicroseconds a call, float32, median of paired runs, and of their ratios:\n")
+    print(f"{'':66}{'torch / softmax_ext':>21}")
+    print(f"{'shape':>10}  {'':32}{'torch':>9}{'softmax_ext':>13}{'median':>8}{'quartiles':>13}")
+    for t in speed.timings:
+        print(
+            f"{t.shape:>10}  {t.op + ' ' + t.what:32}{1e6 * t.torch:9.1f}"
+            f"{1e6 * t.softmax_ext:13.1f}{t.ratio:8.2f}{t.low:8.2f} - {t.high:.2f}"
+        )
+    print("".join(f"\n{note}" for note in doubts(speed)))
 
 
 def draw(
-    results: dict[str, Result], digits: Digits, timings: list[Timing], path: Path, machine: str
+    results: dict[str, Result], digits: Digits, speed: Speed, path: Path, machine: str
 ) -> None:
     figure = plt.figure(figsize=(13, 8.5), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.25, 1))
@@ -226,12 +274,21 @@ def draw(
     loss_axes.legend()
     accuracy_axes.legend(loc="lower right")
 
-    softmax_timings = [t for t in timings if t.op == "softmax"][::-1]
+    softmax_timings = [t for t in speed.timings if t.op == "softmax"][::-1]
     labels = [f"{t.shape}\n{t.what}" for t in softmax_timings]
-    bars = speed_axes.barh(labels, [t.ratio for t in softmax_timings], color=COLORS["softmax_ext"])
+    bars = speed_axes.barh(
+        labels,
+        [t.ratio for t in softmax_timings],
+        xerr=[
+            [t.ratio - t.low for t in softmax_timings],
+            [t.high - t.ratio for t in softmax_timings],
+        ],
+        color=COLORS["softmax_ext"],
+    )
     speed_axes.bar_label(bars, fmt="%.2f", padding=3)
     speed_axes.axvline(1, color=COLORS["torch"], lw=2)
     speed_axes.set(title="softmax: time of torch / time of softmax_ext")
+    speed_axes.set(xlabel="median, and a line between the quartiles")
     speed_axes.tick_params(axis="y", labelsize=8)
     speed_axes.margins(x=0.15)
 
@@ -244,7 +301,7 @@ def draw(
         chart.bar(range(10), probabilities[i], color=COLORS["softmax_ext"])
         chart.set(ylim=(0, 1), xticks=range(10), yticks=(0, 1))
         chart.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(machine)
+    figure.suptitle("\n".join([machine, *doubts(speed)[:1]]))
     figure.savefig(path, dpi=110)
 
 
@@ -272,9 +329,9 @@ def main() -> None:
         sys.exit("The two trainings differ: softmax_ext does not compute what torch computes.")
     print_probabilities(results["softmax_ext"].probabilities, digits.test_y)
 
-    timings = compare_all(device)
-    print_speed(timings)
-    draw(results, digits, timings, arguments.output, machine)
+    speed = compare_all(device)
+    print_speed(speed)
+    draw(results, digits, speed, arguments.output, machine)
     print(f"\nAll of it as a picture: {arguments.output}")
 
 

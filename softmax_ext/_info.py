@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from softmax_ext._loader import build_record, load
 
-try:
-    __version__ = version("softmax_ext")
-except PackageNotFoundError:  # imported from a source tree that was built in place
-    __version__ = "0+unknown"
+# Not that of the installation: another one can be imported than pip has installed.
+__version__: str = build_record()["version"]
 
 
 def build_info() -> dict[str, Any]:
