@@ -6,6 +6,8 @@ TORCH ?= torch
 VENV ?= .venv
 ARGS ?=
 
+# Of pytest: as many processes as cores, each with whole files of tests. ARGS="-n 0" is one process.
+in_parallel = -n auto --maxprocesses 8 --dist loadfile
 python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check
 supported_torch = $(shell grep -oE -m 1 'torch>=[0-9.,<>=]+' pyproject.toml)
@@ -17,7 +19,7 @@ demo: build
 	$(python) examples/digits.py $(ARGS)
 
 test: build
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest $(in_parallel) $(ARGS)
 
 bench: build
 	$(python) -m benchmarks $(ARGS)
@@ -48,7 +50,7 @@ debug: build
 	cd build/debug/lib && \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(abspath $(VENV))/bin/python -m pytest $(CURDIR)/tests $(ARGS)
+	  $(abspath $(VENV))/bin/python -m pytest $(CURDIR)/tests $(in_parallel) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info compile_commands.json softmax_ext/_C.*.so softmax_ext/_build.json
