@@ -6,8 +6,8 @@ TORCH ?= torch
 VENV ?= .venv
 ARGS ?=
 
-# Of pytest: as many processes as cores, each with whole files of tests. ARGS="-n 0" is one process.
-in_parallel = -n auto --maxprocesses 8 --dist loadfile
+# Of pytest: as many processes as cores, which take the next file of tests each. ARGS="-n 0" is one.
+in_parallel = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check
 supported_torch = $(shell grep -oE -m 1 'torch>=[0-9.,<>=]+' pyproject.toml)

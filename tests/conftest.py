@@ -1,11 +1,12 @@
 """Fixtures of all tests: every test that computes takes `device` and so runs on CPU and GPU.
 
-With pytest-xdist (`-n`) they run in several processes, a file at a time (`--dist loadfile`, as
-`make test` has it): what tests of a file leave for those after them stays theirs.
+With pytest-xdist (`-n`) they run in several processes. `make test` has them take a file at a time
+(`--dist loadfile`), in which a test may count on those before it.
 """
 
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,23 @@ def pytest_configure(config: pytest.Config) -> None:
         threads = max(2, torch.get_num_threads() // workers)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `--dist loadfile`: a file at a time, and of one for the host executor a lane."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    lanes = "|".join(config.getoption("--simt-lanes").split(","))
+
+    class ByFileAndLane(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            lane = re.search(rf"\[({lanes})\b", nodeid)
+            return super()._split_scope(nodeid) + (lane[1] if lane else "")
+
+    return ByFileAndLane(config, log)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

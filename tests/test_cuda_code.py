@@ -195,7 +195,8 @@ def measure(source: Path, architecture: str) -> list[tuple[Instance, Figures]]:
 Table = dict[str, dict[str, Figures]]  # by architecture and instance
 HEAD = """\
 # What the code of each CUDA kernel instance may use, which tests/test_cuda_code.py checks. To renew
-# it, with nvcc and nvdisasm: python -m pytest tests/test_cuda_code.py --update-cuda-budgets
+# it, with nvcc and nvdisasm:
+#     python -m pytest tests/test_cuda_code.py --cuda-code --update-cuda-budgets
 #
 # sm_...      registers, at most; for another nvcc than the one named below, the limit holds
 # limit       registers that the launch bounds leave a thread, at most
