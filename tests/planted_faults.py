@@ -280,7 +280,7 @@ FAULTS = [
         "cuda long",
         DEVICE,
         "return mul_of(chunk.sum, exp_of_difference(chunk.max, max));",
-        "return chunk.sum;",
+        "return mul_of(chunk.sum, exp_of_difference(max, max));",
         HOST,
     ),
     Fault(
@@ -522,11 +522,15 @@ def main() -> int:
     missed = 0
     for fault in chosen:
         start = time.monotonic()
-        found, by = copy.find(fault)
+        try:
+            found, by = copy.find(fault)
+        except RuntimeError as error:
+            found, by = False, str(error)
         missed += not found
-        isa = f", {fault.isa}" if fault.isa else ""
-        print(f"| {fault.family}{isa} | {fault.name} | {by if found else 'NOT FOUND'} | ", end="")
-        print(f"{time.monotonic() - start:.0f} s |", flush=True)
+        where = f"{fault.family}, {fault.isa}" if fault.isa else fault.family
+        by = by if found else f"NOT FOUND: {by}"
+        seconds = time.monotonic() - start
+        print(f"| {where} | {fault.name} | {by} | {seconds:.0f} s |", flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} found")
     return 1 if missed or not chosen else 0
 

@@ -384,6 +384,15 @@ def test_the_most_chunks_of_a_row(
         assert_same_bits({name: result.tensor for name, result in results.items()})
 
 
+@all_types(FLOAT64)
+def test_more_chunks_than_a_grid_adds_at_a_time(host: Host, types: Types) -> None:
+    """The next terms take the place of the first in shared memory. float64 has the shortest
+    chunks."""
+    dim = (LIMITS["GridTerms"] + MOST_WARPS * WARP) * types.chunk
+    plan = run(host, types, "softmax", (1, dim, 1), device=NEW, schedule="grid")
+    assert plan.schedule == "grid" and types.chunks(dim) > LIMITS["GridTerms"]
+
+
 @ops
 @all_types(NATIVE)
 @pytest.mark.parametrize(("dim", "device"), [
