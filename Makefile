@@ -6,6 +6,8 @@ TORCH ?= torch
 VENV ?= .venv
 ARGS ?=
 
+# Of pytest: as many processes as cores, which take the next file of tests each. ARGS="-n 0" is one.
+in_parallel = -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 python = $(VENV)/bin/python
 pip = $(python) -m pip --disable-pip-version-check
 supported_torch = $(shell sed -n 's/^OLDEST_TORCH = (\(.*\), \(.*\))/torch>=\1.\2/p' setup.py)
@@ -34,7 +36,7 @@ demo: build/extension $(VENV)/.installed-demo
 	$(python) examples/digits.py $(ARGS)
 
 test: build
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest $(in_parallel) $(ARGS)
 
 bench: build/extension $(VENV)/.installed-demo
 	$(python) -m benchmarks $(ARGS)
@@ -65,7 +67,7 @@ debug: build
 	cd build/debug/lib && \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(abspath $(VENV))/bin/python -m pytest $(CURDIR)/tests $(ARGS)
+	  $(abspath $(VENV))/bin/python -m pytest $(CURDIR)/tests $(in_parallel) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info compile_commands.json softmax_ext/_C.*.so softmax_ext/_build.json

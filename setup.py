@@ -272,9 +272,10 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
             self.extensions[0].extra_compile_args["nvcc"].append(f"-ccbin={host}")
 
     def compile_kernels(self, isa: str) -> dict[str, str]:
-        """Compiles csrc/cpu/kernels.cpp for one instruction set, if anything in it is newer."""
+        """Compiles csrc/cpu/kernels.cpp for one instruction set, if anything in it is newer. It has
+        nothing of torch or Python: builds for all of them share it."""
         source = ROOT / "csrc" / "cpu" / "kernels.cpp"
-        output = Path(self.build_temp).resolve() / f"kernels_{isa}.o"
+        output = ROOT / "build" / ("kernels-debug" if DEBUG else "kernels") / f"kernels_{isa}.o"
         output.parent.mkdir(parents=True, exist_ok=True)
         command = [*self.cxx, *OPTIMIZE, *SANITIZE, *WARNINGS, *ISA_WARNINGS]
         command += ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{INCLUDE}"]

@@ -1,7 +1,15 @@
-"""Fixtures of all tests: every test that computes takes `device` and so runs on CPU and GPU."""
+"""Fixtures of all tests: every test that computes takes `device` and so runs on CPU and GPU.
 
+With pytest-xdist (`-n`) they run in several processes. `make test` has them take a file at a time
+(`--dist loadfile`), in which a test may count on those before it.
+"""
+
+import os
 import random
+import re
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +17,22 @@ import torch
 import softmax_ext
 
 SUMMARIES = pytest.StashKey[list[tuple[str, str]]]()
+# Markers whose tests an option asks for.
+ASKED_FOR = {"large": "--run-large", "cuda_code": "--cuda-code"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-large", action="store_true", help="run the tests marked `large`")
     parser.addoption(
-        "--update-cuda-budgets", action="store_true", help="write softmax_ext/cuda_budgets.txt anew"
+        "--cuda-code",
+        action="store_true",
+        help="compile the CUDA kernels for every architecture and check their machine code: "
+        "minutes of nvcc on all cores",
+    )
+    parser.addoption(
+        "--update-cuda-budgets",
+        action="store_true",
+        help="with --cuda-code: write softmax_ext/cuda_budgets.txt anew",
     )
     parser.addoption(
         "--fuzz-calls", type=int, default=2000, help="random calls of all entries (tests/fuzz.py)"
@@ -24,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="o2",
         help="builds of the host executor to run the CUDA kernels in: o2,asan,tsan,debug",
     )
+    # One process draws it for all: xdist's have its options.
     parser.addoption(
         "--simt-seed",
         type=int,
@@ -32,25 +51,94 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Several processes on the cores that one would have. Each keeps two threads at least, so that
+    shared work is shared; and no thread that waits for work holds a core up."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
+    if workers == 0:  # xdist's processes, started from here, read it as they begin
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    elif "OMP_NUM_THREADS" not in os.environ:
+        threads = max(2, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `--dist loadfile`: a file at a time, and of one for the host executor a lane."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    lanes = "|".join(config.getoption("--simt-lanes").split(","))
+
+    class ByFileAndLane(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            lane = re.search(rf"\[({lanes})\b", nodeid)
+            return super()._split_scope(nodeid) + (lane[1] if lane else "")
+
+    return ByFileAndLane(config, log)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     lanes, seed = config.getoption("--simt-lanes"), config.getoption("--simt-seed")
     return f"host executor: lanes {lanes}, --simt-seed={seed}"
 
 
+def why_not_cuda() -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if "cuda" not in softmax_ext.build_info()["devices"]:
+        return "softmax_ext was built without CUDA"
+    return None
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--run-large"):
-        return
-    for item in items:
-        if item.get_closest_marker("large"):
-            item.add_marker(pytest.mark.skip(reason="large: runs with --run-large"))
+    """Leaves out the tests that need a GPU, where there is none, and those to be asked for."""
+    no_cuda = why_not_cuda()
+    not_asked_for = {mark: opt for mark, opt in ASKED_FOR.items() if not config.getoption(opt)}
+
+    def why_not(item: pytest.Item) -> str | None:
+        callspec = getattr(item, "callspec", None)
+        if no_cuda and callspec and callspec.params.get("device") == "cuda":
+            return f"of device cuda: {no_cuda}"
+        for marker, option in not_asked_for.items():
+            if item.get_closest_marker(marker):
+                return f"marked {marker}: {option} runs them"
+        return None
+
+    why = {item: why_not(item) for item in items}
+    items[:] = [item for item in items if why[item] is None]
+    summaries = config.stash.setdefault(SUMMARIES, [])
+    for reason, number in Counter(filter(None, why.values())).items():
+        summaries.append((f"not run: {number} tests {reason}", ""))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["summaries"] = session.config.stash.get(SUMMARIES, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What one of xdist's processes has to say, if no other has said it."""
+    summaries = node.config.stash.setdefault(SUMMARIES, [])
+    for title, text in getattr(node, "workeroutput", {}).get("summaries", []):
+        if (title, text) not in summaries:
+            summaries.append((title, text))
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     for title, text in config.stash.get(SUMMARIES, []):
-        terminalreporter.section(title)
-        terminalreporter.write(text)
+        if text:
+            terminalreporter.section(title)
+            terminalreporter.write(text)
+        else:
+            terminalreporter.write_line(title)
 
 
 @pytest.fixture
@@ -63,11 +151,6 @@ def summary(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
-        if name not in softmax_ext.build_info()["devices"]:
-            pytest.skip("softmax_ext was built without CUDA")
     return name
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels' machine code, from nvcc alone, without a GPU.
+"""The CUDA kernels' machine code, from nvcc alone, without a GPU: with --cuda-code.
 
 No instance has local memory or spills registers to it, the vectorised ones access 16 bytes at a
 time, and each keeps to its line of cuda_budgets.txt.
@@ -6,6 +6,7 @@ time, and each keeps to its line of cuda_budgets.txt.
 
 import importlib.util
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ FLAGS += ["-Xptxas", "-v", f"-I{ROOT / 'csrc' / 'include'}"]
 # PyTorch's extensions are built so.
 FLAGS += [f"-D__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS")]
 FLAGS += [f"-D__CUDA_NO_{name}__" for name in ("BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")]
-WORKERS = 2
+WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
 NVCC = shutil.which("nvcc")
 
 # --- Instances and their names -------------------------------------------------------------------
@@ -194,7 +195,8 @@ def measure(source: Path, architecture: str) -> list[tuple[Instance, Figures]]:
 Table = dict[str, dict[str, Figures]]  # by architecture and instance
 HEAD = """\
 # What the code of each CUDA kernel instance may use, which tests/test_cuda_code.py checks. To renew
-# it, with nvcc and nvdisasm: python -m pytest tests/test_cuda_code.py --update-cuda-budgets
+# it, with nvcc and nvdisasm:
+#     python -m pytest tests/test_cuda_code.py --cuda-code --update-cuda-budgets
 #
 # sm_...      registers, at most; for another nvcc than the one named below, the limit holds
 # limit       registers that the launch bounds leave a thread, at most
@@ -288,7 +290,7 @@ def report(changes: list[Change]) -> str:
 def build() -> Build:
     """build(architecture): the instances of all files, compiled once."""
     if NVCC is None:
-        pytest.skip("no nvcc on PATH")
+        pytest.fail("--cuda-code: no nvcc on PATH", pytrace=False)
 
     @cache
     def build_all(architecture: str) -> list[tuple[Instance, Figures]]:
@@ -312,6 +314,7 @@ def budgets(build: Build, request: pytest.FixtureRequest) -> tuple[str, Table]:
     return read_table(TABLE.read_text())
 
 
+@pytest.mark.cuda_code
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_instance_keeps_its_budget(
     build: Build,
@@ -334,12 +337,13 @@ def test_every_instance_keeps_its_budget(
         pytest.fail(f"{title}\n{report(beyond)}", pytrace=False)
 
 
+@pytest.mark.cuda_code
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_vectorised_instances_access_16_bytes(build: Build, architecture: str) -> None:
     """Whatever the table says: at least the accesses of one tile."""
     instances = build(architecture)
     if find_disassembler() is None:
-        pytest.skip(NO_DISASSEMBLER)
+        pytest.fail(f"--cuda-code: {NO_DISASSEMBLER}", pytrace=False)
     for instance, found in instances:
         if not instance.wide:
             continue

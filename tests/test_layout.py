@@ -1,5 +1,6 @@
 """Memory: the layouts an input may have, those a result has, out=, and what must stay untouched."""
 
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
+from pairwise import all_pairs
 from tolerances import FLOATING, OPS, OURS, TORCH, assert_close_to_reference
 
 
@@ -148,15 +150,18 @@ def test_out_beyond_the_caches(dim_size: int, op: str, dtype: torch.dtype, devic
     assert (memory[-64:] == 7).all()
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@pytest.mark.parametrize("op", OPS)
 # Columns: of a block and of more, with steps of whole lines; then with others.
+LARGE_COLUMNS = [(16, 4096), (19, 4096), (300, 480), (50, 196)]
+LARGE_SHAPES = [*((size, 1) for size in LARGE_ROWS), *LARGE_COLUMNS]
+
+
 @pytest.mark.parametrize(
-    ("dim_size", "inner"),
-    [*((size, 1) for size in LARGE_ROWS), (16, 4096), (19, 4096), (300, 480), (50, 196)],
+    ("shape", "op", "dtype"),
+    all_pairs(list(itertools.product(LARGE_SHAPES, OPS, FLOATING))),
+    ids=str,
 )
 def test_large_results_in_memory_used_before(
-    dim_size: int, inner: int, op: str, dtype: torch.dtype, device: str
+    shape: tuple[int, int], op: str, dtype: torch.dtype, device: str
 ) -> None:
     """On the CPU the second is written past the caches: the same bits, and so the gradient."""
 
@@ -169,7 +174,7 @@ def test_large_results_in_memory_used_before(
         )
         return result
 
-    x = large_input(dim_size, inner, dtype, device)
+    x = large_input(*shape, dtype, device)
     grad_output = torch.randn_like(x)
     output = in_thirds(forward, x)
     grad_input = in_thirds(backward, grad_output, output)

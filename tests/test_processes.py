@@ -91,10 +91,9 @@ def test_parametrization(op: str, device: str) -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("op", OPS)
 def test_cuda_graph_and_side_stream(op: str, device: str) -> None:
-    if device != "cuda":
-        pytest.skip("of a GPU")
     x = torch.randn(64, 1000, device=device)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

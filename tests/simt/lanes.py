@@ -3,10 +3,13 @@
 Needs g++ and ninja; nothing of CUDA.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -55,22 +58,31 @@ def write_rules() -> None:
             objects = [f"{lane}/{source.stem}.o" for source in EXECUTOR + sources]
             lines += [f"build {lane}/{program}: link {' '.join(objects)}"]
             lines += [f"  flags = {' '.join(options)}"]
-    FOLDER.mkdir(parents=True, exist_ok=True)
     rules = FOLDER / "build.ninja"
     text = "\n".join(lines) + "\n"
     if not rules.exists() or rules.read_text() != text:
         rules.write_text(text)
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """One process at a time in FOLDER: the next finds what the one before has built."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(lane: str, program: str) -> Path:
     """Compiles what is not up to date."""
-    write_rules()
     path = FOLDER / lane / program
     ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if ninja is None:
         raise FileNotFoundError("ninja is needed to build the host executor: pip install ninja")
     command = [ninja, "-C", str(FOLDER), f"{lane}/{program}"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    with alone():
+        write_rules()
+        result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"the host executor's {lane} lane does not compile:\n{result.stdout}")
     return path

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from lanes import FLAGS, FOLDER
+from lanes import FLAGS, FOLDER, alone
 
 SOURCE = Path(__file__).resolve().parent / "exp.cpp"
 # Of the sweeps: the step between the bits of neighbours, prime; 1 with --run-large.
@@ -22,11 +22,11 @@ def bits(x: float) -> int:
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "exp.so"
     command = [os.environ.get("CXX", "g++"), *FLAGS, "-O2", "-shared", "-fPIC", str(SOURCE)]
-    subprocess.run([*command, "-o", str(path)], check=True)
-    library = ctypes.CDLL(str(path))
+    with alone():
+        subprocess.run([*command, "-o", str(path)], check=True)
+        library = ctypes.CDLL(str(path))
     library.error_of_exp.restype = library.error_of_rounded_exp.restype = ctypes.c_double
     library.exp_of_float.restype = ctypes.c_float
     library.exp_of_float.argtypes = [ctypes.c_float]

@@ -13,7 +13,7 @@ threads serves, and the first that it does not.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import gcov
@@ -22,6 +22,7 @@ import torch
 from host import Host, Instance, Result
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pairwise import all_pairs
 from plans import DEVICES, Plan
 from special_rows import INF, ROWS, is_nan_for_torch_too
 from tolerances import (
@@ -381,6 +382,15 @@ def test_the_most_chunks_of_a_row(
         }
         assert results[schedule].plan.schedule == schedule
         assert_same_bits({name: result.tensor for name, result in results.items()})
+
+
+@all_types(FLOAT64)
+def test_more_chunks_than_a_grid_adds_at_a_time(host: Host, types: Types) -> None:
+    """The next terms take the place of the first in shared memory. float64 has the shortest
+    chunks."""
+    dim = (LIMITS["GridTerms"] + MOST_WARPS * WARP) * types.chunk
+    plan = run(host, types, "softmax", (1, dim, 1), device=NEW, schedule="grid")
+    assert plan.schedule == "grid" and types.chunks(dim) > LIMITS["GridTerms"]
 
 
 @ops
@@ -986,15 +996,31 @@ WAYS = [Way(name, whole) for name in NAMES for whole in (True, False)]
 
 def all_ways(
     types: list[Types], ways: list[Way] = WAYS, long: list[Types] = SAME
-) -> pytest.MarkDecorator:
+) -> list[tuple[Way, Types]]:
     """Of the types, those that each takes; for long rows, of these."""
-    pairs = [
+    return [
         (way, each)
         for way in ways
         for each in types
         if way.takes(each) and (not way.long or each in long)
     ]
-    return pytest.mark.parametrize(("way", "types"), pairs, ids=str)
+
+
+def every_pair(ways: list[tuple[Way, Types]], **others: Iterable[object]) -> pytest.MarkDecorator:
+    """Each two together of a way's name, whether it is whole, the direction, the type, the
+    operation, and other parameters; and so without what the sanitizers leave out."""
+    names = ["way", "types", "op", *others]
+    cases = {
+        (way.name, way.whole, types.direction, types.load, *rest): (way, types, *rest)
+        for (way, types), *rest in itertools.product(ways, OPS, *others.values())
+        if types.inputs == 2 or 1 not in rest  # a forward has one input, number 0
+    }
+    moving = [
+        key for key, case in cases.items() if not has_the_accesses_of_another(case[2], case[1])
+    ]
+    chosen = [cases[key] for key in all_pairs(list(cases), all_pairs(moving))]
+    ids = ["-".join(map(str, case)) for case in chosen]
+    return pytest.mark.parametrize(names, chosen, ids=ids)
 
 
 WHOLE = [way for way in WAYS if way.whole]
@@ -1006,8 +1032,7 @@ FEWER_TYPES = [types for types in SAME if types.load not in SIXTEEN_BIT]
 ROWS_OF_A_FEW = SMS + 1  # with more rows than SMs, a grid's teams have a block each
 
 
-@all_ways(SAME, long=[types for types in SAME if types.load != torch.bfloat16])
-@ops
+@every_pair(all_ways(SAME, long=[types for types in SAME if types.load != torch.bfloat16]))
 def test_blocks_that_take_several_rows(host: Host, types: Types, op: str, way: Way) -> None:
     """Where the grid is smaller than the rows ask for, two blocks or a cluster at a time. Three
     turns and more, of which every other one uses the same states."""
@@ -1023,7 +1048,11 @@ def test_blocks_that_take_several_rows(host: Host, types: Types, op: str, way: W
     assert plan.blocks == max(2 // plan.team, 1) * plan.team
 
 
-@all_ways([types for types in SAME if types.load in (torch.float32, torch.float64)], WHOLE)
+@pytest.mark.parametrize(
+    ("way", "types"),
+    all_ways([types for types in SAME if types.load in (torch.float32, torch.float64)], WHOLE),
+    ids=str,
+)
 def test_blocks_side_by_side(host: Host, types: Types, way: Way) -> None:
     """Shared memory is each block's own, and no block touches the rows of another."""
     outer, dim, inner = way.shape(ROWS_OF_A_FEW, types)
@@ -1056,30 +1085,25 @@ def test_more_than_one_wave_of_blocks(host: Host, schedule: str, direction: str)
     assert plan.schedule == schedule
 
 
-@all_ways(SAME, long=FEWER_TYPES)
-@ops
-@pytest.mark.parametrize("in_place", [0, 1])
+@every_pair(all_ways(SAME, long=FEWER_TYPES), in_place=[0, 1])
 def test_in_place(host: Host, types: Types, in_place: int, op: str, way: Way) -> None:
     """Over the input; backward over the gradient that comes, or over the output."""
-    if in_place >= types.inputs:
-        pytest.skip("a forward has one input")
     dim = way.dim(types)
     orders = host.orders if dim <= 3 * types.chunk else host.orders[-1:]
     how = {**way.how(types), "in_place": in_place, "orders": orders}
     way.check(run(host, types, op, way.shape(ROWS_OF_A_FEW, types), **how), types)
 
 
-@all_ways(SAME, FEWER_WHOLE, long=FEWER_TYPES)
-@ops
-@pytest.mark.parametrize("pointer", [0, 1, "result"])
-@pytest.mark.parametrize("by", ["an element", "half a vector"])
+@every_pair(
+    all_ways(SAME, FEWER_WHOLE, long=FEWER_TYPES),
+    pointer=[0, 1, "result"],
+    by=["an element", "half a vector"],
+)
 def test_unaligned(
     host: Host, by: str, types: Types, pointer: int | str, op: str, way: Way
 ) -> None:
     """One pointer that is not a multiple of 16 is enough to be read, or written, another way; and
     in place, where all that is written is."""
-    if pointer == 1 and types.inputs == 1:
-        pytest.skip("a forward has one input")
     offset = types.load.itemsize if by == "an element" else VECTOR_BYTES // 2
     dim = way.dim(types)
     how = {
@@ -1111,8 +1135,7 @@ def laid_out(rows: list[torch.Tensor], types: Types, way: Way) -> torch.Tensor:
     return x.view(outer, inner, dim).movedim(2, 1)
 
 
-@all_ways(SAME, FEWER, long=FEWER_TYPES)
-@ops
+@every_pair(all_ways(SAME, FEWER, long=FEWER_TYPES))
 def test_special_rows(host: Host, types: Types, op: str, way: Way) -> None:
     """Each is right, and NaN where torch has NaN: what one row holds does not leak into others."""
     dim = way.dim(types)
@@ -1153,8 +1176,7 @@ def shares(plan: Plan, types: Types, dim: int) -> Iterator[torch.Tensor]:
     yield chunk % WARP
 
 
-@all_ways(SAME, FEWER, long=FEWER_TYPES)
-@ops
+@every_pair(all_ways(SAME, FEWER, long=FEWER_TYPES))
 def test_shares_of_minus_infinity(host: Host, types: Types, op: str, way: Way) -> None:
     """A share that is -inf throughout has no maximum to subtract: (-inf) - (-inf). That of each
     kind, and all but those."""

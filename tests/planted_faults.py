@@ -1,0 +1,539 @@
+"""Faults planted in the sources, one at a time, and whether the tests find them.
+
+    python tests/planted_faults.py [--list] [NAME ...]
+
+Works in a copy of the tree, in build/faults, and says for each fault which test has found it. Exits
+with 1 if one is not found. The first run builds the copy; then a fault takes about a minute, most
+of it to compile the file that it is in.
+
+A fault is a text that is in its file once (test_planted_faults.py sees to that) and what stands in
+its place. Where the sources have changed, plant it anew: the fault is what its name says.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "faults"
+SECONDS = 900  # of the tests; more is a loop that never ends
+
+ROWS = "csrc/cuda/row_kernels.cuh"
+COLUMNS = "csrc/cuda/column_kernels.cuh"
+PACKED = "csrc/cuda/packed_kernels.cuh"
+DEVICE = "csrc/cuda/device.cuh"
+CPU = "csrc/cpu/kernels.cpp"
+VEC = "csrc/cpu/vec.h"
+
+VALUES = "tests/test_forward.py tests/test_extremes.py"
+GRADIENTS = "tests/test_backward.py"
+BITS = "tests/test_batch_invariance.py"
+LAYOUT = "tests/test_layout.py"
+HOST = "tests/simt/test_kernels.py"
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    family: str  # a kernel family or a layer
+    path: str
+    old: str
+    new: str
+    tests: str  # arguments of pytest
+    isa: str = ""  # of the CPU kernels: the one that is compiled with the fault, and tested
+
+    def plant(self, root: Path) -> None:
+        path = root / self.path
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: its text is {text.count(self.old)} times in {path}")
+        path.write_text(text.replace(self.old, self.new))
+
+
+FAULTS = [
+    # --- The CPU's kernels ---
+    Fault(
+        "a lane without an element counts as 0",
+        "cpu register rows",
+        CPU,
+        "load(row, All{}, kLowest<A>) : load(row, lanes, kLowest<A>);",
+        "load(row, All{}, kLowest<A>) : load(row, lanes, A(0));",
+        VALUES,
+        "avx512",
+    ),
+    Fault(
+        "the last row of a few has the sum of the first",
+        "cpu register rows",
+        CPU,
+        "    const auto formula = of_lane(formulas, r);\n    V result;",
+        "    const auto formula = of_lane(formulas, r + 1 < rows ? r : 0);\n    V result;",
+        VALUES,
+        "avx2",
+    ),
+    Fault(
+        "the max leaves out the last element",
+        "cpu short rows",
+        CPU,
+        "lanes[r] = lane_max(x + r * n, n);",
+        "lanes[r] = lane_max(x + r * n, n - 1);",
+        VALUES,
+        "avx2",
+    ),
+    Fault(
+        "the gradient of all rows with the sum of the first",
+        "cpu short rows",
+        CPU,
+        "store_gradient((row + r) * dim, dim, sums[r]);",
+        "store_gradient((row + r) * dim, dim, sums[0]);",
+        GRADIENTS,
+        "baseline",
+    ),
+    Fault(
+        "the last chunk is not in the sum",
+        "cpu long rows",
+        CPU,
+        "for (int64_t k = 1; k < chunks; ++k) state = combine(state, states[k]);",
+        "for (int64_t k = 1; k + 1 < chunks; ++k) state = combine(state, states[k]);",
+        VALUES,
+        "baseline",
+    ),
+    Fault(
+        "the exps of a chunk are not scaled to the row's max",
+        "cpu long rows",
+        CPU,
+        "return formula.of_exp(e * weight);",
+        "return formula.of_exp(e);",
+        VALUES,
+        "avx512",
+    ),
+    Fault(
+        "all rows that threads share have the sum of the first",
+        "cpu split rows",
+        CPU,
+        "store_chunk(t / chunks, t % chunks, states[t], of_rows[t / chunks]);",
+        "store_chunk(t / chunks, t % chunks, states[t], of_rows[0]);",
+        VALUES,
+        "avx512",
+    ),
+    Fault(
+        "the end of a row past the caches is that of another place",
+        "cpu streamed rows",
+        CPU,
+        "store_as(y + begin + i, lanes, value(begin + i, lanes));",
+        "store_as(y + begin + i, lanes, value(i, lanes));",
+        LAYOUT,
+        "avx2",
+    ),
+    Fault(
+        "a sum so far is not scaled to a larger max",
+        "cpu columns",
+        CPU,
+        "sums[v].scale(exp_of_nonpositive(old - shifts[v]));",
+        "sums[v].scale(V(A(1)));",
+        VALUES,
+        "avx512",
+    ),
+    Fault(
+        "the columns of a partial register have no sum",
+        "cpu columns",
+        CPU,
+        "v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);",
+        "v < width / kSize; ++v) sums[v].add(block_sums[v]);",
+        GRADIENTS,
+        "avx2",
+    ),
+    Fault(
+        "the steps of a gradient are a column too far apart",
+        "cpu columns",
+        CPU,
+        "        const T* grad = grads + offset + d * inner;\n"
+        "        const T* y = outputs + offset + d * inner;\n"
+        "        for_each_vector",
+        "        const T* grad = grads + offset + d * (inner > 1 && d > 0 ? inner - 1 : inner);\n"
+        "        const T* y = outputs + offset + d * inner;\n"
+        "        for_each_vector",
+        GRADIENTS,
+        "baseline",
+    ),
+    Fault(
+        "int16 is read as uint16",
+        "cpu casts",
+        CPU,
+        "convert(static_cast<const int16_t*>(input) + offset, y, n);",
+        "convert(static_cast<const uint16_t*>(input) + offset, y, n);",
+        VALUES,
+        "baseline",
+    ),
+    Fault(
+        "an input of another type is converted for the first chunk only",
+        "cpu casts",
+        CPU,
+        "if (is_converted_) convert(",
+        "if (is_converted_ && offset == 0) convert(",
+        VALUES,
+        "avx512",
+    ),
+    Fault(
+        "a mask of one lane too many",
+        "avx512",
+        VEC,
+        "static_cast<__mmask16>((1u << lanes.count) - 1);",
+        "static_cast<__mmask16>((2u << lanes.count) - 1);",
+        VALUES,
+        "avx512",
+    ),
+    Fault(
+        "bfloat16 is cut off, not rounded",
+        "avx2",
+        VEC,
+        "_mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);",
+        "_mm256_blendv_epi8(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x7fc0), nan);",
+        VALUES,
+        "avx2",
+    ),
+    Fault(
+        "exp of subnormal results is rounded twice",
+        "baseline",
+        VEC,
+        "return (q * power(half)) * power(n - half);",
+        "return q * power(n);",
+        VALUES,
+        "baseline",
+    ),
+    # --- The CUDA kernels, on the host executor ---
+    Fault(
+        "the lanes of a short row are those of a warp",
+        "cuda short",
+        ROWS,
+        "    for (int k = 0; k < vectors; ++k) {\n"
+        "      const int place = (k * part.lanes + part.lane) * kWidth;\n"
+        "      A values[kWidth];",
+        "    for (int k = 0; k < vectors; ++k) {\n"
+        "      const int place = (k * limits::kWarp + part.lane) * kWidth;\n"
+        "      A values[kWidth];",
+        HOST,
+    ),
+    Fault(
+        "the elements of a last vector are those of the first",
+        "cuda registers",
+        DEVICE,
+        "if (k == last_ / limits::kWarp) ending_ = pieces;",
+        "if (k == 0) ending_ = pieces;",
+        HOST,
+    ),
+    Fault(
+        "one vector is read behind a chunk where two may be needed",
+        "cuda registers",
+        DEVICE,
+        "if (any_behind && part.lane < 2) behind = load(vectors);",
+        "if (any_behind && part.lane < 1) behind = load(vectors);",
+        HOST,
+    ),
+    Fault(
+        "no barrier before the states of a block's chunks are read",
+        "cuda block",
+        ROWS,
+        "    } else {\n      __syncthreads();\n      states += turn * share_.chunks;",
+        "    } else {\n      states += turn * share_.chunks;",
+        HOST,
+    ),
+    Fault(
+        "one buffer of states for two rows",
+        "cuda block",
+        ROWS,
+        "schedule_ == Schedule::kGrid ? in_scratch(turn) : shared_ + turn * share_.chunks;",
+        "schedule_ == Schedule::kGrid ? in_scratch(turn) : shared_;",
+        HOST,
+    ),
+    Fault(
+        "no wait for the states of a cluster's other blocks",
+        "cuda cluster",
+        ROWS,
+        "      mail_.wait(turn);\n",
+        "",
+        HOST,
+    ),
+    Fault(
+        "no barrier between the blocks of a grid",
+        "cuda grid",
+        ROWS,
+        "      sync_grid();\n",
+        "",
+        HOST,
+    ),
+    Fault(
+        "no barrier before the terms of a grid's chunks are written again",
+        "cuda grid",
+        DEVICE,
+        "sum = add_of(sum, memory[i]);\n    }\n    __syncthreads();",
+        "sum = add_of(sum, memory[i]);\n    }",
+        HOST,
+    ),
+    Fault(
+        "the sum of a chunk is not scaled to the row's max",
+        "cuda long",
+        DEVICE,
+        "return mul_of(chunk.sum, exp_of_difference(chunk.max, max));",
+        "return mul_of(chunk.sum, exp_of_difference(max, max));",
+        HOST,
+    ),
+    Fault(
+        "no barrier before a slab is written to memory",
+        "cuda packed",
+        PACKED,
+        "if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));\n"
+        "        });\n      }\n    });\n    __syncthreads();",
+        "if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));\n"
+        "        });\n      }\n    });",
+        HOST,
+    ),
+    Fault(
+        "the last element of a slab stays where it is",
+        "cuda packed",
+        PACKED,
+        "if (byte >= shift_ && byte < end_) body(byte);",
+        "if (byte >= shift_ && byte + kSize < end_) body(byte);",
+        HOST,
+    ),
+    Fault(
+        "a thread's row goes on into the next",
+        "cuda packed short",
+        PACKED,
+        "    if (v >= dim) break;\n",
+        "    if (v > dim) break;\n",
+        HOST,
+    ),
+    Fault(
+        "the gradient is that of a sum too large by its first term",
+        "cuda packed short",
+        PACKED,
+        "sums[v / width] = v % width == 0 ? term(v) : add_of(sums[v / width], term(v));",
+        "sums[v / width] = v % width == 0 ? term(0) : add_of(sums[v / width], term(v));",
+        HOST,
+    ),
+    Fault(
+        "the stride of leaves is a thread too long",
+        "cuda columns",
+        COLUMNS,
+        "place += (along - 1) * kWidth * inner;",
+        "place += along * kWidth * inner;",
+        HOST,
+    ),
+    Fault(
+        "no barrier before the sums of the threads are added",
+        "cuda columns",
+        COLUMNS,
+        "put_partials(leaf * along + y, sums[leaf]);\n        }\n        __syncthreads();",
+        "put_partials(leaf * along + y, sums[leaf]);\n        }",
+        HOST,
+    ),
+    Fault(
+        "columns beyond the inner size are written",
+        "cuda columns",
+        COLUMNS,
+        "const bool exists = column < shape.inner;",
+        "const bool exists = column <= shape.inner;",
+        HOST,
+    ),
+    Fault(
+        "a plan of shared memory without that of the states",
+        "cuda plan",
+        "csrc/include/softmax_ext/plan.h",
+        "static_cast<size_t>(states + (plan.hold == Hold::kShared ? kept : 0));",
+        "static_cast<size_t>(plan.hold == Hold::kShared ? kept : 0);",
+        "tests/simt/test_plan.py",
+    ),
+    # --- torch's operators, autograd, the switch, Python ---
+    Fault(
+        "out= that overlaps the input is written all the same",
+        "torch operators",
+        "csrc/torch/operators.cpp",
+        "  at::assert_no_partial_overlap(out, contiguous);\n",
+        "",
+        LAYOUT,
+    ),
+    Fault(
+        "out= keeps its version",
+        "torch operators",
+        "csrc/torch/operators.cpp",
+        "  out.unsafeGetTensorImpl()->bump_version();\n",
+        "",
+        LAYOUT,
+    ),
+    Fault(
+        "the second derivative of softmax lacks a term",
+        "autograd",
+        "csrc/torch/autograd.cpp",
+        "v * (g - sum(g * y)) - g * sum(v * y)};",
+        "v * (g - sum(g * y))};",
+        GRADIENTS,
+    ),
+    Fault(
+        "the second derivative of log_softmax is not scaled by the gradient's sum",
+        "autograd",
+        "csrc/torch/autograd.cpp",
+        "return {v - sum(weighted), -weighted * sum(g)};",
+        "return {v - sum(weighted), -weighted};",
+        GRADIENTS,
+    ),
+    Fault(
+        "the output's node keeps the output alive",
+        "autograd",
+        "csrc/torch/autograd.cpp",
+        "SavedVariable(output, /*is_output=*/true, is_inplace_on_view);",
+        "SavedVariable(output, /*is_output=*/false, is_inplace_on_view);",
+        GRADIENTS,
+    ),
+    Fault(
+        "a result of another type is not of that type",
+        "switch",
+        "csrc/torch/override.cpp",
+        "if (!half_to_float) return dtype;",
+        "return dtype;",
+        "tests/test_switch.py",
+    ),
+    Fault(
+        "the end of one of two switches the other off",
+        "switch",
+        "softmax_ext/switch.py",
+        "after = self._is_set or self._within > 0",
+        "after = self._is_set or within > 0",
+        "tests/test_switch.py",
+    ),
+    Fault(
+        "the implicit dim of three dimensions is 1",
+        "python",
+        "softmax_ext/functional.py",
+        "return 0 if ndim in (0, 1, 3) else 1",
+        "return 0 if ndim in (0, 1) else 1",
+        "tests/test_errors.py tests/test_modules.py",
+    ),
+    Fault(
+        "softmin casts before it negates",
+        "python",
+        "softmax_ext/functional.py",
+        "return _C.softmax(-input, dim, dtype, out)",
+        "return _C.softmax(-input.to(dtype or input.dtype), dim, dtype, out)",
+        VALUES,
+    ),
+]
+
+
+def sources() -> list[str]:
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.splitlines() if (ROOT / name).is_file()]
+
+
+class Copy:
+    """Of the tree, built. `clean` stays without a fault, and is copied for each to where it was
+    built, so that a build there compiles what the fault is in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clean, self.tree = folder / "clean", folder / "tree"
+        self._begin()
+        for name in sources():
+            target = self.tree / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists() or target.read_bytes() != (ROOT / name).read_bytes():
+                shutil.copy(ROOT / name, target)
+        self._build()
+        shutil.rmtree(self.clean, ignore_errors=True)
+        self.tree.rename(self.clean)
+
+    def find(self, fault: Fault) -> tuple[bool, str]:
+        """Whether it was found, and by which test."""
+        self._begin()
+        fault.plant(self.tree)
+        self._build(fault.isa)
+        status, by = self._test(fault.tests, fault.isa)
+        if status not in (0, 1):
+            raise RuntimeError(f"pytest could not run {fault.tests}: exit status {status}: {by}")
+        return status == 1, by
+
+    def _begin(self) -> None:
+        shutil.rmtree(self.tree, ignore_errors=True)
+        if self.clean.exists():
+            shutil.copytree(self.clean, self.tree)
+
+    def _run(
+        self, *arguments: str, path: str = "", seconds: float | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.tree / path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+
+    def _build(self, isa: str = "") -> None:
+        """What has changed; the CPU kernels for one instruction set, if that is given."""
+        for path in self.tree.glob("build/*/kernels_*.o"):
+            if isa and path.stem != f"kernels_{isa}":
+                os.utime(path)
+        host = "import lanes; lanes.build('o2', 'kernels')"
+        for built in (
+            self._run("setup.py", "-q", "build_ext", "--inplace", FORCE_CPU="1"),
+            self._run("-c", host, path="tests/simt"),
+        ):
+            if built.returncode != 0:
+                raise RuntimeError(f"it does not compile:\n{built.stdout}{built.stderr}")
+
+    def _test(self, arguments: str, isa: str) -> tuple[int, str]:
+        """Exit status, and the first test that failed."""
+        environment = {"PYTHONPATH": str(self.tree)} | ({"SOFTMAX_EXT_ISA": isa} if isa else {})
+        command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments.split()]
+        try:
+            result = self._run(*command, seconds=SECONDS, **environment)
+        except subprocess.TimeoutExpired:
+            return 1, f"not finished in {SECONDS} s"
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+?::.*?)(?: - .*)?$", result.stdout, re.MULTILINE)
+        if failed:
+            return result.returncode, failed[1]
+        if result.returncode < 0:
+            return 1, f"ended by signal {-result.returncode}"
+        return result.returncode, result.stdout.strip().rpartition("\n")[2]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of faults or families; all")
+    parser.add_argument("--list", action="store_true", help="names the faults, plants none")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the copy")
+    options = parser.parse_args()
+    chosen = [
+        fault
+        for fault in FAULTS
+        if not options.names or {fault.name, fault.family} & set(options.names)
+    ]
+    if options.list:
+        for fault in chosen:
+            print(f"{fault.family}: {fault.name} ({fault.path})")
+        return 0
+    copy = Copy(options.folder.resolve())
+    missed = 0
+    for fault in chosen:
+        start = time.monotonic()
+        try:
+            found, by = copy.find(fault)
+        except RuntimeError as error:
+            found, by = False, str(error)
+        missed += not found
+        where = f"{fault.family}, {fault.isa}" if fault.isa else fault.family
+        by = by if found else f"NOT FOUND: {by}"
+        seconds = time.monotonic() - start
+        print(f"| {where} | {fault.name} | {by} | {seconds:.0f} s |", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} found")
+    return 1 if missed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
