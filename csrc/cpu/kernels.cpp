@@ -383,7 +383,7 @@ void convert(const From* x, T* y, int64_t n) {
   using A = compute_t<T>;
   constexpr int kSize = Vec<A>::kSize;
   for_each_vector<kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-    if constexpr (std::is_same_v<compute_t<From>, A> && !std::is_integral_v<From>) {
+    if constexpr (kIsFloating<From> && std::is_same_v<compute_t<From>, A>) {
       store(y + i, lanes, load(x + i, lanes, A(0)) * Vec<A>(A(1)));  // no signalling NaN
     } else {
       Vec<A> values(A(0));
@@ -408,7 +408,7 @@ void convert(const void* input, DType dtype, int64_t offset, T* y, int64_t n) {
     case DType::kFloat64:
       return convert(static_cast<const double*>(input) + offset, y, n);
     case DType::kBool:
-      return convert(static_cast<const bool*>(input) + offset, y, n);
+      return convert(static_cast<const Bool*>(input) + offset, y, n);
     case DType::kUInt8:
       return convert(static_cast<const uint8_t*>(input) + offset, y, n);
     case DType::kInt8:

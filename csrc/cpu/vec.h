@@ -45,6 +45,15 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Any byte but 0 is true: a view of other bytes as bool has them, and a C++ bool must not.
+struct Bool {
+  uint8_t byte;
+};
+
+template <class T>
+constexpr bool kIsFloating =
+    std::is_floating_point_v<T> || std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>;
+
 // The type that an element is computed in.
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -90,12 +99,14 @@ struct Vec {
 using VecF = Vec<float>;
 using VecD = Vec<double>;
 
-// ---- scalar conversions of 16-bit elements ------------------------------------------------------
+// ---- scalar conversions -------------------------------------------------------------------------
 
 template <class T>
 SOFTMAX_EXT_INLINE T to_float(T x) {
   return x;
 }
+
+SOFTMAX_EXT_INLINE float to_float(Bool x) { return x.byte != 0; }
 
 SOFTMAX_EXT_INLINE float to_float(BFloat16 x) {
   return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
