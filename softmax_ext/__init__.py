@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from softmax_ext._explain import Explanation, explain
 from softmax_ext._info import __version__, build_info
-from softmax_ext.functional import log_softmax, log_softmax_, softmax, softmax_, softmin
+from softmax_ext.functional import (
+    log_softmax,
+    log_softmax_,
+    softmax,
+    softmax_,
+    softmin,
+    softmin_,
+)
 from softmax_ext.modules import LogSoftmax, Softmax, Softmax2d, Softmin
 from softmax_ext.switch import disable, enable, enabled
 
@@ -29,4 +36,5 @@ __all__ = [
     "softmax",
     "softmax_",
     "softmin",
+    "softmin_",
 ]
