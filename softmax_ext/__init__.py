@@ -17,7 +17,7 @@ from softmax_ext.functional import (
     softmin_,
 )
 from softmax_ext.modules import LogSoftmax, Softmax, Softmax2d, Softmin
-from softmax_ext.switch import disable, enable, enabled
+from softmax_ext.switch import disable, enable, enabled, is_enabled
 
 __all__ = [
     "Explanation",
@@ -31,6 +31,7 @@ __all__ = [
     "enable",
     "enabled",
     "explain",
+    "is_enabled",
     "log_softmax",
     "log_softmax_",
     "softmax",
