@@ -63,7 +63,7 @@ def device(request: pytest.FixtureRequest) -> str:
     if name == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
-        if name not in softmax_ext.build_info()["devices"]:
+        if name not in softmax_ext.build_info().devices:
             pytest.skip("softmax_ext was built without CUDA")
     return name
 
