@@ -115,14 +115,14 @@ def stay():
         stop.wait()
 
 of_child(starts_off)
-threads = [threading.Thread(target=hammer), threading.Thread(target=stay)]
+threads = [threading.Thread(target=f, daemon=True) for f in (hammer, stay)]
 threads[0].start()
-for _ in range(100):
+for _ in range(40):
     of_child(starts_off)
 threads[1].start()
 within.wait()
 assert is_on()
-for _ in range(20):
+for _ in range(10):
     of_child(starts_off)  # what another thread is within does not go on here
 
 def leaves():
@@ -130,11 +130,11 @@ def leaves():
     block.__exit__(None, None, None)
     assert not is_on()
 
-for _ in range(20):
+for _ in range(10):
     with softmax_ext.enabled() as block:
         of_child(leaves)
 softmax_ext.enable()
-for _ in range(20):
+for _ in range(10):
     of_child(starts_on)
 softmax_ext.disable()
 stop.set()

@@ -20,7 +20,8 @@ MODULES = ["Softmax", "LogSoftmax", "Softmin", "Softmax2d"]
 @pytest.fixture(autouse=True)
 def without_deprecations() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit about itself
+        for category in (DeprecationWarning, FutureWarning):  # of torch.jit about itself
+            warnings.simplefilter("ignore", category)
         yield
 
 
