@@ -240,7 +240,7 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else "",
-        "build": softmax_ext.build_info(),
+        "build": asdict(softmax_ext.build_info()),
     }
 
 

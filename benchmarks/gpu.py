@@ -434,7 +434,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "build": softmax_ext.build_info(),
+        "build": asdict(softmax_ext.build_info()),
     }
 
 
@@ -449,7 +449,7 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: torch finds no GPU; `python -m benchmarks` measures the CPU")
-    if "cuda" not in softmax_ext.build_info()["devices"]:
+    if "cuda" not in softmax_ext.build_info().devices:
         sys.exit("benchmarks.gpu: softmax_ext was built without CUDA; build with FORCE_CUDA=1")
     start = time.monotonic()
     folder = options.output or gpu_report.default_folder()

@@ -313,7 +313,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     built = softmax_ext.build_info()
-    on_gpu = torch.cuda.is_available() and "cuda" in built["devices"]
+    on_gpu = torch.cuda.is_available() and "cuda" in built.devices
     device = "cuda" if on_gpu else "cpu"
     processor = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     machine = f"torch {torch.__version__}, {device} ({processor})"

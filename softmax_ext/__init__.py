@@ -7,12 +7,20 @@ torch.nn.functional.softmax stood: the same values, gradients, dtypes and errors
 from __future__ import annotations
 
 from softmax_ext._explain import Explanation, explain
-from softmax_ext._info import __version__, build_info
-from softmax_ext.functional import log_softmax, log_softmax_, softmax, softmax_, softmin
+from softmax_ext._info import BuildInfo, __version__, build_info
+from softmax_ext.functional import (
+    log_softmax,
+    log_softmax_,
+    softmax,
+    softmax_,
+    softmin,
+    softmin_,
+)
 from softmax_ext.modules import LogSoftmax, Softmax, Softmax2d, Softmin
-from softmax_ext.switch import disable, enable, enabled
+from softmax_ext.switch import disable, enable, enabled, is_enabled
 
 __all__ = [
+    "BuildInfo",
     "Explanation",
     "LogSoftmax",
     "Softmax",
@@ -24,9 +32,11 @@ __all__ = [
     "enable",
     "enabled",
     "explain",
+    "is_enabled",
     "log_softmax",
     "log_softmax_",
     "softmax",
     "softmax_",
     "softmin",
+    "softmin_",
 ]

@@ -1,8 +1,10 @@
-"""softmax, log_softmax and softmin with the signatures of torch.nn.functional; two in place."""
+"""softmax, log_softmax and softmin with the signatures of torch.nn.functional, and in place."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,33 +15,88 @@ from softmax_ext._loader import load
 
 _C = load()
 
-__all__ = ["log_softmax", "log_softmax_", "softmax", "softmax_", "softmin"]
+__all__ = ["log_softmax", "log_softmax_", "softmax", "softmax_", "softmin", "softmin_"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
-def _implicit_dim(name: str, ndim: int, stacklevel: int) -> int:
-    """The dim that torch.nn.functional takes where none is given, with its warning.
-
-    A compiled graph cannot warn.
-    """
-    if not is_dynamo_compiling():
-        warnings.warn(
-            f"Implicit dimension choice for {name} has been deprecated. "
-            "Change the call to include dim=X as an argument.",
-            stacklevel=stacklevel,
-        )
+def _implicit_dim(ndim: int) -> int:
+    """The dim that torch.nn.functional takes where none is given."""
     return 0 if ndim in (0, 1, 3) else 1
 
 
+def _implicit_dim_warned(name: str, ndim: int, stacklevel: int) -> int:
+    warnings.warn(
+        f"Implicit dimension choice for {name} has been deprecated. "
+        "Change the call to include dim=X as an argument.",
+        stacklevel=stacklevel,
+    )
+    return _implicit_dim(ndim)
+
+
 def _traced(
-    name: str, input: Tensor, dim: int, dtype: torch.dtype | None, out: Tensor | None
+    name: str,
+    input: Tensor,
+    dim: int | None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """A call that becomes part of a compiled graph: the dispatcher's operator of this name."""
-    plain = type(input) in (Tensor, torch.nn.Parameter) and input.device.type in ("cpu", "cuda")
-    if plain and out is None:
+    """A call that Dynamo makes part of a graph: this package's operator of this name, or torch's.
+
+    torch's where the graph is exported, to run without this package, and for what Dynamo traces in
+    torch's functions alone: subclasses, and a dim that is a tensor or a number of NumPy's. A graph
+    cannot warn of an implicit dim.
+    """
+    if dim is None:
+        dim = _implicit_dim(input.dim())
+    if (
+        type(input) in (Tensor, torch.nn.Parameter)
+        and input.device.type in ("cpu", "cuda")
+        and type(dim) is int
+        and out is None
+        # is_exporting() returns this, but is always True to the Dynamo of torch 2.11.
+        and not torch.compiler._is_exporting_flag
+    ):
         return getattr(torch.ops.softmax_ext, name)(input, dim, dtype)  # type: ignore[no-any-return]
     return getattr(torch, name)(input, dim, dtype=dtype, out=out)  # type: ignore[no-any-return]
 
 
+def _as_scripted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of torch.nn.functional with the arguments that can be scripted of ours."""
+
+    def scripted(
+        input: Tensor,
+        dim: int | None = None,
+        _stacklevel: int = 3,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        return function(input, dim, _stacklevel, dtype)
+
+    return scripted
+
+
+def _as_scripted_in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def scripted(input: Tensor, dim: int | None = None, _stacklevel: int = 3) -> Tensor:
+        return input.copy_(function(input, dim, _stacklevel))
+
+    return scripted
+
+
+def _scripted_by(scripted: Callable[..., Tensor]) -> Callable[[_Function], _Function]:
+    """torch.jit.script compiles `scripted` for the function decorated.
+
+    A binding cannot be scripted, nor can keyword-only arguments; and a program of torch's operators
+    loads without this package.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        function.__prepare_scriptable__ = lambda: scripted  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_scripted_by(_as_scripted(torch.nn.functional.softmax))
 def softmax(
     input: Tensor,
     dim: int | None = None,
@@ -79,17 +136,18 @@ def softmax(
         >>> softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
         tensor([0.0900, 0.2447, 0.6652])
     """
+    if is_dynamo_compiling():
+        return _traced("softmax", input, dim, dtype, out)
     if has_torch_function_unary(input):
         return handle_torch_function(
             softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype, out=out
         )
     if dim is None:
-        dim = _implicit_dim("softmax", input.dim(), _stacklevel)
-    if is_dynamo_compiling():
-        return _traced("softmax", input, dim, dtype, out)
+        dim = _implicit_dim_warned("softmax", input.dim(), _stacklevel)
     return _C.softmax(input, dim, dtype, out)  # type: ignore[no-any-return]
 
 
+@_scripted_by(_as_scripted(torch.nn.functional.log_softmax))
 def log_softmax(
     input: Tensor,
     dim: int | None = None,
@@ -109,17 +167,18 @@ def log_softmax(
         >>> log_softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
         tensor([-2.4076, -1.4076, -0.4076])
     """
+    if is_dynamo_compiling():
+        return _traced("log_softmax", input, dim, dtype, out)
     if has_torch_function_unary(input):
         return handle_torch_function(
             log_softmax, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype, out=out
         )
     if dim is None:
-        dim = _implicit_dim("log_softmax", input.dim(), _stacklevel)
-    if is_dynamo_compiling():
-        return _traced("log_softmax", input, dim, dtype, out)
+        dim = _implicit_dim_warned("log_softmax", input.dim(), _stacklevel)
     return _C.log_softmax(input, dim, dtype, out)  # type: ignore[no-any-return]
 
 
+@_scripted_by(_as_scripted(torch.nn.functional.softmin))
 def softmin(
     input: Tensor,
     dim: int | None = None,
@@ -138,17 +197,18 @@ def softmin(
         >>> softmin(torch.tensor([1.0, 2.0, 3.0]), dim=0)
         tensor([0.6652, 0.2447, 0.0900])
     """
+    if is_dynamo_compiling():
+        return _traced("softmax", -input, dim, dtype, out)
     if has_torch_function_unary(input):
         return handle_torch_function(
             softmin, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype, out=out
         )
     if dim is None:
-        dim = _implicit_dim("softmin", input.dim(), _stacklevel)
-    if is_dynamo_compiling():
-        return _traced("softmax", -input, dim, dtype, out)
+        dim = _implicit_dim_warned("softmin", input.dim(), _stacklevel)
     return _C.softmax(-input, dim, dtype, out)  # type: ignore[no-any-return]
 
 
+@_scripted_by(_as_scripted_in_place(torch.nn.functional.softmax))
 def softmax_(input: Tensor, dim: int | None = None, _stacklevel: int = 3) -> Tensor:
     """:func:`softmax` in the input's own memory.
 
@@ -176,15 +236,16 @@ def softmax_(input: Tensor, dim: int | None = None, _stacklevel: int = 3) -> Ten
         >>> x
         tensor([0.0900, 0.2447, 0.6652])
     """
+    if is_dynamo_compiling():
+        return input.copy_(_traced("softmax", input, dim))
     if has_torch_function_unary(input):
         return handle_torch_function(softmax_, (input,), input, dim=dim, _stacklevel=_stacklevel)
     if dim is None:
-        dim = _implicit_dim("softmax_", input.dim(), _stacklevel)
-    if is_dynamo_compiling():
-        return input.copy_(_traced("softmax", input, dim, None, None))
+        dim = _implicit_dim_warned("softmax_", input.dim(), _stacklevel)
     return _C.softmax_(input, dim)  # type: ignore[no-any-return]
 
 
+@_scripted_by(_as_scripted_in_place(torch.nn.functional.log_softmax))
 def log_softmax_(input: Tensor, dim: int | None = None, _stacklevel: int = 3) -> Tensor:
     """:func:`log_softmax` in the input's own memory; for the rest as :func:`softmax_`.
 
@@ -194,12 +255,31 @@ def log_softmax_(input: Tensor, dim: int | None = None, _stacklevel: int = 3) ->
         >>> log_softmax_(torch.tensor([1.0, 2.0, 3.0]), dim=0)
         tensor([-2.4076, -1.4076, -0.4076])
     """
+    if is_dynamo_compiling():
+        return input.copy_(_traced("log_softmax", input, dim))
     if has_torch_function_unary(input):
         return handle_torch_function(
             log_softmax_, (input,), input, dim=dim, _stacklevel=_stacklevel
         )
     if dim is None:
-        dim = _implicit_dim("log_softmax_", input.dim(), _stacklevel)
-    if is_dynamo_compiling():
-        return input.copy_(_traced("log_softmax", input, dim, None, None))
+        dim = _implicit_dim_warned("log_softmax_", input.dim(), _stacklevel)
     return _C.log_softmax_(input, dim)  # type: ignore[no-any-return]
+
+
+@_scripted_by(_as_scripted_in_place(torch.nn.functional.softmin))
+def softmin_(input: Tensor, dim: int | None = None, _stacklevel: int = 3) -> Tensor:
+    """:func:`softmin` in the input's own memory; for the rest as :func:`softmax_`.
+
+    Source: torch's in-place operations, https://pytorch.org/docs/stable/notes/autograd.html.
+
+    Example:
+        >>> softmin_(torch.tensor([1.0, 2.0, 3.0]), dim=0)
+        tensor([0.6652, 0.2447, 0.0900])
+    """
+    if is_dynamo_compiling():
+        return input.copy_(_traced("softmax", -input, dim))
+    if has_torch_function_unary(input):
+        return handle_torch_function(softmin_, (input,), input, dim=dim, _stacklevel=_stacklevel)
+    if dim is None:
+        dim = _implicit_dim_warned("softmin_", input.dim(), _stacklevel)
+    return _C.softmin_(input, dim)  # type: ignore[no-any-return]

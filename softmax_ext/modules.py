@@ -6,8 +6,6 @@ only the computation differs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -19,18 +17,23 @@ __all__ = ["LogSoftmax", "Softmax", "Softmax2d", "Softmin"]
 class _WithInplace(torch.nn.Module):
     """The argument `inplace`, which torch's own softmax modules lack."""
 
+    __constants__ = ["inplace"]  # noqa: RUF012
     inplace: bool = False  # also of modules pickled without it
-
-    def __init__(self, *args: Any, inplace: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.inplace = inplace
 
     def extra_repr(self) -> str:
         rest = super().extra_repr()
         return ", ".join(filter(None, (rest, "inplace=True"))) if self.inplace else rest
 
 
-class Softmax(_WithInplace, torch.nn.Softmax):
+class _OverDim(_WithInplace):
+    __constants__ = ["dim", "inplace"]  # noqa: RUF012
+
+    def __init__(self, dim: int | None = None, *, inplace: bool = False) -> None:
+        super().__init__(dim)
+        self.inplace = inplace
+
+
+class Softmax(_OverDim, torch.nn.Softmax):
     """torch.nn.Softmax by :func:`softmax_ext.softmax`.
 
     Args:
@@ -52,7 +55,7 @@ class Softmax(_WithInplace, torch.nn.Softmax):
         return F.softmax(input, self.dim, _stacklevel=5)
 
 
-class LogSoftmax(_WithInplace, torch.nn.LogSoftmax):
+class LogSoftmax(_OverDim, torch.nn.LogSoftmax):
     """torch.nn.LogSoftmax by :func:`softmax_ext.log_softmax`.
 
     Args:
@@ -74,7 +77,7 @@ class LogSoftmax(_WithInplace, torch.nn.LogSoftmax):
         return F.log_softmax(input, self.dim, _stacklevel=5)
 
 
-class Softmin(_WithInplace, torch.nn.Softmin):
+class Softmin(_OverDim, torch.nn.Softmin):
     """torch.nn.Softmin by :func:`softmax_ext.softmin`.
 
     Args:
@@ -92,7 +95,7 @@ class Softmin(_WithInplace, torch.nn.Softmin):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.inplace:
-            return F.softmax_(input.neg_(), self.dim, _stacklevel=5)
+            return F.softmin_(input, self.dim, _stacklevel=5)
         return F.softmin(input, self.dim, _stacklevel=5)
 
 
@@ -113,6 +116,10 @@ class Softmax2d(_WithInplace, torch.nn.Softmax2d):
         >>> Softmax2d()(torch.zeros(1, 2, 1, 1)).flatten()
         tensor([0.5000, 0.5000])
     """
+
+    def __init__(self, *, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() not in (3, 4):

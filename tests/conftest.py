@@ -88,7 +88,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def why_not_cuda() -> str | None:
     if not torch.cuda.is_available():
         return "no GPU"
-    if "cuda" not in softmax_ext.build_info()["devices"]:
+    if "cuda" not in softmax_ext.build_info().devices:
         return "softmax_ext was built without CUDA"
     return None
 

@@ -61,7 +61,7 @@ def test_float32_is_no_further_off_than_torch(size: int, op: str, dim: int, devi
     )
     # torch runs the fastest of its kernels here, with fused multiply-adds.
     info = softmax_ext.build_info()
-    same = info["cpu_isa"] == info["cpu_isas"][0] != "baseline"
+    same = info.cpu_isa == info.cpu_isas[0] != "baseline"
     assert ours <= theirs * (1 if same else 1.1)
 
 
@@ -109,14 +109,14 @@ for op, dim, x, y, grad in torch.load(sys.argv[1], weights_only=True):
     ours = getattr(softmax_ext, op)(x, dim)
     backward = getattr(torch.ops.softmax_ext, op + "_backward")
     results.append((ours, backward(grad, y, dim, torch.float64)))
-torch.save((softmax_ext.build_info()["cpu_isa"], results), sys.argv[2])
+torch.save((softmax_ext.build_info().cpu_isa, results), sys.argv[2])
 """
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    if name not in softmax_ext.build_info()["cpu_isas"]:
+    if name not in softmax_ext.build_info().cpu_isas:
         pytest.skip(f"{name} is not built, or this CPU lacks it")
     return name
 
@@ -198,7 +198,7 @@ x = torch.stack([v, torch.zeros_like(v)], 1).requires_grad_()
 y = softmax_ext.log_softmax(x, 1)
 gradient = torch.tensor([0, 1], dtype=v.dtype).expand_as(y)
 exp = -torch.autograd.grad(y, x, gradient)[0][:, 0]
-torch.save((softmax_ext.build_info()["cpu_isa"], y.detach()[:, 0].clone(), exp), sys.argv[2])
+torch.save((softmax_ext.build_info().cpu_isa, y.detach()[:, 0].clone(), exp), sys.argv[2])
 """
 
 

@@ -2,10 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from test_in_place import IN_PLACE
+from test_switch import telling
+from test_threads_and_isa import run
 from tolerances import FLOATING, OPS, OURS, TORCH
 
 import softmax_ext
@@ -103,6 +108,98 @@ def test_dynamic_shapes_compile_once(backend: str, device: str) -> None:
     assert counter.frame_count == 1
 
 
+class Subclass(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("dim", [None, 1])
+@pytest.mark.parametrize("op", EVERY)
+def test_subclass(op: str, dim: int | None, device: str) -> None:
+    x = torch.randn(4, 9, device=device)
+    for function in (OURS[op], lambda x, dim: IN_PLACE[op](x * 1, dim)):
+        y = compiled(lambda x, f=function: f(x, dim), "eager")(x.as_subclass(Subclass))
+        assert type(y) is Subclass
+        torch.testing.assert_close(y.as_subclass(torch.Tensor), TORCH[op](x, 1))
+
+
+DIMS = {"numpy": np.int64(1), "numpy, negative": np.int64(-1), "0-d tensor": torch.tensor(1)}
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("op", EVERY)
+def test_dim_that_is_not_an_int(op: str, dim: str, device: str) -> None:
+    """As a constant of the function and as an argument: of a graph as it is, and with a break.
+
+    Dynamo has a tensor for it, which AOTAutograd cannot trace, in torch's functions either.
+    """
+    x = torch.randn(4, 9, device=device)
+    for function in (OURS[op], lambda x, dim: IN_PLACE[op](x * 1, dim)):
+        constant = compiled(lambda x, f=function: f(x, DIMS[dim]), "eager")
+        argument = compiled(lambda x, dim, f=function: f(x, dim), "eager")
+        broken = torch.compile(lambda x, dim, f=function: f(x, dim), backend="aot_eager")
+        for y in (constant(x), argument(x, DIMS[dim]), broken(x, DIMS[dim])):
+            torch.testing.assert_close(y, TORCH[op](x, 1))
+
+
+def test_dim_that_becomes_symbolic(device: str) -> None:
+    """Dynamo makes an int argument that changes a symbol; the operators have one graph a dim."""
+    x = torch.randn(4, 9, 3, device=device)
+    function = compiled(lambda x, dim: softmax_ext.softmax(x, dim), "aot_eager")
+    for dim in (0, 1, 2, -1):
+        torch.testing.assert_close(function(x, dim), torch.softmax(x, dim))
+
+
+@pytest.mark.parametrize("dim", [True, 1.0])
+def test_dim_that_is_refused(dim: Any, device: str) -> None:
+    x = torch.randn(4, 9, device=device)
+    with pytest.raises(Exception, match="must be int"):
+        compiled(lambda x: softmax_ext.softmax(x, dim), "eager")(x)
+
+
+def test_the_switch_within(device: str) -> None:
+    """`enabled` is traced without a break, as a block and as a decorator, and changes nothing."""
+    x = telling(device)
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        with softmax_ext.enabled():
+            return torch.softmax(x, 1)
+
+    decorated = softmax_ext.enabled()(lambda x: torch.softmax(x, 1))
+    torch.testing.assert_close(compiled(block, "inductor")(x), torch.softmax(x, 1))
+    for function in (block, decorated, lambda x: decorated(x) * 1):
+        assert torch.equal(compiled(function, "eager")(x), torch.softmax(x, 1))
+        with softmax_ext.enabled():  # as it is when the graph runs
+            assert torch.equal(compiled(function, "eager")(x), softmax_ext.softmax(x, 1))
+        assert torch.equal(function(x), softmax_ext.softmax(x, 1))
+        assert not softmax_ext.is_enabled()
+
+
+def test_the_switch_around_a_graph_break(device: str) -> None:
+    """Left as often as it was entered."""
+    x = telling(device)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with softmax_ext.enabled():
+            y = torch.softmax(x, 1)
+            torch._dynamo.graph_break()
+            return torch.log_softmax(y, 1)
+
+    y = torch.compile(function, backend="eager")(x)
+    torch.testing.assert_close(y, function(x))
+    assert not softmax_ext.is_enabled()
+
+
+def test_is_enabled_within(device: str) -> None:
+    function = compiled(lambda x: x + softmax_ext.is_enabled(), "eager")
+    x = torch.zeros(2, device=device)
+    assert function(x).tolist() == [0, 0]
+    with softmax_ext.enabled():
+        assert function(x).tolist() == [1, 1]
+    assert function(x).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("dim", [None, 1])
 def test_module_and_implicit_dim(dim: int | None, device: str) -> None:
     x = torch.randn(4, 9, device=device)
@@ -189,18 +286,58 @@ def test_double_backward_is_refused_as_torchs(device: str) -> None:
     assert "double backward" in messages[0]
 
 
+class Exported(torch.nn.Module):
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return IN_PLACE[self.op](OURS[self.op](x * 2, -1), 0)
+
+
+def expected_of_exported(op: str, x: torch.Tensor) -> torch.Tensor:
+    return TORCH[op](TORCH[op](x * 2, -1), 0)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("op", EVERY)
 def test_export(op: str, strict: bool, device: str) -> None:
-    class Model(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return OURS[op](x * 2, -1)
-
+    """The program has torch's operators, and so loads without this package, and can be lowered."""
     x = torch.randn(4, 9, device=device)
     rows = torch.export.Dim("rows")
-    program = torch.export.export(Model(), (x,), dynamic_shapes=({0: rows},), strict=strict)
+    program = torch.export.export(Exported(op), (x,), dynamic_shapes=({0: rows},), strict=strict)
+    found = {str(node.target) for node in program.graph.nodes if "softmax" in str(node.target)}
+    assert found == {"aten.log_softmax.int" if op == "log_softmax" else "aten.softmax.int"}
     other = torch.randn(7, 9, device=device)
-    torch.testing.assert_close(program.module()(other), TORCH[op](other * 2, -1))
+    torch.testing.assert_close(program.module()(other), expected_of_exported(op, other))
+    # Nor has exporting changed what a graph that is compiled has.
+    assert f"softmax_ext.{op.replace('min', 'max')}" in graph_of(lambda x: OURS[op](x, 1), x)
+
+
+LOAD = """
+import sys
+sys.modules["softmax_ext"] = None  # cannot be imported
+import torch
+x = torch.load(sys.argv[1], weights_only=True)
+programs = [torch.export.load(file).module() for file in sys.argv[2:4]]
+programs.append(torch.jit.load(sys.argv[4]))
+torch.save([program(x) for program in programs], sys.argv[1])
+"""
+
+
+def test_saved_programs_need_no_package(tmp_path: Path) -> None:
+    x = torch.randn(4, 9)
+    files = [tmp_path / name for name in ("x.pt", "loose.pt2", "strict.pt2", "script.pt")]
+    torch.save(x, files[0])
+    for file, strict in zip(files[1:3], (False, True), strict=True):
+        torch.export.save(torch.export.export(Exported("softmin"), (x,), strict=strict), file)
+    torch.jit.save(torch.jit.script(softmax_ext.Softmin(1, inplace=True)), str(files[3]))
+    process = run(LOAD, *map(str, files))
+    assert process.returncode == 0, process.stderr
+    loose, strict, scripted = torch.load(files[0], weights_only=True)
+    torch.testing.assert_close(loose, expected_of_exported("softmin", x))
+    torch.testing.assert_close(strict, loose)
+    torch.testing.assert_close(scripted, TORCH["softmin"](x, 1))
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])

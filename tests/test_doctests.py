@@ -26,9 +26,12 @@ PUBLIC = (
     "Softmax2d",
     "softmax_",
     "log_softmax_",
+    "softmin_",
     "enable",
     "disable",
     "enabled",
+    "is_enabled",
+    "BuildInfo",
     "build_info",
     "explain",
 )

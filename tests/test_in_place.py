@@ -13,8 +13,13 @@ import softmax_ext
 IN_PLACE: dict[str, Callable[..., torch.Tensor]] = {
     "softmax": softmax_ext.softmax_,
     "log_softmax": softmax_ext.log_softmax_,
+    "softmin": softmax_ext.softmin_,
 }
-MODULES = {"softmax": softmax_ext.Softmax, "log_softmax": softmax_ext.LogSoftmax}
+MODULES = {
+    "softmax": softmax_ext.Softmax,
+    "log_softmax": softmax_ext.LogSoftmax,
+    "softmin": softmax_ext.Softmin,
+}
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -30,7 +35,7 @@ def test_result(size: int, dim: int, op: str, dtype: torch.dtype, device: str) -
     assert (x.data_ptr(), x._version) == (address, version + 1)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", IN_PLACE)
 @pytest.mark.parametrize(
     "layout", [name for name in LAYOUTS if "expanded" not in name and "overlapping" not in name]
 )
@@ -43,7 +48,7 @@ def test_layouts(layout: str, op: str, device: str) -> None:
     assert x.stride() == strides
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", IN_PLACE)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_gradient(dim: int, op: str, device: str) -> None:
     x = torch.randn(3, 4, device=device, dtype=torch.float64, requires_grad=True)
@@ -57,7 +62,7 @@ def test_gradient(dim: int, op: str, device: str) -> None:
     assert torch.autograd.gradgradcheck(function, x)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", IN_PLACE)
 def test_view(op: str, device: str) -> None:
     """Of a part of a tensor: the rest keeps its gradient, and the base sees the change."""
     x = torch.randn(4, 6, device=device, dtype=torch.float64, requires_grad=True)
@@ -83,7 +88,7 @@ def error_of(function: Callable[[], Any]) -> tuple[type, str]:
     return type(caught.value), str(caught.value)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", IN_PLACE)
 def test_leaves_and_views_of_leaves(op: str, device: str) -> None:
     """Refused as torch refuses exp_, word for word; allowed without a graph."""
     leaf = torch.randn(3, 4, device=device, requires_grad=True)
@@ -95,7 +100,7 @@ def test_leaves_and_views_of_leaves(op: str, device: str) -> None:
     assert torch.equal(leaf, expected)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", IN_PLACE)
 def test_what_torch_forbids(op: str, device: str) -> None:
     expanded = torch.randn(3, 1, device=device).expand(3, 4)
     assert "single memory location" in error_of(lambda: IN_PLACE[op](expanded, 0))[1]
@@ -112,7 +117,7 @@ def test_what_torch_forbids(op: str, device: str) -> None:
     assert "modified by an inplace operation" in error_of(lambda: y.sum().backward())[1]
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", IN_PLACE)
 def test_other_errors(op: str, device: str) -> None:
     x = torch.randn(3, 4, device=device)
     before = x.clone()
@@ -130,7 +135,118 @@ def test_other_errors(op: str, device: str) -> None:
     assert torch.equal(x, OURS[op](before, 1))
 
 
-@pytest.mark.parametrize("op", OPS)
+BASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a view": lambda x: (x * 1)[1:],
+    "a view of a view": lambda x: (x * 1)[1:].t(),
+    "a view made without a graph": lambda x: no_grad(x * 1, lambda y: y[1:]),
+    "a view of several outputs": lambda x: (x * 1).unbind()[0],
+    "a view of a leaf made without a graph": lambda x: no_grad(x, lambda y: y[1:]),
+    "a view made in inference mode": lambda x: inference(x * 1, lambda y: y[1:]),
+    "a detached view": lambda x: (x * 1).detach()[1:],
+}
+
+
+def no_grad(x: torch.Tensor, view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return view(x)
+
+
+def inference(x: torch.Tensor, view: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    with torch.inference_mode():
+        return view(x)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("op", IN_PLACE)
+def test_how_the_view_was_made(op: str, base: str, device: str) -> None:
+    """What torch allows exp_, and what it refuses it, word for word."""
+    x = torch.randn(3, 4, device=device, dtype=torch.float64, requires_grad=True)
+    outcomes: list[Any] = []
+    for function in (lambda t: IN_PLACE[op](t, 0), torch.Tensor.exp_):
+        view = BASES[base](x)
+        try:
+            function(view)
+            outcomes.append((view.requires_grad, view.is_leaf, view._base is None))
+        except RuntimeError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("op", IN_PLACE)
+def test_allow_mutation_on_saved_tensors(op: str, device: str) -> None:
+    """What is saved is copied when it is changed, the output in place too."""
+    x = torch.randn(3, 4, device=device, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(x)
+    (expected,) = torch.autograd.grad((TORCH[op](x * 2, 1) * weights).sum(), x)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        for function in (OURS[op], IN_PLACE[op]):
+            y = function(x * 2, 1)
+            loss = (y * weights).sum()
+            y.zero_()
+            (grad,) = torch.autograd.grad(loss, x)
+            torch.testing.assert_close(grad, expected)
+
+
+# What is refused, of each kind: made of a float32 tensor of shape (3, 4); and the dim.
+REFUSED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Any]] = {
+    "dim out of range": (lambda x: x, 2),
+    "dim no integer": (lambda x: x, 1.0),
+    "no dim, where warnings are errors": (lambda x: x, None),
+    "integers": (lambda x: x.long(), 0),
+    "a leaf": (lambda x: x.requires_grad_(), 0),
+    "a view of a leaf": (lambda x: x.requires_grad_()[1:], 0),
+    "one view of several": (lambda x: (x.requires_grad_() * 1).unbind()[0], 0),
+    "an expanded tensor": (lambda x: x[:1].expand(3, 4), 0),
+    "an inference tensor": (lambda x: inference(x, torch.clone), 0),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("op", IN_PLACE)
+@pytest.mark.filterwarnings("error:Implicit")
+def test_what_is_refused_is_not_changed(op: str, case: str, device: str) -> None:
+    """Neither the values nor the version; by the module as by the function."""
+    make, dim = REFUSED[case]
+    for function in (IN_PLACE[op], lambda x, dim: MODULES[op](dim, inplace=True)(x)):
+        x = make(torch.randn(3, 4, device=device))
+        before, version = x.detach().clone(), None if x.is_inference() else x._version
+        with pytest.raises((RuntimeError, IndexError, TypeError, UserWarning)):
+            function(x, dim)
+        assert torch.equal(x, before)
+        assert version is None or x._version == version
+
+
+AROUND: dict[str, Callable[[Callable[[torch.Tensor], Any], torch.Tensor], Any]] = {
+    "autocast": lambda f, x: torch.autocast(x.device.type, torch.bfloat16)(f)(x),
+    "a tangent": lambda f, x: torch.func.jvp(f, (x,), (x.clone(),)),
+    "vmap": lambda f, x: torch.vmap(f)(x.expand(1, 3, 4)),
+    "torch.compile": lambda f, x: torch.compile(f, backend="aot_eager", fullgraph=True)(x),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("op", IN_PLACE)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_refused_within_is_not_changed(op: str, around: str, device: str) -> None:
+    x = torch.randn(3, 4, device=device)
+    before = x.clone()
+    for function in (IN_PLACE[op], lambda x, dim: MODULES[op](dim, inplace=True)(x)):
+        with pytest.raises(IndexError):
+            AROUND[around](lambda x, f=function: f(x, 2), x)
+        assert torch.equal(x, before)
+        assert x._version == 0
+
+
+def test_softmax2d_of_another_rank_is_not_changed(device: str) -> None:
+    x = torch.randn(3, 4, device=device)
+    before = x.clone()
+    with pytest.raises(ValueError, match="3D or 4D"):
+        softmax_ext.Softmax2d(inplace=True)(x)
+    assert torch.equal(x, before)
+    assert x._version == 0
+
+
+@pytest.mark.parametrize("op", IN_PLACE)
 def test_under_transforms(op: str, device: str) -> None:
     x = torch.randn(3, 4, device=device, dtype=torch.float64)
     for transform in (torch.vmap, lambda f: torch.func.jacrev(f), lambda f: torch.func.jacfwd(f)):

@@ -1,6 +1,7 @@
 """The modules: torch.nn's in name, repr, state, pickling and results."""
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -30,7 +31,7 @@ def test_repr_and_state(name: str, dim: int | None) -> None:
     assert list(ours.parameters()) == list(ours.buffers()) == []
     assert ours.dim == dim
     assert isinstance(ours, torch.nn.Module)
-    assert ours.__constants__ == theirs.__constants__
+    assert ours.__constants__ == [*theirs.__constants__, "inplace"]
     assert repr(both(name, dim=dim)[0]) == repr(theirs)
 
 
@@ -42,6 +43,16 @@ def test_repr_of_softmax2d() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_signature(name: str) -> None:
+    """torch's, typed, and `inplace`."""
+    ours, theirs = (
+        inspect.signature(getattr(package, name), eval_str=True)
+        for package in (softmax_ext, torch.nn)
+    )
+    *parameters, inplace = ours.parameters.values()
+    has_dim = name != "Softmax2d"  # whose signature in torch is that of Module
+    assert parameters == (list(theirs.parameters.values()) if has_dim else [])
+    assert str(inplace) == "inplace: bool = False"
+    assert inplace.kind is inspect.Parameter.KEYWORD_ONLY
     for type_ in (getattr(softmax_ext, name), getattr(torch.nn, name)):
         with pytest.raises(TypeError):
             type_(dims=1)

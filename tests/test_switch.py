@@ -1,6 +1,8 @@
 """enable(), disable(), enabled(): torch's own softmax on these kernels, and back."""
 
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -124,7 +126,9 @@ def test_what_the_kernels_do_not_take(device: str) -> None:
 
 def is_on() -> bool:
     x = telling("cpu")
-    return torch.equal(torch.softmax(x, 1), softmax_ext.softmax(x, 1))
+    on = torch.equal(torch.softmax(x, 1), softmax_ext.softmax(x, 1))
+    assert softmax_ext.is_enabled() is on
+    return on
 
 
 def test_nesting_and_exceptions() -> None:
@@ -181,6 +185,31 @@ def test_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+    assert not is_on()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no setitimer")
+def test_signal_handler() -> None:
+    """Its `enabled` may come while the thread that it interrupts is in another's first line."""
+    calls, deadline = 0, time.monotonic() + 10
+
+    def handler(*args: object) -> None:
+        nonlocal calls
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        calls += 1
+        with softmax_ext.enabled():
+            assert softmax_ext.is_enabled()
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+    try:
+        while calls < 200:
+            with softmax_ext.enabled():
+                assert softmax_ext.is_enabled()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert not is_on()
 
 

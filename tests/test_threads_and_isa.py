@@ -95,7 +95,7 @@ for op, dim, to, x, grad_output in cases:
     y = getattr(softmax_ext, op)(x, dim, dtype=to)
     grad = torch.autograd.grad(y, x, grad_output)[0] if x.requires_grad else None
     results.append((y.detach(), grad))
-torch.save((softmax_ext.build_info()["cpu_isa"], results), sys.argv[2])
+torch.save((softmax_ext.build_info().cpu_isa, results), sys.argv[2])
 """
 
 
@@ -117,7 +117,7 @@ def cases_of_every_kernel() -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_set(isa: str, tmp_path: Path) -> None:
     """Forward and backward on each instruction set of this CPU, by the same tolerances."""
-    if isa not in softmax_ext.build_info()["cpu_isas"]:
+    if isa not in softmax_ext.build_info().cpu_isas:
         pytest.skip(f"{isa} is not built, or this CPU lacks it")
     cases = cases_of_every_kernel()
     torch.save(cases, tmp_path / "cases")
@@ -135,7 +135,7 @@ def test_instruction_set(isa: str, tmp_path: Path) -> None:
             raise AssertionError(f"{where}: {error}") from error
 
 
-IMPORT = "import softmax_ext; print(softmax_ext.build_info()['cpu_isa'])"
+IMPORT = "import softmax_ext; print(softmax_ext.build_info().cpu_isa)"
 
 
 @pytest.mark.parametrize("isa", ["sse9", "AVX2 ", "", "none"])
@@ -143,7 +143,7 @@ def test_unknown_instruction_set(isa: str) -> None:
     process = run(IMPORT, **{VARIABLE: isa})
     if isa == "":  # empty counts as not set
         assert process.returncode == 0, process.stderr
-        assert process.stdout.strip() in softmax_ext.build_info()["cpu_isas"]
+        assert process.stdout.strip() in softmax_ext.build_info().cpu_isas
         return
     assert process.returncode != 0
     assert VARIABLE in process.stderr
@@ -153,7 +153,7 @@ def test_unknown_instruction_set(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_instruction_set_that_this_cpu_lacks(isa: str) -> None:
-    if isa in softmax_ext.build_info()["cpu_isas"]:
+    if isa in softmax_ext.build_info().cpu_isas:
         pytest.skip(f"this CPU has {isa}")
     process = run(IMPORT, **{VARIABLE: isa})
     assert process.returncode != 0
@@ -164,19 +164,19 @@ def test_instruction_set_that_this_cpu_lacks(isa: str) -> None:
 
 def test_build_info() -> None:
     info = softmax_ext.build_info()
-    assert info["cpu_isa"] in info["cpu_isas"]
-    assert "baseline" in info["cpu_isas"]
-    assert set(info["cpu_isas"]) <= set(ISAS)
-    assert info["cpu_isa"] == (os.environ.get(VARIABLE) or info["cpu_isa"])
-    assert "cpu" in info["devices"]
-    assert ("cuda" in info["devices"]) is (bool(info["cuda"]) and torch.cuda.is_available())
-    assert info["version"] == softmax_ext.__version__
-    release = str(info["torch"]).split("+")[0].split(".")[:2]
+    assert info.cpu_isa in info.cpu_isas
+    assert "baseline" in info.cpu_isas
+    assert set(info.cpu_isas) <= set(ISAS)
+    assert info.cpu_isa == (os.environ.get(VARIABLE) or info.cpu_isa)
+    assert "cpu" in info.devices
+    assert ("cuda" in info.devices) is (bool(info.cuda) and torch.cuda.is_available())
+    assert info.version == softmax_ext.__version__
+    release = info.torch.split("+")[0].split(".")[:2]
     assert release == torch.__version__.split("+")[0].split(".")[:2]
 
 
 def test_default_is_the_fastest_usable() -> None:
-    usable = softmax_ext.build_info()["cpu_isas"]
+    usable = softmax_ext.build_info().cpu_isas
     process = run(IMPORT, **{VARIABLE: ""})
     assert process.stdout.strip() == max(usable, key=ISAS.index)
 

@@ -8,6 +8,7 @@
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/record_function.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
@@ -143,6 +144,18 @@ at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& out
 
 bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
+// Raises where an operation in place is refused, before anything is changed.
+void check_in_place(const at::Tensor& input, int64_t dim, Op op) {
+  (void)at::maybe_wrap_dim(dim, input.dim());
+  (void)output_dtype(input, std::nullopt, op);
+  torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
+  at::assert_no_internal_overlap(input);
+  TORCH_CHECK(
+      !input.is_inference() || c10::InferenceMode::is_enabled(), name(op),
+      "_(): Inplace update to inference tensor outside InferenceMode is not allowed; clone it "
+      "first");
+}
+
 }  // namespace
 
 at::Tensor softmax(const at::Tensor& input, int64_t dim, std::optional<at::ScalarType> dtype,
@@ -185,11 +198,9 @@ void softmax_in_place(at::Tensor& input, int64_t dim, Op op) {
     input.copy_(torch_forward(input, dim, std::nullopt, op));
     return;
   }
+  check_in_place(input, dim, op);
   dim = at::maybe_wrap_dim(dim, input.dim());
-  output_dtype(input, std::nullopt, op);
   const bool recorded = torch::autograd::compute_requires_grad(input);
-  torch::autograd::check_inplace(input, recorded);
-  at::assert_no_internal_overlap(input);
   SOFTMAX_EXT_RECORD((op == Op::kSoftmax ? "softmax_ext::softmax_" : "softmax_ext::log_softmax_"),
                      input, dim);
   auto edges = recorded ? torch::autograd::collect_next_edges(input) : torch::autograd::edge_list();
@@ -204,6 +215,16 @@ void softmax_in_place(at::Tensor& input, int64_t dim, Op op) {
     torch::autograd::rebase_history(input, node);
     node->save(0, input, /*is_output=*/true, /*is_inplace_on_view=*/input.is_view());
   });
+}
+
+void softmin_in_place(at::Tensor& input, int64_t dim) {
+  if (!kernels_take(input)) {
+    input.copy_(torch_forward(input.neg(), dim, std::nullopt, Op::kSoftmax));
+    return;
+  }
+  check_in_place(input, dim, Op::kSoftmax);
+  input.neg_();
+  softmax_in_place(input, dim, Op::kSoftmax);
 }
 
 at::Tensor recorded_forward(const at::Tensor& input, int64_t dim,

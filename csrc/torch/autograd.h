@@ -20,6 +20,9 @@ void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarT
 // The same into the input, of which autograd keeps nothing else.
 void softmax_in_place(at::Tensor& input, int64_t dim, Op op);
 
+// softmax(-input) into the input.
+void softmin_in_place(at::Tensor& input, int64_t dim);
+
 // The dispatcher's operators for autograd: what is below it runs, and is recorded.
 at::Tensor recorded_forward(const at::Tensor& input, int64_t dim,
                             std::optional<at::ScalarType> dtype, Op op);

@@ -75,15 +75,15 @@ py::object bind(py::handle input, py::handle dim, py::handle dtype, py::handle o
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-// softmax_(input, dim)
-template <Op op>
+// softmax_(input, dim), or softmin_ of the same op.
+template <Op op, bool negated = false>
 py::object bind_in_place(py::handle input, py::handle dim) {
   HANDLE_TH_ERRORS
   at::Tensor tensor = to_tensor(op, "input", input);
   const int64_t index = to_dim(op, dim);
   {
     const py::gil_scoped_release no_gil;
-    softmax_in_place(tensor, index, op);
+    negated ? softmin_in_place(tensor, index) : softmax_in_place(tensor, index, op);
   }
   return py::reinterpret_borrow<py::object>(input);
   END_HANDLE_TH_ERRORS_PYBIND
@@ -146,6 +146,8 @@ PYBIND11_MODULE(_C, module) {
              py::arg("dtype"), py::arg("out"));
   module.def("softmax_", bind_in_place<Op::kSoftmax>, py::arg("input"), py::arg("dim"));
   module.def("log_softmax_", bind_in_place<Op::kLogSoftmax>, py::arg("input"), py::arg("dim"));
+  module.def("softmin_", bind_in_place<Op::kSoftmax, /*negated=*/true>, py::arg("input"),
+             py::arg("dim"));
   module.def("override_torch", override_torch, py::arg("on"),
              py::call_guard<py::gil_scoped_release>());
   module.def("build_info", build_info);
