@@ -9,23 +9,27 @@ from __future__ import annotations
 from softmax_ext._explain import Explanation, explain
 from softmax_ext._info import __version__, build_info
 from softmax_ext.functional import log_softmax, log_softmax_, softmax, softmax_, softmin
+from softmax_ext.memory import MemoryStats, empty_cache, memory_stats
 from softmax_ext.modules import LogSoftmax, Softmax, Softmax2d, Softmin
 from softmax_ext.switch import disable, enable, enabled
 
 __all__ = [
     "Explanation",
     "LogSoftmax",
+    "MemoryStats",
     "Softmax",
     "Softmax2d",
     "Softmin",
     "__version__",
     "build_info",
     "disable",
+    "empty_cache",
     "enable",
     "enabled",
     "explain",
     "log_softmax",
     "log_softmax_",
+    "memory_stats",
     "softmax",
     "softmax_",
     "softmin",

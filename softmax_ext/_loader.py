@@ -56,6 +56,8 @@ def load() -> ModuleType:
     try:
         return importlib.import_module("softmax_ext._C")
     except ImportError as error:
+        if str(error).startswith("SOFTMAX_EXT_"):  # a variable of the environment, by name
+            raise
         raise ImportError(
             f"softmax_ext._C, built for torch {record['torch']}, could not be loaded with torch "
             f"{torch.__version__}: {error}. {_mend()}"
