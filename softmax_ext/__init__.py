@@ -16,6 +16,7 @@ from softmax_ext.functional import (
     softmin,
     softmin_,
 )
+from softmax_ext.memory import MemoryStats, empty_cache, memory_stats
 from softmax_ext.modules import LogSoftmax, Softmax, Softmax2d, Softmin
 from softmax_ext.switch import disable, enable, enabled, is_enabled
 
@@ -23,18 +24,21 @@ __all__ = [
     "BuildInfo",
     "Explanation",
     "LogSoftmax",
+    "MemoryStats",
     "Softmax",
     "Softmax2d",
     "Softmin",
     "__version__",
     "build_info",
     "disable",
+    "empty_cache",
     "enable",
     "enabled",
     "explain",
     "is_enabled",
     "log_softmax",
     "log_softmax_",
+    "memory_stats",
     "softmax",
     "softmax_",
     "softmin",

@@ -76,13 +76,73 @@ def test_the_next_result_has_the_memory_of_the_last() -> None:
 
 
 def test_a_much_smaller_result_does_not() -> None:
-    result = result_of(3 * ROWS)
-    place = result.data_ptr()
-    del result
-    result = result_of()
-    assert result.data_ptr() != place
+    results = result_of(3 * ROWS), result_of(2 * ROWS)  # at once, so that three may be there
+    places = [result.data_ptr() for result in results]
+    del results
+    smaller = result_of()
+    assert smaller.data_ptr() not in places
     larger = result_of(3 * ROWS)
-    assert larger.data_ptr() == place
+    assert larger.data_ptr() == places[0]
+
+
+def test_what_is_kept_is_bounded_by_what_was_in_use_at_once() -> None:
+    """A quarter above it: many sizes, one at a time, do not add up."""
+    sizes = [ROWS + 997 * k % 5000 for k in range(30)]
+    largest = 0
+    for rows in sizes:
+        largest = max(largest, result_of(rows).nbytes + 2**21)
+        assert softmax_ext.memory_stats().kept_bytes <= 1.25 * largest
+
+
+def test_what_is_kept_is_known_and_given_back() -> None:
+    results = [result_of() for _ in range(2)]
+    places, size = [result.data_ptr() for result in results], results[0].nbytes
+    assert softmax_ext.memory_stats() == softmax_ext.MemoryStats(0, 0, 2**29)
+    del results
+    stats = softmax_ext.memory_stats()
+    assert stats.kept_blocks == 2
+    assert 2 * size <= stats.kept_bytes < 2 * (size + 2**21)
+    held = result_of()
+    softmax_ext.empty_cache()
+    assert softmax_ext.memory_stats() == softmax_ext.MemoryStats(0, 0, 2**29)
+    assert [bool(mapping(place)) for place in places].count(True) == 1  # the one in use
+    assert is_right(held)
+
+
+ADDRESS_SPACE = """
+import resource, sys, torch, softmax_ext
+sys.path.insert(0, sys.argv[1])
+from test_large_outputs import result_of
+torch.set_num_threads(1)
+result_of()
+assert softmax_ext.memory_stats().kept_blocks == 1
+limited = getattr(resource, sys.argv[2])
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(limited, (pages * resource.getpagesize() + 2**30, resource.RLIM_INFINITY))
+result_of(7 * 2100)  # 241 MB, and its input
+assert softmax_ext.memory_stats() == softmax_ext.MemoryStats(0, 0, 0)
+torch.empty(700 * 2**20, dtype=torch.uint8)
+resource.setrlimit(limited, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+result_of()
+assert softmax_ext.memory_stats().kept_blocks == 1
+"""
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_nothing_is_kept_in_a_limited_address_space(limit: str) -> None:
+    process = run(ADDRESS_SPACE, str(Path(__file__).parent), limit)
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("value", ["many", "-1", "1.5", " 64", "64 MB", "0x40", str(2**64), "+1"])
+def test_a_limit_that_is_no_number_is_an_error_at_import(value: str) -> None:
+    process = run("import softmax_ext", SOFTMAX_EXT_KEEP_MB=value)
+    assert process.returncode != 0
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith(
+        f'ImportError: SOFTMAX_EXT_KEEP_MB is "{value}"; expected a whole number'
+    )
+    assert "pip install" not in process.stderr
 
 
 def test_views_and_numpy_keep_it() -> None:
@@ -171,6 +231,8 @@ def test_the_profiler_sees_it() -> None:
 def test_threads() -> None:
     def work(number: int) -> bool:
         results = [result_of(ROWS + 512 * (number % 3)) for _ in range(2)]
+        if number % 5 == 0:
+            softmax_ext.empty_cache()
         return all(map(is_right, results))
 
     with ThreadPoolExecutor(4) as pool:
@@ -199,6 +261,48 @@ def test_a_child_has_its_own() -> None:
     assert process.returncode == 0, process.stderr
 
 
+FORK_AMID = """
+import os, signal, sys, threading, torch, softmax_ext
+sys.path.insert(0, sys.argv[1])
+from test_large_outputs import result_of
+torch.set_num_threads(1)
+stop = threading.Event()
+
+def use(number):
+    torch.set_num_threads(1)
+    while not stop.is_set():
+        result_of(2100 + 512 * number)
+        softmax_ext.memory_stats()
+        if number == 0:
+            softmax_ext.empty_cache()
+
+threads = [threading.Thread(target=use, args=(number,), daemon=True) for number in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        before = softmax_ext.memory_stats()
+        assert before.kept_blocks <= 16 and before.kept_bytes <= before.limit_bytes
+        softmax_ext.empty_cache()
+        assert softmax_ext.memory_stats().kept_bytes == 0
+        result_of()
+        stats = softmax_ext.memory_stats()
+        os._exit(0 if (stats.kept_blocks, stats.kept_bytes) == (1, 34 * 2**20) else 1)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0, status
+stop.set()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_a_child_forked_while_other_threads_are_in_it() -> None:
+    process = run(FORK_AMID, str(Path(__file__).parent))
+    assert process.returncode == 0, process.stderr
+
+
 def error_of(function: Callable[..., torch.Tensor], *shape: int) -> tuple[type, str]:
     with pytest.raises(RuntimeError) as caught:
         function(torch.zeros(1, 1, dtype=torch.float64).expand(shape), 1)
@@ -220,6 +324,6 @@ def test_there_is_not_enough(shape: tuple[int, int]) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_left_over() -> None:
-    """What earlier tests kept is pushed out, by as much as is kept at all."""
+    """What earlier tests kept is given back."""
     gc.collect()
-    result_of(2**29 // (4 * DIM))
+    softmax_ext.empty_cache()

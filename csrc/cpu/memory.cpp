@@ -1,17 +1,44 @@
 #include "memory.h"
 
+#include <cerrno>
 #include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/resource.h>
 #endif
 
 #if defined(MADV_HUGEPAGE) && defined(MADV_FREE)
+#include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #endif
 
 namespace softmax_ext::cpu {
+namespace {
+
+// Of all that is kept, in bytes.
+size_t limit() {
+  static const size_t value = [] {
+    const char* const text = std::getenv("SOFTMAX_EXT_KEEP_MB");
+    if (text == nullptr || *text == '\0') return size_t{512} << 20;
+    char* end = nullptr;
+    errno = 0;
+    const unsigned long long megabytes = std::strtoull(text, &end, 10);
+    const bool is_number = *text >= '0' && *text <= '9' && *end == '\0';
+    if (!is_number || errno != 0 || megabytes > SIZE_MAX >> 20) {
+      throw std::runtime_error(std::string("SOFTMAX_EXT_KEEP_MB is \"") + text +
+                               "\"; expected a whole number of MB, from 0 to " +
+                               std::to_string(SIZE_MAX >> 20));
+    }
+    return static_cast<size_t>(megabytes) << 20;
+  }();
+  return value;
+}
+
+}  // namespace
 
 #if defined(MADV_HUGEPAGE) && defined(MADV_FREE)
 namespace {
@@ -20,12 +47,13 @@ constexpr size_t kHugePage = size_t{2} << 20;
 
 constexpr uintptr_t round_up(uintptr_t a, uintptr_t b) { return (a + b - 1) / b * b; }
 
-// Of all that is kept.
-const size_t limit = [] {
-  const char* megabytes = std::getenv("SOFTMAX_EXT_KEEP_MB");
-  const bool is_set = megabytes != nullptr && *megabytes != '\0';
-  return size_t{is_set ? std::strtoul(megabytes, nullptr, 10) : 512} << 20;
-}();
+bool address_space_is_limited() {
+  for (const auto resource : {RLIMIT_AS, RLIMIT_DATA}) {
+    struct rlimit limit;
+    if (getrlimit(resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) return true;
+  }
+  return false;
+}
 
 // Before the data of a block is its size, in a page that the system has no leave to take. No machine
 // has larger ones.
@@ -47,30 +75,61 @@ void* map(size_t bytes) {
   return data;
 }
 
-void unmap(void* data) {
-  if (data != nullptr) (void)munmap(static_cast<char*>(data) - kHead, kHead + size_of(data));
-}
+void unmap(void* data) { (void)munmap(static_cast<char*>(data) - kHead, kHead + size_of(data)); }
 
-// The blocks that are kept, in a ring: the latest is before `next`, the oldest after it. Without a
-// lock, which a child made by fork could find locked for ever.
+// A block that is kept, or none, in one word: both its address and its size are whole huge pages.
+class Block {
+ public:
+  Block() = default;
+  explicit Block(void* data)
+      : word_(reinterpret_cast<uintptr_t>(data) / kHugePage << kSizeBits |
+              size_of(data) / kHugePage) {}
+
+  explicit operator bool() const { return word_ != 0; }
+  void* data() const { return reinterpret_cast<void*>((word_ >> kSizeBits) * kHugePage); }
+  size_t size() const { return (word_ & ((uint64_t{1} << kSizeBits) - 1)) * kHugePage; }
+
+ private:
+  static constexpr int kSizeBits = 28;  // 36 are left for addresses of 57
+
+  uint64_t word_ = 0;
+};
+
+// The blocks that are kept, in a ring: the latest is before `next`, the oldest after it.
 constexpr unsigned kSlots = 16;
-std::atomic<void*> slots[kSlots];
+std::atomic<Block> slots[kSlots];
 std::atomic<unsigned> next{0};
-std::atomic<size_t> kept{0};  // bytes in the slots and on the way there
+static_assert(std::atomic<Block>::is_always_lock_free);
 
-// What a slot has, or nullptr; the caller's alone from now on.
-void* take_from(std::atomic<void*>& slot) {
-  void* const data = slot.exchange(nullptr);
-  if (data != nullptr) kept -= size_of(data);
-  return data;
+// Bytes of the blocks of results, now and at most.
+std::atomic<size_t> used{0};
+std::atomic<size_t> most_used{0};
+
+size_t kept_bytes() {
+  size_t bytes = 0;
+  for (const std::atomic<Block>& slot : slots) bytes += slot.load().size();
+  return bytes;
 }
 
-// In place of the oldest block. kept has its size already.
-void keep(void* data) {
-  void* const oldest = slots[next++ % kSlots].exchange(data);
-  if (oldest == nullptr) return;
-  kept -= size_of(oldest);
-  unmap(oldest);
+bool give_back(Block block) {
+  if (!block) return false;
+  unmap(block.data());
+  return true;
+}
+
+bool give_back_the_oldest() {
+  for (unsigned k = 0; k < kSlots; ++k) {
+    if (give_back(slots[(next + k) % kSlots].exchange(Block{}))) return true;
+  }
+  return false;
+}
+
+void* to_use(void* data) {
+  const size_t now = used += size_of(data);
+  size_t most = most_used;
+  while (most < now && !most_used.compare_exchange_weak(most, now)) {
+  }
+  return data;
 }
 
 }  // namespace
@@ -90,35 +149,49 @@ Memory take_memory(size_t bytes) {
   bytes = round_up(bytes, kHugePage);
   const unsigned end = next;
   for (unsigned k = 1; k <= kSlots; ++k) {  // the latest first
-    std::atomic<void*>& slot = slots[(end - k) % kSlots];
-    void* const data = take_from(slot);
-    if (data == nullptr) continue;
-    const size_t size = size_of(data);
-    if (size >= bytes && size - bytes <= bytes / 4) {
-      unsigned expected = end;
-      if (k == 1) next.compare_exchange_strong(expected, end - 1);
-      return {data, false};
-    }
-    kept += size;
-    void* empty = nullptr;
-    if (!slot.compare_exchange_strong(empty, data)) keep(data);
+    std::atomic<Block>& slot = slots[(end - k) % kSlots];
+    Block block = slot;
+    const bool fits = block.size() >= bytes && block.size() - bytes <= bytes / 4;
+    if (!fits || !slot.compare_exchange_strong(block, Block{})) continue;
+    unsigned expected = end;
+    if (k == 1) next.compare_exchange_strong(expected, end - 1);
+    return {to_use(block.data()), false};
+  }
+  const size_t in_use = used + bytes, most = std::max<size_t>(most_used, in_use);
+  while (in_use + kept_bytes() > most + most / 4 && give_back_the_oldest()) {
   }
   void* data = map(bytes);
   if (data == nullptr) {
-    for (std::atomic<void*>& slot : slots) unmap(take_from(slot));
+    empty_cache();
     data = map(bytes);
   }
-  return {data, true};
+  return {data == nullptr ? nullptr : to_use(data), true};
 }
 
 void free_memory(void* data) {
   const size_t size = size_of(data);
-  if (size > limit || madvise(data, size, MADV_FREE) != 0) return unmap(data);
-  kept += size;
-  for (unsigned k = 0; k < kSlots && kept > limit; ++k) {  // the oldest first
-    unmap(take_from(slots[(next + k) % kSlots]));
+  used -= size;
+  const bool limited = address_space_is_limited();
+  if (limited) empty_cache();
+  if (limited || size > limit() || madvise(data, size, MADV_FREE) != 0) return unmap(data);
+  while (kept_bytes() + size > limit() && give_back_the_oldest()) {
   }
-  keep(data);
+  give_back(slots[next++ % kSlots].exchange(Block(data)));
+}
+
+void empty_cache() {
+  for (std::atomic<Block>& slot : slots) give_back(slot.exchange(Block{}));
+  most_used = used.load();
+}
+
+MemoryStats memory_stats() {
+  MemoryStats stats{0, 0, address_space_is_limited() ? 0 : limit()};
+  for (const std::atomic<Block>& slot : slots) {
+    const Block block = slot;
+    stats.kept_bytes += block.size();
+    stats.kept_blocks += static_cast<bool>(block);
+  }
+  return stats;
 }
 
 #else
@@ -126,6 +199,8 @@ void free_memory(void* data) {
 void prefer_huge_pages(void*, size_t) {}
 Memory take_memory(size_t) { return {nullptr, true}; }
 void free_memory(void*) {}
+void empty_cache() {}
+MemoryStats memory_stats() { return {0, 0, limit()}; }
 
 #endif
 

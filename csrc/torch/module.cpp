@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/tensor_numpy.h>
 
 #include "../cpu/launch.h"
+#include "../cpu/memory.h"
 #include "autograd.h"
 #include "cuda.h"
 #include "operators.h"
@@ -99,6 +100,11 @@ py::dict build_info() {
   return info;
 }
 
+py::tuple memory_stats() {
+  const cpu::MemoryStats stats = cpu::memory_stats();
+  return py::make_tuple(stats.kept_bytes, stats.kept_blocks, stats.limit_bytes);
+}
+
 // The CUDA plan of a workload on a device, neither of which need exist. outer, dim and inner are the
 // shape's; `inputs` is 1 forward, 2 backward; `schedule` None for the one that runs. An empty dict
 // where there is nothing to launch.
@@ -137,9 +143,10 @@ py::dict plan(int64_t outer, int64_t dim, int64_t inner, py::handle load_dtype,
 }
 
 PYBIND11_MODULE(_C, module) {
-  // A forced instruction set that cannot be had is an error at import, not at the first call.
+  // A variable of the environment that cannot be had is an error at import, not at the first call.
   cpu::kernels();
   add_node_types();
+  cpu::memory_stats();
   module.def("softmax", bind<Op::kSoftmax>, py::arg("input"), py::arg("dim"), py::arg("dtype"),
              py::arg("out"));
   module.def("log_softmax", bind<Op::kLogSoftmax>, py::arg("input"), py::arg("dim"),
@@ -151,6 +158,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("override_torch", override_torch, py::arg("on"),
              py::call_guard<py::gil_scoped_release>());
   module.def("build_info", build_info);
+  module.def("memory_stats", memory_stats);
+  module.def("empty_cache", cpu::empty_cache, py::call_guard<py::gil_scoped_release>());
   module.def("plan", plan, py::arg("outer"), py::arg("dim"), py::arg("inner"),
              py::arg("load_dtype"), py::arg("store_dtype"), py::arg("inputs"), py::arg("aligned"),
              py::arg("sm_count"), py::arg("shared_bytes"), py::arg("compute_capability"),
