@@ -144,7 +144,7 @@ at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& out
 
 bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
-// Below the dispatcher torch changes an inference tensor before it refuses that.
+// torch itself changes an inference tensor before it refuses that.
 void check_inference(const at::Tensor& input, Op op) {
   TORCH_CHECK(
       !input.is_inference() || c10::InferenceMode::is_enabled(), name(op),
