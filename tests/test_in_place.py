@@ -198,6 +198,10 @@ REFUSED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Any]] = {
     "one view of several": (lambda x: (x.requires_grad_() * 1).unbind()[0], 0),
     "an expanded tensor": (lambda x: x[:1].expand(3, 4), 0),
     "an inference tensor": (lambda x: inference(x, torch.clone), 0),
+    "an inference tensor that torch takes": (
+        lambda x: inference(x, lambda t: torch._neg_view(t.clone())),
+        0,
+    ),
 }
 
 

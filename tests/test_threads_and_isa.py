@@ -1,5 +1,6 @@
 """Several Python threads at once, and every instruction set of the CPU kernels."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -164,6 +165,9 @@ def test_instruction_set_that_this_cpu_lacks(isa: str) -> None:
 
 def test_build_info() -> None:
     info = softmax_ext.build_info()
+    assert isinstance(info, softmax_ext.BuildInfo)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        info.cpu_isa = "none"  # type: ignore[misc]
     assert info.cpu_isa in info.cpu_isas
     assert "baseline" in info.cpu_isas
     assert set(info.cpu_isas) <= set(ISAS)

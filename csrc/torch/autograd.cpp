@@ -144,16 +144,27 @@ at::Tensor softmax_backward(const at::Tensor& grad_output, const at::Tensor& out
 
 bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 
+// torch itself changes an inference tensor before it refuses that.
+void check_inference(const at::Tensor& input, Op op) {
+  TORCH_CHECK(
+      !input.is_inference() || c10::InferenceMode::is_enabled(), name(op),
+      "_(): Inplace update to inference tensor outside InferenceMode is not allowed; clone it "
+      "first");
+}
+
 // Raises where an operation in place is refused, before anything is changed.
 void check_in_place(const at::Tensor& input, int64_t dim, Op op) {
   (void)at::maybe_wrap_dim(dim, input.dim());
   (void)output_dtype(input, std::nullopt, op);
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
   at::assert_no_internal_overlap(input);
-  TORCH_CHECK(
-      !input.is_inference() || c10::InferenceMode::is_enabled(), name(op),
-      "_(): Inplace update to inference tensor outside InferenceMode is not allowed; clone it "
-      "first");
+  check_inference(input, op);
+}
+
+// The same as torch's operator gives it for what the kernels do not take.
+void copy_in_place(at::Tensor& input, const at::Tensor& output, Op op) {
+  check_inference(input, op);
+  input.copy_(output);
 }
 
 }  // namespace
@@ -195,7 +206,7 @@ void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarT
 
 void softmax_in_place(at::Tensor& input, int64_t dim, Op op) {
   if (!kernels_take(input)) {
-    input.copy_(torch_forward(input, dim, std::nullopt, op));
+    copy_in_place(input, torch_forward(input, dim, std::nullopt, op), op);
     return;
   }
   check_in_place(input, dim, op);
@@ -219,7 +230,8 @@ void softmax_in_place(at::Tensor& input, int64_t dim, Op op) {
 
 void softmin_in_place(at::Tensor& input, int64_t dim) {
   if (!kernels_take(input)) {
-    input.copy_(torch_forward(input.neg(), dim, std::nullopt, Op::kSoftmax));
+    const at::Tensor output = torch_forward(input.neg(), dim, std::nullopt, Op::kSoftmax);
+    copy_in_place(input, output, Op::kSoftmax);
     return;
   }
   check_in_place(input, dim, Op::kSoftmax);
