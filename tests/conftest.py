@@ -42,7 +42,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="o2",
         help="builds of the host executor to run the CUDA kernels in: o2,asan,tsan,debug",
     )
-    # One process draws it for all: xdist's have its options.
     parser.addoption(
         "--simt-seed",
         type=int,
@@ -55,12 +54,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """Several processes on the cores that one would have. Each keeps two threads at least, so that
     shared work is shared; and no thread that waits for work holds a core up."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0))
+    if hasattr(config, "workerinput"):
+        config.option.simt_seed = config.workerinput["simt_seed"]
     if workers == 0:  # xdist's processes, started from here, read it as they begin
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     elif "OMP_NUM_THREADS" not in os.environ:
         threads = max(2, torch.get_num_threads() // workers)
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """One process draws the seed for all of xdist's."""
+    node.workerinput["simt_seed"] = node.config.getoption("--simt-seed")
 
 
 @pytest.hookimpl(optionalhook=True)

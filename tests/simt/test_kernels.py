@@ -157,6 +157,7 @@ SANITIZERS = ("asan", "tsan")
 # What these tests show is in the values, which are those of the o2 lane.
 OF_VALUES = (
     "test_bits_do_not_depend_on_how_a_row_is_run",
+    "test_bits_of_long_rows",
     "test_bits_of_special_rows",
     "test_special_rows",
     "test_shares_of_minus_infinity",
