@@ -208,10 +208,11 @@ def test_several_words_reach_the_kernels_and_nvcc(setup, monkeypatch, tmp_path, 
     monkeypatch.setenv("CC", "env gcc -m64")
     monkeypatch.setenv("TORCH_DONT_CHECK_COMPILER_ABI", "")
     monkeypatch.setattr(setup, "WITH_CUDA", with_cuda)
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
     monkeypatch.setattr(setup, "compiler", lambda name, *_: os.environ[name].split())
     arguments = {"nvcc": []}
     extension = SimpleNamespace(extra_compile_args=arguments)
-    build = SimpleNamespace(extensions=[extension], build_temp=str(tmp_path))
+    build = SimpleNamespace(extensions=[extension])
     setup.BuildExt.check_compilers(build)
     assert arguments["nvcc"] == options
     assert os.environ["TORCH_DONT_CHECK_COMPILER_ABI"] == "1"
