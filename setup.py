@@ -260,16 +260,20 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         self.write_compile_commands(commands)
 
     def check_compilers(self) -> None:
-        """Before anything is compiled. torch and nvcc each want one word where they look at it."""
+        """Before anything is compiled. torch and nvcc expect one word of each: torch checks the
+        first of CXX, and takes what follows the first of CC for options of C++."""
         self.cxx = compiler("CXX", "c++", "c++")
         if len(self.cxx) > 1:
             os.environ["TORCH_DONT_CHECK_COMPILER_ABI"] = "1"
         if not os.environ.get("CC"):
             return
         cc = compiler("CC", "cc", "c")
-        if WITH_CUDA and len(cc) > 1:
+        if len(cc) > 1:
             host = [word for word in cc if not word.startswith("-")][-1]
-            self.extensions[0].extra_compile_args["nvcc"].append(f"-ccbin={host}")
+            options = self.compiler.compiler_so[len(cc) :]
+            self.compiler.set_executable("compiler_so", [host, *options])
+            if WITH_CUDA:
+                self.extensions[0].extra_compile_args["nvcc"].append(f"-ccbin={host}")
 
     def compile_kernels(self, isa: str) -> dict[str, str]:
         """Compiles csrc/cpu/kernels.cpp for one instruction set, if anything in it is newer. It has

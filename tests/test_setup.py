@@ -16,6 +16,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
+from setuptools._distutils.unixccompiler import UnixCCompiler
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
@@ -208,12 +209,15 @@ def test_several_words_reach_the_kernels_and_nvcc(setup, monkeypatch, tmp_path, 
     monkeypatch.setenv("CC", "env gcc -m64")
     monkeypatch.setenv("TORCH_DONT_CHECK_COMPILER_ABI", "")
     monkeypatch.setattr(setup, "WITH_CUDA", with_cuda)
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
     monkeypatch.setattr(setup, "compiler", lambda name, *_: os.environ[name].split())
     arguments = {"nvcc": []}
     extension = SimpleNamespace(extra_compile_args=arguments)
-    build = SimpleNamespace(extensions=[extension], build_temp=str(tmp_path))
+    build = SimpleNamespace(extensions=[extension], compiler=UnixCCompiler())
+    build.compiler.set_executable("compiler_so", "env gcc -m64 -O2 -fPIC")
     setup.BuildExt.check_compilers(build)
     assert arguments["nvcc"] == options
+    assert build.compiler.compiler_so[1:] == ["-O2", "-fPIC"]
     assert os.environ["TORCH_DONT_CHECK_COMPILER_ABI"] == "1"
     with mock.patch("subprocess.run") as run:
         setup.BuildExt.compile_kernels(build, "baseline")
