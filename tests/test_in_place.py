@@ -235,7 +235,8 @@ def test_what_is_refused_within_is_not_changed(op: str, around: str, device: str
     x = torch.randn(3, 4, device=device)
     before = x.clone()
     for function in (IN_PLACE[op], lambda x, dim: MODULES[op](dim, inplace=True)(x)):
-        with pytest.raises(IndexError):
+        # What is raised while tracing is another error up to torch 2.12.
+        with pytest.raises((IndexError, torch._dynamo.exc.TorchRuntimeError)):
             AROUND[around](lambda x, f=function: f(x, 2), x)
         assert torch.equal(x, before)
         assert x._version == 0
@@ -302,5 +303,6 @@ def test_peak_memory_on_a_gpu(op: str, device: str) -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     y = IN_PLACE[op](x, 1)
-    y.backward(torch.randn_like(y))
+    assert y.grad_fn is not None
+    y.grad_fn(torch.randn_like(y))
     assert torch.cuda.max_memory_allocated() - before <= 2.1 * x.nbytes

@@ -3,12 +3,15 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorUtils.h>
 #include <ATen/WrapDimUtils.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <string>
 
 #include "../cpu/launch.h"
 #include "../cpu/memory.h"
@@ -29,14 +32,6 @@ Shape to_shape(const at::Tensor& tensor, int64_t dim) {
   if (sizes.empty()) return {1, 1, 1};
   return {c10::multiply_integers(sizes.slice(0, dim)), sizes[dim],
           c10::multiply_integers(sizes.slice(dim + 1))};
-}
-
-bool have_same_size(const at::Tensor& a, const at::Tensor& b) {
-  const auto is_symbolic = [](const at::Tensor& tensor) {
-    return tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-  };
-  if (!is_symbolic(a) && !is_symbolic(b)) return a.sizes() == b.sizes();
-  return sym_equals(a.sym_sizes(), b.sym_sizes()).expect_true(__FILE__, __LINE__);
 }
 
 // What each call relies on, before it allocates or changes anything. The shape comes of it.
@@ -227,10 +222,9 @@ void check_storage(Op op, const char* argument, const at::Tensor& tensor) {
       tensor.is_contiguous()
           ? (offset + static_cast<size_t>(tensor.numel())) * size
           : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), size, offset);
-  TORCH_CHECK(bytes <= tensor.storage().nbytes(), name(op), "(): argument '", argument,
-              "' of sizes ", tensor.sizes(), ", strides ", tensor.strides(), " and storage offset ",
-              offset, " requires a storage of ", bytes, " bytes, but its storage has ",
-              tensor.storage().nbytes());
+  const size_t available = tensor.storage().nbytes();
+  TORCH_CHECK(bytes <= available, name(op), "(): argument '", argument, "' requires a storage of ",
+              std::to_string(bytes), " bytes, but its storage has ", std::to_string(available));
 }
 
 void check_gradient(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
@@ -253,9 +247,16 @@ void check_gradient(const at::Tensor& grad_output, const at::Tensor& output, int
   TORCH_CHECK(grad_output.scalar_type() == dtype, name(op), "_backward(): expected scalar type ",
               dtype, " but found ", grad_output.scalar_type(),
               ": argument 'grad_output' must have the dtype of 'output'");
-  TORCH_CHECK(have_same_size(grad_output, output), name(op),
-              "_backward(): Expected argument 'grad_output' to have same size as 'output', but ",
-              grad_output.sym_sizes(), " does not equal ", output.sym_sizes());
+  const auto is_symbolic = [](const at::Tensor& tensor) {
+    return tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  };
+  if (is_symbolic(grad_output) || is_symbolic(output)) {
+    TORCH_SYM_CHECK(sym_equals(grad_output.sym_sizes(), output.sym_sizes()), name(op),
+                    "_backward(): Expected argument 'grad_output' to have same size as 'output'");
+  } else {
+    at::checkSameSize(op == Op::kSoftmax ? "softmax_backward" : "log_softmax_backward",
+                      {grad_output, "grad_output", 1}, {output, "output", 2});
+  }
   (void)at::maybe_wrap_dim(dim, output.dim());
   check_storage(op, "grad_output", grad_output);
   check_storage(op, "output", output);
