@@ -4,9 +4,13 @@
 //                a longer one chunk by chunk for its state, then for the output.
 //   split rows   inner == 1, fewer long rows than threads: the chunks of a row are shared out.
 //   columns      inner > 1: a thread takes tiles of neighbouring columns, in blocks along dim.
+//   short columns, packed columns
+//                a step along dim of at most 512 bytes, as computed: dims of up to 64 steps by
+//                registers of columns, of several slices where a step has less; longer ones by
+//                chunks of up to 16 rows of several steps each, which threads share if slices are few.
 //
 // A row is always reduced by the same chunks (blocks) in the same order, so its result depends
-// neither on the batch it is in nor on the number of threads. Input of another type is first
+// neither on the batch it is in nor on the number of threads. A column's may depend on inner. Input of another type is first
 // rounded to the output's, in the output's memory, one row or tile at a time.
 #include <algorithm>
 #include <cstdlib>
@@ -731,8 +735,8 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
 
 // ---- over another dim, whose steps are narrow ---------------------------------------------------
 //
-// Steps of at most kNarrow bytes are no work for registers of their own: the lanes of a tile are the
-// columns of several slices (a slice: dim steps, one after another in memory), or of several steps.
+// A step of at most kNarrow bytes does not fill registers, or fills few: lanes are the columns of several
+// slices (a slice: dim steps, one after another in memory), or of several steps.
 
 constexpr int64_t kNarrow = 512;
 
@@ -780,13 +784,15 @@ template <class T, class A = compute_t<T>>
 struct Gathered {
   static constexpr int64_t kSize = Vec<A>::kSize;
 
-  int64_t stride;
+  int64_t width, stride;
   // No two neighbouring rows share their address modulo 4096.
   alignas(64) T data[kGathered<A> + 2 * kShortDim * kSize];
 
-  Gathered(int64_t dim, int64_t width) : stride((ceil_div(width, kSize) + 1) * kSize) {
-    for (int64_t d = 0; d < dim; ++d)
-      store(data + (d + 1) * stride - 2 * kSize, All{}, Vec<A>(A(0)));
+  Gathered(int64_t dim, int64_t columns)
+      : width(ceil_div(columns, kSize) * kSize), stride(width + kSize) {
+    for (int64_t d = 0; d < dim; ++d) {
+      store(data + d * stride + width - kSize, All{}, Vec<A>(A(0)));
+    }
   }
   void gather(const T* slices, int64_t count, int64_t dim, int64_t inner) {
     copy_stretches(data, inner, stride, slices, dim * inner, inner, count, dim, inner);
@@ -807,80 +813,129 @@ void for_each_few_slices(const Shape& shape, const Threads& threads, Few few) {
                });
 }
 
+// Whether slices are worked on where they are: in whole registers, of which the last may repeat columns
+// of the one before, unless these have been overwritten.
+template <class T>
+bool is_in_registers(int64_t inner, bool in_place) {
+  constexpr int64_t kSize = Vec<compute_t<T>>::kSize;
+  return inner % kSize == 0 || (inner > 3 * kSize && !in_place);
+}
+
+// step(c) for each register of `width` columns.
+template <class A, class Step>
+SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
+  constexpr int64_t kSize = Vec<A>::kSize;
+  for (int64_t c = 0; c < width; c += kSize) step(std::min(c, width - kSize));
+}
+
+// A register of columns, over a short dim.
+template <Op op, class T>
+void forward_register(const T* x, T* y, int64_t stride, int64_t dim) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  V values[kShortDim];
+  V max(kLowest<A>);
+  for (int64_t d = 0; d < dim; ++d) {
+    values[d] = load(x + d * stride, All{}, A(0));
+    max = max_of(values[d], max);
+  }
+  const V shift = shift_of(max);
+  ExactSum<V> sum{V(A(0)), V(A(0))};
+  sum_steps(dim, dim, sum, [&](int64_t d) SOFTMAX_EXT_LAMBDA {
+    const V e = exp_of_nonpositive(values[d] - shift);
+    if constexpr (op == Op::kSoftmax) values[d] = e;
+    return e;
+  });
+  const auto formula = formula_of<op, T>(max, sum.sum, sum.rest);
+  for (int64_t d = 0; d < dim; ++d) {
+    if constexpr (op == Op::kSoftmax) {
+      store(y + d * stride, All{}, formula.of_exp(values[d]));
+    } else {
+      store(y + d * stride, All{}, formula.of(values[d]));
+    }
+  }
+}
+
 template <Op op, class T>
 void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
-  using V = Vec<A>;
-  constexpr int kSize = V::kSize;
   const int64_t dim = args.shape.dim, inner = args.shape.inner, slice = dim * inner;
   T* output = static_cast<T*>(args.output);
   const Input<T> input(args);
+  const bool in_place = input.again(0) == output;
   for_each_few_slices<A>(args.shape, threads, [&](int64_t first, int64_t count) {
-    const int64_t width = count * inner;
-    Gathered<T> tile(dim, width);
-    tile.gather(input.at(first * slice, count * slice), count, dim, inner);
-    for (int64_t c = 0; c < width; c += kSize) {
-      T* const column = tile.data + c;
-      V values[kShortDim];
-      V max(kLowest<A>);
-      for (int64_t d = 0; d < dim; ++d) {
-        values[d] = load(column + d * tile.stride, All{}, A(0));
-        max = max_of(values[d], max);
+    const T* x = input.at(first * slice, count * slice);
+    T* y = output + first * slice;
+    if (is_in_registers<T>(inner, in_place)) {
+      for (int64_t s = 0; s < count; ++s) {
+        for_each_register<A>(inner, [=](int64_t c) SOFTMAX_EXT_LAMBDA {
+          forward_register<op>(x + s * slice + c, y + s * slice + c, inner, dim);
+        });
       }
-      const V shift = shift_of(max);
-      ExactSum<V> sum{V(A(0)), V(A(0))};
-      sum_steps<V>(dim, dim, sum, [&](int64_t d) SOFTMAX_EXT_LAMBDA {
-        const V e = exp_of_nonpositive(values[d] - shift);
-        if constexpr (op == Op::kSoftmax) values[d] = e;
-        return e;
-      });
-      const auto formula = formula_of<op, T>(max, sum.sum, sum.rest);
-      for (int64_t d = 0; d < dim; ++d) {
-        if constexpr (op == Op::kSoftmax) {
-          store(column + d * tile.stride, All{}, formula.of_exp(values[d]));
-        } else {
-          store(column + d * tile.stride, All{}, formula.of(values[d]));
-        }
-      }
+      return;
     }
-    tile.scatter(output + first * slice, count, dim, inner);
+    Gathered<T> tile(dim, count * inner);
+    tile.gather(x, count, dim, inner);
+    for_each_register<A>(tile.width, [&](int64_t c) SOFTMAX_EXT_LAMBDA {
+      forward_register<op>(tile.data + c, tile.data + c, tile.stride, dim);
+    });
+    tile.scatter(y, count, dim, inner);
   });
+}
+
+template <Op op, class T>
+void backward_register(const T* grad, const T* y, T* grad_input, int64_t stride, int64_t dim) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  ExactSum<V> sum{V(A(0)), V(A(0))};
+  for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
+    V block_sum(A(0));
+    for (int64_t d = begin; d < end; ++d) {
+      block_sum = block_sum + Backward<op, V>::term(load(grad + d * stride, All{}, A(0)),
+                                                    load(y + d * stride, All{}, A(0)));
+    }
+    if (dim <= kBlock) {
+      sum.sum = block_sum;
+    } else {
+      sum.add(block_sum);
+    }
+  });
+  const Backward<op, V> formula{sum.rounded()};
+  for (int64_t d = 0; d < dim; ++d) {
+    store(grad_input + d * stride, All{},
+          formula.of(load(grad + d * stride, All{}, A(0)), load(y + d * stride, All{}, A(0))));
+  }
 }
 
 template <Op op, class T>
 void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
-  using V = Vec<A>;
-  constexpr int kSize = V::kSize;
   const int64_t dim = args.shape.dim, inner = args.shape.inner, slice = dim * inner;
   const T* grads = static_cast<const T*>(args.grad_output);
   const T* outputs = static_cast<const T*>(args.output);
   T* grad_inputs = static_cast<T*>(args.grad_input);
+  const bool in_place = grad_inputs == grads || grad_inputs == outputs;
   for_each_few_slices<A>(args.shape, threads, [=](int64_t first, int64_t count) {
-    const int64_t width = count * inner;
-    Gathered<T> of_grads(dim, width), of_outputs(dim, width);
-    of_grads.gather(grads + first * slice, count, dim, inner);
-    of_outputs.gather(outputs + first * slice, count, dim, inner);
-    const int64_t stride = of_grads.stride;
-    for (int64_t c = 0; c < width; c += kSize) {
-      T* const grad = of_grads.data + c;
-      const T* const y = of_outputs.data + c;
-      ExactSum<V> sum{V(A(0)), V(A(0))};
-      for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
-        V block_sum(A(0));
-        for (int64_t d = begin; d < end; ++d) {
-          block_sum = block_sum + Backward<op, V>::term(load(grad + d * stride, All{}, A(0)),
-                                                        load(y + d * stride, All{}, A(0)));
-        }
-        sum.add(block_sum);
-      });
-      const Backward<op, V> formula{sum.rounded()};
-      for (int64_t d = 0; d < dim; ++d) {
-        store(grad + d * stride, All{},
-              formula.of(load(grad + d * stride, All{}, A(0)), load(y + d * stride, All{}, A(0))));
+    const T* grad = grads + first * slice;
+    const T* y = outputs + first * slice;
+    T* grad_input = grad_inputs + first * slice;
+    if (is_in_registers<T>(inner, in_place)) {
+      for (int64_t s = 0; s < count; ++s) {
+        for_each_register<A>(inner, [=](int64_t c) SOFTMAX_EXT_LAMBDA {
+          const int64_t i = s * slice + c;
+          backward_register<op>(grad + i, y + i, grad_input + i, inner, dim);
+        });
       }
+      return;
     }
-    of_grads.scatter(grad_inputs + first * slice, count, dim, inner);
+    Gathered<T> of_grads(dim, count * inner), of_outputs(dim, count * inner);
+    of_grads.gather(grad, count, dim, inner);
+    of_outputs.gather(y, count, dim, inner);
+    for_each_register<A>(of_grads.width, [&](int64_t c) SOFTMAX_EXT_LAMBDA {
+      backward_register<op>(of_grads.data + c, of_outputs.data + c, of_grads.data + c,
+                            of_grads.stride, dim);
+    });
+    of_grads.scatter(grad_input, count, dim, inner);
   });
 }
 
@@ -911,10 +966,8 @@ struct Packing {
     int64_t i = c;
     if (c + kSize <= width) {
       for (; i + kSize <= end; i += width) step(i, All{});
-    } else {
-      for (; i + width - c <= end; i += width) step(i, First{width - c});
     }
-    if (i < end) step(i, First{end - i});
+    for (; i < end; i += width) step(i, First{std::min(width - c, end - i)});
   }
 };
 
@@ -1021,10 +1074,12 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
   const int64_t columns = packing.columns;
   T* output = static_cast<T*>(args.output);
   const Input<T> input(args);
-  // As in forward_rows. Where the output is narrower, the exps are kept behind the chunk's state.
+  // As in forward_rows. Where the output is narrower, the exps are kept behind the chunk's state, and
+  // of longer slices: without AVX-512 a second exp costs more than the memory.
   constexpr bool kByChunk = op == Op::kSoftmax;
   constexpr bool kInOutput = std::is_same_v<T, A>;
-  const bool by_chunk = kByChunk && dim * inner * static_cast<int64_t>(sizeof(A)) <= kKeptRow;
+  const bool by_chunk = kByChunk && dim * inner * static_cast<int64_t>(sizeof(A)) <=
+                                        (kInOutput ? kKeptRow : 32 * kKeptRow);
   const int64_t size = 3 * columns + (by_chunk && !kInOutput ? packing.steps * inner : int64_t{0});
   const auto kept_of = [=](int64_t offset, A* state) SOFTMAX_EXT_LAMBDA -> A* {
     if constexpr (kInOutput) {
@@ -1273,7 +1328,10 @@ void launch_backward(const BackwardArgs& args, const Threads& threads) {
           return backward_rows<op, T, G, kWrite>(args, threads);
         }
         if constexpr (std::is_same_v<T, G>) {
-          if (is_narrow<T>(args.shape.inner)) {
+          // In whole registers, tiles give the same bits, and walk along inner.
+          const bool by_tiles = args.shape.dim > kBlock && args.shape.dim <= kShortDim &&
+                                is_in_registers<T>(args.shape.inner, /*in_place=*/true);
+          if (is_narrow<T>(args.shape.inner) && !by_tiles) {
             if (args.shape.dim <= kShortDim) return backward_short_columns<op, T>(args, threads);
             return backward_packed_columns<op, T>(args, threads);
           }

@@ -259,13 +259,13 @@ SOFTMAX_EXT_INLINE VecF widen(const BFloat16*, __m128i bits) {
 SOFTMAX_EXT_INLINE __m128i narrow(const Float16*, VecF x) {
   return _mm256_cvtps_ph(x.raw, _MM_FROUND_TO_NEAREST_INT);
 }
+// As with AVX-512.
 SOFTMAX_EXT_INLINE __m128i narrow(const BFloat16*, VecF x) {
   const __m256i bits = _mm256_castps_si256(x.raw);
+  const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(x.raw, x.raw, _CMP_ORD_Q));
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.raw, x.raw, _CMP_UNORD_Q));
-  const __m256i wide =
-      _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  const __m256i half = _mm256_and_si256(_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)), number);
+  const __m256i wide = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 }
 template <class T>
