@@ -20,6 +20,8 @@ from tolerances import (
     ulp,
 )
 
+import softmax_ext
+
 LAST_DIM_SIZES = {
     1: "nothing to normalise",
     2: "the shortest row that sums",
@@ -208,6 +210,31 @@ def test_cast(
     input = values_of(dtype, *shape).to(device)
     actual = OURS[op](input, dim, dtype=to)
     assert_close_to_reference(actual, op, input, dim, to)
+
+
+@pytest.mark.parametrize("to", FLOATING, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((5, 37), 1), ((3, 5), 1), ((2, 9001), 1), ((2, 37, 19), 1), ((33, 70), 0)],
+    ids=str,
+)
+def test_any_byte_but_0_is_true(
+    shape: tuple[int, ...], dim: int, op: str, to: torch.dtype, device: str
+) -> None:
+    """Of a mask that is a view of bytes."""
+    choices = torch.tensor([0, 1, 2, 128, 255], dtype=torch.uint8)
+    bytes_ = choices[torch.randint(len(choices), shape)].to(device)
+    mask, true = bytes_.view(torch.bool), bytes_ != 0
+    actual = OURS[op](mask, dim, dtype=to)
+    assert torch.equal(actual, OURS[op](true, dim, dtype=to))
+    torch.testing.assert_close(actual, TORCH[op](true, dim, dtype=to))
+    out = torch.empty(shape, dtype=to, device=device)
+    assert torch.equal(OURS[op](mask, dim, dtype=to, out=out), actual)
+    transposed = bytes_.transpose(0, -1).contiguous().transpose(0, -1).view(torch.bool)
+    assert torch.equal(OURS[op](transposed, dim, dtype=to), actual)
+    with softmax_ext.enabled():
+        assert torch.equal(getattr(torch, op)(mask, dim, dtype=to), actual)
 
 
 @pytest.mark.parametrize(

@@ -232,9 +232,8 @@ void forward_rows_of_a_register(const T* x, T* y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const First lanes{n};
-  V values[V::kSize], of_rows[V::kSize], rest;
+  V values[V::kSize], of_rows[V::kSize];
   alignas(64) A maxes[V::kSize] = {};
-  alignas(64) double sums[V::kSize] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = x + r * n;
     values[r] = n == V::kSize ? load(row, All{}, kLowest<A>) : load(row, lanes, kLowest<A>);
@@ -245,9 +244,8 @@ void forward_rows_of_a_register(const T* x, T* y, int64_t n, int64_t rows) {
     of_rows[r] = exp_of_nonpositive(values[r] - shift_of(V(maxes[r])));
     if constexpr (op == Op::kSoftmax) values[r] = of_rows[r];
   }
-  exact_sum_over_lanes(of_rows, rows, sums);
-  const V sum = load_rounded(sums, &rest);
-  const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum, rest);
+  const ExactSum<V> sum = exact_sum_over_lanes(of_rows, rows);
+  const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum.sum, sum.rest);
   for (int64_t r = 0; r < rows; ++r) {
     const auto formula = of_lane(formulas, r);
     V result;
@@ -279,17 +277,14 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   A* kept = scratch;
   if constexpr (kInOutput) kept = y;
   V lanes[V::kSize];
-  V rest;
   alignas(64) A maxes[V::kSize] = {};
-  alignas(64) double sums[V::kSize] = {};
   for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x + r * n, n);
   max_over_lanes(lanes, rows, maxes);
   for (int64_t r = 0; r < rows; ++r) {
     lanes[r] = lane_sum_of_exp<kKeep>(x + r * n, kept + r * n, n, maxes[r], /*keep_all=*/kStreamed);
   }
-  exact_sum_over_lanes(lanes, rows, sums);
-  const V sum = load_rounded(sums, &rest);
-  const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum, rest);
+  const ExactSum<V> sum = exact_sum_over_lanes(lanes, rows);
+  const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum.sum, sum.rest);
   for (int64_t r = 0; r < rows; ++r) {
     const auto formula = of_lane(formulas, r);
     store_each<write, A>(y + r * n, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
@@ -388,7 +383,7 @@ void convert(const From* x, T* y, int64_t n) {
   using A = compute_t<T>;
   constexpr int kSize = Vec<A>::kSize;
   for_each_vector<kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-    if constexpr (std::is_same_v<compute_t<From>, A> && !std::is_integral_v<From>) {
+    if constexpr (kIsFloating<From> && std::is_same_v<compute_t<From>, A>) {
       store(y + i, lanes, load(x + i, lanes, A(0)) * Vec<A>(A(1)));  // no signalling NaN
     } else {
       Vec<A> values(A(0));
@@ -413,7 +408,7 @@ void convert(const void* input, DType dtype, int64_t offset, T* y, int64_t n) {
     case DType::kFloat64:
       return convert(static_cast<const double*>(input) + offset, y, n);
     case DType::kBool:
-      return convert(static_cast<const bool*>(input) + offset, y, n);
+      return convert(static_cast<const Bool*>(input) + offset, y, n);
     case DType::kUInt8:
       return convert(static_cast<const uint8_t*>(input) + offset, y, n);
     case DType::kInt8:
@@ -545,7 +540,7 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
       V lanes[V::kSize];
       alignas(64) A sums[V::kSize];
       for (int64_t r = 0; r < count; ++r) lanes[r] = lane_sum((row + r) * dim, dim);
-      sum_over_lanes(lanes, count, sums);
+      rounded_sum_over_lanes(lanes, count, sums);
       for (int64_t r = 0; r < count; ++r) store_gradient((row + r) * dim, dim, sums[r]);
     });
     return;
@@ -553,7 +548,7 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
   reduce_and_store<Sum, A>(
       args.shape.rows(), dim, threads,
       [=](int64_t row, int64_t i, int64_t n) {
-        return Sum{sum_over_lanes(lane_sum(row * dim + i, n))};
+        return Sum{exact_sum_over_lanes(lane_sum(row * dim + i, n))};
       },
       [=](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
         store_gradient(row * dim + i, n, static_cast<A>(of_row.sum));
@@ -578,28 +573,6 @@ void for_each_tile(const Shape& shape, const Threads& threads, Tile tile) {
         }
       });
 }
-
-// A running sum, and what its additions have rounded off (Neumaier, "Rundungsfehleranalyse einiger
-// Verfahren zur Summation endlicher Summen", 1974): its error does not grow with dim.
-template <class V>
-struct ExactSum {
-  V sum;
-  V rest;
-
-  SOFTMAX_EXT_INLINE void add(V term) {
-    V lost;
-    sum = sum_of(sum, term, &lost);
-    rest = rest + lost;
-  }
-
-  SOFTMAX_EXT_INLINE void scale(V factor) {
-    sum = sum * factor;
-    rest = rest * factor;
-  }
-
-  // An infinite sum has no rest.
-  SOFTMAX_EXT_INLINE V rounded() const { return sum + zero_if_nan(rest); }
-};
 
 // block(begin, end) for each block of steps along dim.
 template <class Block>

@@ -45,6 +45,15 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Any byte but 0 is true: a view of other bytes as bool has them, and a C++ bool must not.
+struct Bool {
+  uint8_t byte;
+};
+
+template <class T>
+constexpr bool kIsFloating =
+    std::is_floating_point_v<T> || std::is_same_v<T, Float16> || std::is_same_v<T, BFloat16>;
+
 // The type that an element is computed in.
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -90,12 +99,14 @@ struct Vec {
 using VecF = Vec<float>;
 using VecD = Vec<double>;
 
-// ---- scalar conversions of 16-bit elements ------------------------------------------------------
+// ---- scalar conversions -------------------------------------------------------------------------
 
 template <class T>
 SOFTMAX_EXT_INLINE T to_float(T x) {
   return x;
 }
+
+SOFTMAX_EXT_INLINE float to_float(Bool x) { return x.byte != 0; }
 
 SOFTMAX_EXT_INLINE float to_float(BFloat16 x) {
   return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
@@ -512,43 +523,100 @@ SOFTMAX_EXT_INLINE T sum_of(T a, T b, T* rest) {
   return sum;
 }
 
-// log(x), and what it is rounded off, of a row's sum: 1 or more, or NaN, or 0 where the row is all -inf
-// and its output NaN whatever the logarithm is.
+template <class T>
+struct LogConstants;
+
+template <>
+struct LogConstants<float> {
+  static constexpr int32_t kSqrtHalf = 0x3f3504f3;
+};
+
+template <>
+struct LogConstants<double> {
+  static constexpr int64_t kSqrtHalf = 0x3fe6a09e667f3bcd;
+};
+
+// log(1 + f) = f + small, with 1 + f in [sqrt(1/2), sqrt(2)), and `add` added to small.
 //
-// x is 2^n * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); log(1 + f) is f - f^2/2 + f^3 p(f) with p a
-// minimax polynomial for the relative error (2^-30).
-SOFTMAX_EXT_INLINE VecF log_of(VecF x, VecF* rest) {
-  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+// f - f^2/2 + f^3 p(f), with p a minimax polynomial for the relative error (2^-30).
+SOFTMAX_EXT_INLINE VecF small_of_log(VecF f, VecF add) {
   constexpr float kPolynomial[] = {0x1.555548p-2f,  -0x1.000006p-2f, 0x1.99a4b6p-3f,
                                    -0x1.555c4cp-3f, 0x1.23376ap-3f,  -0x1.fc2224p-4f,
                                    0x1.e6f066p-4f,  -0x1.de3b6ap-4f, 0x1.1456e2p-4f};
-  using C = ExpConstants<float>;
-  const auto bits = bit_cast<RawInt32>(x);
-  const RawInt32 exponent = (bits - kSqrtHalf) >> C::kMantissaBits;
-  const VecF n = __builtin_convertvector(exponent, RawFloat);
-  const VecF f = VecF(bit_cast<RawFloat>(bits - (exponent << C::kMantissaBits))) - VecF(1.0f);
   const VecF square = f * f;
   VecF p(kPolynomial[8]);
   for (int k = 7; k >= 0; --k) p = fma_of(p, f, VecF(kPolynomial[k]));
-  VecF small = fma_of(f * square, p, n * VecF(C::kLn2Low));
-  small = fma_of(square, VecF(-0.5f), small);
-  // The product is exact. Of two summands the first is the larger, or 0 (Dekker, "A floating-point
-  // technique for extending the available precision", 1971), or both are far below an ulp of n ln 2.
-  const VecF of_n = n * VecF(C::kLn2High), of_f = f + small, log = of_n + of_f;
-  *rest = (of_f - (log - of_n)) + (small - (of_f - f));
-  return x.raw == x.raw ? log.raw : x.raw;
+  return fma_of(square, VecF(-0.5f), fma_of(f * square, p, add));
 }
 
-SOFTMAX_EXT_INLINE VecD log_of(VecD x, VecD* rest) {
-  for (int k = 0; k < VecD::kSize; ++k) x.raw[k] = softmax_ext::log_of(x.raw[k]);
-  *rest = VecD(0.0);
-  return x;
+// With s = f / (2 + f), f - f^2/2 + s (f^2/2 + s^2 p(s^2)); p is that of FreeBSD's e_log.c (2^-58).
+SOFTMAX_EXT_INLINE VecD small_of_log(VecD f, VecD add) {
+  constexpr double kPolynomial[] = {
+      0x1.5555555555593p-1, 0x1.999999997fa04p-2, 0x1.2492494229359p-2, 0x1.c71c51d8e78afp-3,
+      0x1.7466496cb03dep-3, 0x1.39a09d078c69fp-3, 0x1.2f112df3e5244p-3};
+  const VecD s = f / (f + VecD(2.0)), square = s * s, half = f * f * VecD(0.5);
+  VecD p(kPolynomial[6]);
+  for (int k = 5; k >= 0; --k) p = fma_of(p, square, VecD(kPolynomial[k]));
+  return fma_of(s, fma_of(square, p, half), add) - half;
+}
+
+// log(x), and what it is rounded off, of a row's sum: 1 or more, or NaN, or 0 where the row is all -inf
+// and its output NaN whatever the logarithm is. x is 2^n * (1 + f).
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> log_of(Vec<T> x, Vec<T>* rest) {
+  using C = ExpConstants<T>;
+  using Raw = typename Vec<T>::Raw;
+  using RawInt = typename Vec<T>::RawInt;
+  const auto bits = bit_cast<RawInt>(x);
+  const RawInt exponent = (bits - LogConstants<T>::kSqrtHalf) >> C::kMantissaBits;
+  // The integer in the low bits of kRound.
+  const Vec<T> n =
+      Vec<T>(bit_cast<Raw>(exponent + bit_cast<RawInt>(Vec<T>(C::kRound)))) - Vec<T>(C::kRound);
+  const Vec<T> f = Vec<T>(bit_cast<Raw>(bits - (exponent << C::kMantissaBits))) - Vec<T>(T(1));
+  const Vec<T> small = small_of_log(f, n * Vec<T>(C::kLn2Low));
+  // The product is exact. Of two summands the first is the larger, or 0 (Dekker, "A floating-point
+  // technique for extending the available precision", 1971), or both are far below an ulp of n ln 2.
+  const Vec<T> of_n = n * Vec<T>(C::kLn2High), of_f = f + small, log = of_n + of_f;
+  *rest = (of_f - (log - of_n)) + (small - (of_f - f));
+  return x.raw == x.raw ? log.raw : x.raw;
 }
 
 template <class T>
 SOFTMAX_EXT_INLINE Vec<T> zero_if_nan(Vec<T> x) {
   return x.raw == x.raw ? x.raw : typename Vec<T>::Raw{};
 }
+
+// A running sum, and what its additions have rounded off (Neumaier, "Rundungsfehleranalyse einiger
+// Verfahren zur Summation endlicher Summen", 1974): its error does not grow with dim.
+template <class V>
+struct ExactSum {
+  V sum;
+  V rest;
+
+  ExactSum() = default;
+  SOFTMAX_EXT_INLINE ExactSum(V sum) : sum(sum), rest(V(0)) {}
+  SOFTMAX_EXT_INLINE ExactSum(V sum, V rest) : sum(sum), rest(rest) {}
+
+  SOFTMAX_EXT_INLINE void add(V term) {
+    V lost;
+    sum = sum_of(sum, term, &lost);
+    rest = rest + lost;
+  }
+
+  SOFTMAX_EXT_INLINE void scale(V factor) {
+    sum = sum * factor;
+    rest = rest * factor;
+  }
+
+  // An infinite sum has no rest.
+  SOFTMAX_EXT_INLINE V rounded() const { return sum + zero_if_nan(rest); }
+
+  friend SOFTMAX_EXT_INLINE ExactSum operator+(ExactSum a, ExactSum b) {
+    a.add(b.sum);
+    a.rest = a.rest + b.rest;
+    return a;
+  }
+};
 
 // x, or 0 where x is -inf: what to subtract from elements of which it is the largest.
 template <class T>
@@ -570,7 +638,7 @@ SOFTMAX_EXT_INLINE Vec<T> halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, 
 }
 
 template <int kHalf, class T, class Combine>
-SOFTMAX_EXT_INLINE Vec<T> combine_halves(Vec<T> a, Vec<T> b, Combine combine) {
+SOFTMAX_EXT_INLINE auto combine_halves(Vec<T> a, Vec<T> b, Combine combine) {
   using Lanes = std::make_integer_sequence<int, Vec<T>::kSize>;
   return combine(halves<kHalf, false>(a, b, Lanes{}), halves<kHalf, true>(a, b, Lanes{}));
 }
@@ -657,23 +725,18 @@ SOFTMAX_EXT_INLINE VecD halves_added(VecF x) {
 }
 
 SOFTMAX_EXT_INLINE double exact_sum_over_lanes(VecF x) { return sum_over_lanes(halves_added(x)); }
-SOFTMAX_EXT_INLINE double exact_sum_over_lanes(VecD x) { return sum_over_lanes(x); }
 
-SOFTMAX_EXT_INLINE void exact_sum_over_lanes(VecF* x, int64_t count, double* result) {
+// The sum of each of `count` <= kSize rows, in its lane.
+SOFTMAX_EXT_INLINE ExactSum<VecF> exact_sum_over_lanes(VecF* x, int64_t count) {
+  alignas(64) double sums[VecF::kSize] = {};
   for (int64_t k = 0; k < count; k += VecD::kSize) {
     VecD wide[VecD::kSize];
     const int64_t some = count - k < VecD::kSize ? count - k : VecD::kSize;
     for (int64_t j = 0; j < some; ++j) wide[j] = halves_added(x[k + j]);
-    sum_over_lanes(wide, some, result + k);
+    sum_over_lanes(wide, some, sums + k);
   }
-}
-SOFTMAX_EXT_INLINE void exact_sum_over_lanes(VecD* x, int64_t count, double* result) {
-  sum_over_lanes(x, count, result);
-}
-
-// What p points to as floats, and what is rounded off.
-SOFTMAX_EXT_INLINE VecF load_rounded(const double* p, VecF* rest) {
-  const VecD low = load(p, All{}, 0.0), high = load(p + VecD::kSize, All{}, 0.0);
+  // As floats, and what is rounded off.
+  const VecD low = load(sums, All{}, 0.0), high = load(sums + VecD::kSize, All{}, 0.0);
   const auto narrow = [](VecD a, VecD b) SOFTMAX_EXT_LAMBDA {
     VecF x;
     const HalfRawFloat parts[] = {__builtin_convertvector(a.raw, HalfRawFloat),
@@ -681,16 +744,75 @@ SOFTMAX_EXT_INLINE VecF load_rounded(const double* p, VecF* rest) {
     std::memcpy(&x.raw, parts, sizeof(parts));
     return x;
   };
-  const VecF x = narrow(low, high);
+  const VecF sum = narrow(low, high);
   HalfRawFloat parts[2];
-  std::memcpy(parts, &x.raw, sizeof(parts));
-  *rest = narrow(low - VecD(__builtin_convertvector(parts[0], RawDouble)),
-                 high - VecD(__builtin_convertvector(parts[1], RawDouble)));
-  return x;
+  std::memcpy(parts, &sum.raw, sizeof(parts));
+  return {sum, narrow(low - VecD(__builtin_convertvector(parts[0], RawDouble)),
+                      high - VecD(__builtin_convertvector(parts[1], RawDouble)))};
 }
-SOFTMAX_EXT_INLINE VecD load_rounded(const double* p, VecD* rest) {
-  *rest = VecD(0.0);
-  return load(p, All{}, 0.0);
+
+// Of doubles, what the last two additions round off is kept: it is most of the error. The first of
+// eight lanes adds nothing to a row of four or fewer.
+struct AddExactly {
+  template <class V>
+  SOFTMAX_EXT_INLINE ExactSum<V> operator()(V a, V b) const {
+    return ExactSum<V>(a) + ExactSum<V>(b);
+  }
+};
+
+template <int kHalf>
+SOFTMAX_EXT_INLINE auto add_halves(VecD a, VecD b) {
+  return combine_halves<kHalf>(a, b, std::conditional_t<(kHalf > 2), Add, AddExactly>{});
+}
+template <int kHalf>
+SOFTMAX_EXT_INLINE ExactSum<VecD> add_halves(ExactSum<VecD> a, ExactSum<VecD> b) {
+  ExactSum<VecD> sum = add_halves<kHalf>(a.sum, b.sum);
+  sum.rest = sum.rest + combine_halves<kHalf>(a.rest, b.rest, Add{});
+  return sum;
+}
+
+// The sum of all lanes, in each.
+template <int kHalf = VecD::kSize / 2, class S>
+SOFTMAX_EXT_INLINE ExactSum<VecD> add_lanes(S x) {
+  const auto sum = add_halves<kHalf>(x, x);
+  if constexpr (kHalf > 1) {
+    return add_lanes<kHalf / 2>(sum);
+  } else {
+    return sum;
+  }
+}
+
+// Of kSize registers, each in its lane.
+template <int kHalf = VecD::kSize / 2, class S>
+SOFTMAX_EXT_INLINE ExactSum<VecD> add_lanes_of_all(const S* x) {
+  decltype(add_halves<kHalf>(x[0], x[0])) sums[kHalf];
+  for (int k = 0; k < kHalf; ++k) sums[k] = add_halves<kHalf>(x[2 * k], x[2 * k + 1]);
+  if constexpr (kHalf > 1) {
+    return add_lanes_of_all<kHalf / 2>(sums);
+  } else {
+    return sums[0];
+  }
+}
+
+SOFTMAX_EXT_INLINE double exact_sum_over_lanes(VecD x) { return add_lanes(x).rounded().raw[0]; }
+
+SOFTMAX_EXT_INLINE ExactSum<VecD> exact_sum_over_lanes(VecD* x, int64_t count) {
+  if (count == VecD::kSize) return add_lanes_of_all(x);
+  alignas(64) double sums[VecD::kSize] = {}, rests[VecD::kSize] = {};
+  for (int64_t k = 0; k < count; ++k) {
+    const ExactSum<VecD> sum = add_lanes(x[k]);
+    sums[k] = sum.sum.raw[0];
+    rests[k] = sum.rest.raw[0];
+  }
+  return {load(sums, All{}, 0.0), load(rests, All{}, 0.0)};
+}
+
+// The sums of `count` <= kSize rows as the backward takes them: of floats, in float.
+SOFTMAX_EXT_INLINE void rounded_sum_over_lanes(VecF* x, int64_t count, float* result) {
+  sum_over_lanes(x, count, result);
+}
+SOFTMAX_EXT_INLINE void rounded_sum_over_lanes(VecD* x, int64_t count, double* result) {
+  store(result, All{}, exact_sum_over_lanes(x, count).rounded());
 }
 
 }  // namespace
