@@ -13,6 +13,7 @@ cache.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import itertools
 import math
@@ -56,6 +57,19 @@ SHAPES: list[tuple[tuple[int, ...], int]] = [
     ((4096, 512), 0),  # the first dim
     ((64, 12, 128, 128), -1),  # attention
 ]
+# Few columns side by side: 2^16 elements or one slice, and two shapes of models.
+COLUMN_DIMS = (2, 7, 17, 64, 1000, 100000)
+COLUMN_INNERS = (2, 3, 5, 8, 16, 17, 33, 64)
+COLUMNS: list[tuple[tuple[int, ...], int]] = [
+    *(
+        ((max(1, 2**16 // (dim * inner)), dim, inner), 1)
+        for dim in COLUMN_DIMS
+        for inner in COLUMN_INNERS
+    ),
+    ((4, 100000, 3), 1),
+    ((6, 21, 200, 200), 1),
+]
+SETS = {"shapes": SHAPES, "columns": COLUMNS}
 # forward: into a new output; out: into one that exists; backward: the input's gradient, new.
 # recorded, both: as in benchmarks/common.py.
 MODES = ("forward", "out", "backward", "recorded", "both")
@@ -216,6 +230,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "out", "backward"])
+    parser.add_argument("--set", choices=SETS, default="shapes", help="columns: inner 2 to 64")
     parser.add_argument("--shapes", nargs="+", help="only these, as 4096x16", default=[])
     parser.add_argument("--peers", nargs="+", choices=PEERS[1:], default=[], help="beside torch")
     parser.add_argument("--budget", type=float, default=0.1, help="seconds a case in each round")
@@ -238,6 +253,7 @@ def machine() -> dict[str, object]:
     return {
         "device": name,
         "torch": torch.__version__,
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else "",
         "build": asdict(softmax_ext.build_info()),
@@ -331,8 +347,19 @@ def progress(cases: list[Case], title: str) -> Iterable[Case]:
     return bar
 
 
+def keep_freed_memory() -> None:
+    """What is freed stays mapped, so that no result of either side has pages that are new."""
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of the GNU C library
+    if mallopt is not None:
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)
+
+
 def main() -> int:
     options = arguments()
+    if options.set == "columns":
+        keep_freed_memory()
     for peer in options.peers:
         if peer == "onnxruntime" and not all(
             map(importlib.util.find_spec, ("onnxruntime", "onnx"))
@@ -342,7 +369,7 @@ def main() -> int:
     cases = [
         Case(op, mode, shape, dim, dtype, threads)
         for threads, (shape, dim), dtype, op, mode in itertools.product(
-            options.threads, SHAPES, options.dtypes, options.ops, options.modes
+            options.threads, SETS[options.set], options.dtypes, options.ops, options.modes
         )
         if not options.shapes or "x".join(map(str, shape)) in options.shapes
     ]

@@ -43,6 +43,27 @@ def test_alone_and_in_a_batch(size: int, op: str, dtype: torch.dtype, device: st
         assert same(gradient(function, alone, 1, grad[row : row + 1].clone()), dx[row : row + 1])
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("inner", [2, 9, 49, 64])  # less than a vector, or whole ones, or a rest
+@pytest.mark.parametrize("size", [2, 33, 64, 65, 1000])
+def test_columns_alone_and_in_a_batch(
+    size: int, inner: int, op: str, dtype: torch.dtype, device: str
+) -> None:
+    """A slice's columns too, and where the output is the input's memory."""
+    function = OURS[op]
+    x = torch.randn(23, size, inner).to(dtype).to(device)
+    grad = torch.randn(23, size, inner).to(dtype).to(device)
+    y = function(x, 1)
+    dx = gradient(function, x, 1, grad)
+    for slice in (0, 1, 22):
+        alone = x[slice : slice + 1].clone()
+        part = grad[slice : slice + 1].clone()
+        assert same(gradient(function, alone, 1, part), dx[slice : slice + 1])
+        assert same(function(alone, 1), y[slice : slice + 1])
+    assert same(function(x, 1, out=x), y)
+
+
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)  # the CPU sums columns in another order
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)

@@ -89,6 +89,8 @@ DIM_SIZES = {
     2: "the shortest row that sums",
     7: "odd, and shorter than any unrolling",
     33: "a warp plus one",
+    64: "the longest dim of which the CPU gathers slices",
+    65: "one more: steps side by side, and one in a row of its own",
     130: "more than one step of a tile, and not a multiple of 4",
     1000: "the classes of ImageNet",
 }
@@ -97,8 +99,12 @@ INNER_SIZES = {
     2: "less than any vector",
     3: "odd, less than any vector",
     7: "an AVX2 vector of float, less one",
+    9: "an AVX2 vector of float, plus one",
     16: "an AVX-512 vector of float",
     32: "a warp",
+    49: "three AVX-512 vectors of float, plus one: the last vector repeats columns",
+    64: "512 bytes of float64: the widest narrow step of the CPU",
+    65: "one more",
     196: "14 x 14 pixels: a multiple of 4 only",
     513: "512 plus one: whole tiles and one column",
 }
@@ -321,11 +327,13 @@ def test_a_row_does_not_depend_on_its_batch(size: int, op: str, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("size", [2, 33, 1000])
-def test_a_column_does_not_depend_on_its_place(size: int, op: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", [2, 33, 65, 1000])
+@pytest.mark.parametrize("inner", [3, 49, 64, 300])  # in one vector; narrow steps; wide ones
+def test_a_column_does_not_depend_on_its_place(
+    inner: int, size: int, op: str, dtype: torch.dtype
+) -> None:
     """On the CPU, bit for bit: in a vector or in the tail, in any tile, whatever the outer size."""
     column = torch.randn(size, 1).to(dtype)
-    inner = 77
     result = OURS[op](column.expand(size, inner).contiguous(), 0)
     assert torch.equal(result, result[:, :1].expand(size, inner))
     batch = OURS[op](column.expand(5, size, inner).contiguous(), 1)
@@ -346,7 +354,15 @@ def threads(number: int) -> Iterator[None]:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("shape", "dim"),
-    [((1, 2**20 + 5), 1), ((3, 2**17), 1), ((257, 130), 1), ((2**15 + 1, 5), 0), ((130, 2049), 0)],
+    [
+        ((1, 2**20 + 5), 1),
+        ((3, 2**17), 1),
+        ((257, 130), 1),
+        ((2**15 + 1, 5), 0),
+        ((130, 2049), 0),
+        ((4001, 7, 5), 1),
+        ((2, 9001, 48), 1),
+    ],
     ids=str,
 )
 def test_result_does_not_depend_on_the_number_of_threads(

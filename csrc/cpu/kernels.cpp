@@ -4,13 +4,18 @@
 //                a longer one chunk by chunk for its state, then for the output.
 //   split rows   inner == 1, fewer long rows than threads: the chunks of a row are shared out.
 //   columns      inner > 1: a thread takes tiles of neighbouring columns, in blocks along dim.
+//   short columns, packed columns
+//                a step along dim of at most 512 bytes, as computed: dims of up to 64 steps by
+//                registers of columns, of several slices where a step has less; longer ones by
+//                chunks of up to 16 rows of several steps each, which threads share if slices are few.
 //
 // A row is always reduced by the same chunks (blocks) in the same order, so its result depends
-// neither on the batch it is in nor on the number of threads. Input of another type is first
+// neither on the batch it is in nor on the number of threads. A column's may depend on inner. Input of another type is first
 // rounded to the output's, in the output's memory, one row or tile at a time.
 #include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <numeric>
 #include <type_traits>
 
 #include "launch.h"
@@ -575,6 +580,15 @@ SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
   for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(d + kBlock, dim));
 }
 
+// Adds e(d) for each step of [0, n): four at a time, but of a few steps along dim the sum may be close
+// to 1, and then its log has as many digits as what is added to that.
+template <class V, class Exp>
+SOFTMAX_EXT_INLINE void sum_steps(int64_t n, int64_t dim, ExactSum<V>& sum, Exp e) {
+  int64_t d = 0;
+  for (; dim > kBlock && d + 4 <= n; d += 4) sum.add((e(d) + e(d + 1)) + (e(d + 2) + e(d + 3)));
+  for (; d < n; ++d) sum.add(e(d));
+}
+
 // y = value. Streamed, y is aligned to what a register of results has.
 template <Write write, class T, class Lanes, class A>
 SOFTMAX_EXT_INLINE void write_vector(T* y, Lanes lanes, Vec<A> value) {
@@ -692,6 +706,522 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   });
 }
 
+// ---- over another dim, whose steps are narrow ---------------------------------------------------
+//
+// A step of at most kNarrow bytes does not fill registers, or fills few: lanes are the columns of several
+// slices (a slice: dim steps, one after another in memory), or of several steps.
+
+constexpr int64_t kNarrow = 512;
+
+// Lanes of a tile.
+template <class A>
+constexpr int64_t kLanes = 2 * kNarrow / static_cast<int64_t>(sizeof(A));
+
+// The largest dim of which slices are gathered, and how many elements of them.
+constexpr int64_t kShortDim = 64;
+template <class A>
+constexpr int64_t kGathered = kShortDim * kNarrow / static_cast<int64_t>(sizeof(A));
+
+template <class T>
+bool is_narrow(int64_t inner) {
+  return inner * static_cast<int64_t>(sizeof(compute_t<T>)) <= kNarrow;
+}
+
+// Copies `slices` times `steps` stretches of n elements, of 4 bytes or more.
+template <class T>
+void copy_stretches(T* to, int64_t to_slice, int64_t to_step, const T* from, int64_t from_slice,
+                    int64_t from_step, int64_t slices, int64_t steps, int64_t n) {
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+  // By moves of so many bytes, the last of which may overlap the one before.
+  const auto copy_all = [=](auto size) SOFTMAX_EXT_LAMBDA {
+    constexpr int64_t kMove = size();
+    const int64_t last = bytes - kMove;
+    for (int64_t s = 0; s < slices; ++s) {
+      for (int64_t d = 0; d < steps; ++d) {
+        char* target = reinterpret_cast<char*>(to + s * to_slice + d * to_step);
+        const char* source = reinterpret_cast<const char*>(from + s * from_slice + d * from_step);
+        for (int64_t i = 0; i < last; i += kMove) std::memcpy(target + i, source + i, kMove);
+        std::memcpy(target + last, source + last, kMove);
+      }
+    }
+  };
+  if (bytes >= 64) return copy_all(std::integral_constant<int, 64>{});
+  if (bytes >= 32) return copy_all(std::integral_constant<int, 32>{});
+  if (bytes >= 16) return copy_all(std::integral_constant<int, 16>{});
+  if (bytes >= 8) return copy_all(std::integral_constant<int, 8>{});
+  copy_all(std::integral_constant<int, 4>{});
+}
+
+// Slices side by side: step d of all of them is a row, from d * stride on, of whole registers.
+template <class T, class A = compute_t<T>>
+struct Gathered {
+  static constexpr int64_t kSize = Vec<A>::kSize;
+
+  int64_t width, stride;
+  // No two neighbouring rows share their address modulo 4096.
+  alignas(64) T data[kGathered<A> + 2 * kShortDim * kSize];
+
+  Gathered(int64_t dim, int64_t columns)
+      : width(ceil_div(columns, kSize) * kSize), stride(width + kSize) {
+    for (int64_t d = 0; d < dim; ++d) {
+      store(data + d * stride + width - kSize, All{}, Vec<A>(A(0)));
+    }
+  }
+  void gather(const T* slices, int64_t count, int64_t dim, int64_t inner) {
+    copy_stretches(data, inner, stride, slices, dim * inner, inner, count, dim, inner);
+  }
+  void scatter(T* slices, int64_t count, int64_t dim, int64_t inner) const {
+    copy_stretches(slices, dim * inner, inner, data, inner, stride, count, dim, inner);
+  }
+};
+
+// few(first, count) for all slices, as many as are gathered at a time.
+template <class A, class Few>
+void for_each_few_slices(const Shape& shape, const Threads& threads, Few few) {
+  const int64_t lanes = std::min(kLanes<A>, kGathered<A> / shape.dim);
+  const int64_t count = std::max<int64_t>(lanes / shape.inner, 1);
+  parallel_for(threads, shape.outer, grain<A>(shape.dim * shape.inner),
+               [=](int64_t begin, int64_t end) {
+                 for (int64_t s = begin; s < end; s += count) few(s, std::min(count, end - s));
+               });
+}
+
+// Whether slices are worked on where they are: in whole registers, of which the last may repeat columns
+// of the one before, unless these have been overwritten.
+template <class T>
+bool is_in_registers(int64_t inner, bool in_place) {
+  constexpr int64_t kSize = Vec<compute_t<T>>::kSize;
+  return inner % kSize == 0 || (inner > 3 * kSize && !in_place);
+}
+
+// step(c) for each register of `width` columns.
+template <class A, class Step>
+SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
+  constexpr int64_t kSize = Vec<A>::kSize;
+  for (int64_t c = 0; c < width; c += kSize) step(std::min(c, width - kSize));
+}
+
+// A register of columns, over a short dim.
+template <Op op, class T>
+void forward_register(const T* x, T* y, int64_t stride, int64_t dim) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  V values[kShortDim];
+  V max(kLowest<A>);
+  for (int64_t d = 0; d < dim; ++d) {
+    values[d] = load(x + d * stride, All{}, A(0));
+    max = max_of(values[d], max);
+  }
+  const V shift = shift_of(max);
+  ExactSum<V> sum{V(A(0)), V(A(0))};
+  sum_steps(dim, dim, sum, [&](int64_t d) SOFTMAX_EXT_LAMBDA {
+    const V e = exp_of_nonpositive(values[d] - shift);
+    if constexpr (op == Op::kSoftmax) values[d] = e;
+    return e;
+  });
+  const auto formula = formula_of<op, T>(max, sum.sum, sum.rest);
+  for (int64_t d = 0; d < dim; ++d) {
+    if constexpr (op == Op::kSoftmax) {
+      store(y + d * stride, All{}, formula.of_exp(values[d]));
+    } else {
+      store(y + d * stride, All{}, formula.of(values[d]));
+    }
+  }
+}
+
+template <Op op, class T>
+void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  const int64_t dim = args.shape.dim, inner = args.shape.inner, slice = dim * inner;
+  T* output = static_cast<T*>(args.output);
+  const Input<T> input(args);
+  const bool in_place = input.again(0) == output;
+  for_each_few_slices<A>(args.shape, threads, [&](int64_t first, int64_t count) {
+    const T* x = input.at(first * slice, count * slice);
+    T* y = output + first * slice;
+    if (is_in_registers<T>(inner, in_place)) {
+      for (int64_t s = 0; s < count; ++s) {
+        for_each_register<A>(inner, [=](int64_t c) SOFTMAX_EXT_LAMBDA {
+          forward_register<op>(x + s * slice + c, y + s * slice + c, inner, dim);
+        });
+      }
+      return;
+    }
+    Gathered<T> tile(dim, count * inner);
+    tile.gather(x, count, dim, inner);
+    for_each_register<A>(tile.width, [&](int64_t c) SOFTMAX_EXT_LAMBDA {
+      forward_register<op>(tile.data + c, tile.data + c, tile.stride, dim);
+    });
+    tile.scatter(y, count, dim, inner);
+  });
+}
+
+template <Op op, class T>
+void backward_register(const T* grad, const T* y, T* grad_input, int64_t stride, int64_t dim) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  ExactSum<V> sum{V(A(0)), V(A(0))};
+  for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
+    V block_sum(A(0));
+    for (int64_t d = begin; d < end; ++d) {
+      block_sum = block_sum + Backward<op, V>::term(load(grad + d * stride, All{}, A(0)),
+                                                    load(y + d * stride, All{}, A(0)));
+    }
+    if (dim <= kBlock) {
+      sum.sum = block_sum;
+    } else {
+      sum.add(block_sum);
+    }
+  });
+  const Backward<op, V> formula{sum.rounded()};
+  for (int64_t d = 0; d < dim; ++d) {
+    store(grad_input + d * stride, All{},
+          formula.of(load(grad + d * stride, All{}, A(0)), load(y + d * stride, All{}, A(0))));
+  }
+}
+
+template <Op op, class T>
+void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  const int64_t dim = args.shape.dim, inner = args.shape.inner, slice = dim * inner;
+  const T* grads = static_cast<const T*>(args.grad_output);
+  const T* outputs = static_cast<const T*>(args.output);
+  T* grad_inputs = static_cast<T*>(args.grad_input);
+  const bool in_place = grad_inputs == grads || grad_inputs == outputs;
+  for_each_few_slices<A>(args.shape, threads, [=](int64_t first, int64_t count) {
+    const T* grad = grads + first * slice;
+    const T* y = outputs + first * slice;
+    T* grad_input = grad_inputs + first * slice;
+    if (is_in_registers<T>(inner, in_place)) {
+      for (int64_t s = 0; s < count; ++s) {
+        for_each_register<A>(inner, [=](int64_t c) SOFTMAX_EXT_LAMBDA {
+          const int64_t i = s * slice + c;
+          backward_register<op>(grad + i, y + i, grad_input + i, inner, dim);
+        });
+      }
+      return;
+    }
+    Gathered<T> of_grads(dim, count * inner), of_outputs(dim, count * inner);
+    of_grads.gather(grad, count, dim, inner);
+    of_outputs.gather(y, count, dim, inner);
+    for_each_register<A>(of_grads.width, [&](int64_t c) SOFTMAX_EXT_LAMBDA {
+      backward_register<op>(of_grads.data + c, of_outputs.data + c, of_grads.data + c,
+                            of_grads.stride, dim);
+    });
+    of_grads.scatter(grad_input, count, dim, inner);
+  });
+}
+
+// How a slice of many narrow steps is seen: `groups` steps are a row of lanes, and `steps` of them, at
+// most kBlock rows, a chunk.
+template <class A>
+struct Packing {
+  static constexpr int64_t kSize = Vec<A>::kSize;
+
+  int64_t dim, inner, groups, width, steps, chunks;
+  int64_t columns;  // inner, rounded up to whole registers
+
+  explicit Packing(const Shape& shape) : dim(shape.dim), inner(shape.inner) {
+    groups = std::min(kLanes<A> / inner, dim / 8);
+    const int64_t whole = kSize / std::gcd(kSize, inner);  // so many make whole registers
+    if (groups >= whole) groups = groups / whole * whole;
+    width = groups * inner;
+    chunks = ceil_div(dim, kBlock * groups);
+    steps = ceil_div(ceil_div(dim, chunks), groups) * groups;
+    chunks = ceil_div(dim, steps);
+    columns = ceil_div(inner, kSize) * kSize;
+  }
+
+  // step(offset, lanes) for the rows of a chunk of n steps, in the lanes from c on.
+  template <class Step>
+  SOFTMAX_EXT_INLINE void for_each_row(int64_t n, int64_t c, Step step) const {
+    const int64_t end = n * inner;
+    int64_t i = c;
+    if (c + kSize <= width) {
+      for (; i + kSize <= end; i += width) step(i, All{});
+    }
+    for (; i < end; i += width) step(i, First{std::min(width - c, end - i)});
+  }
+};
+
+// States of lanes, with room for a register beyond them.
+template <class A>
+struct LaneArray {
+  alignas(64) A data[kLanes<A> + Vec<A>::kSize];
+
+  SOFTMAX_EXT_INLINE Vec<A> at(int64_t c) const { return load(data + c, All{}, A(0)); }
+  SOFTMAX_EXT_INLINE void set(int64_t c, Vec<A> value) { store(data + c, All{}, value); }
+
+  // Of the lanes from c on, the first n; `fill` beyond.
+  SOFTMAX_EXT_INLINE Vec<A> at(int64_t c, int64_t n, A fill) const {
+    return n >= Vec<A>::kSize ? at(c) : load(data + c, First{n}, fill);
+  }
+};
+
+// merge(c, from, n) for n lanes from c on and from `from` on, until all groups are in the first.
+template <class A, class Merge>
+SOFTMAX_EXT_INLINE void fold_groups(const Packing<A>& packing, Merge merge) {
+  for (int64_t groups = packing.groups; groups > 1;) {
+    const int64_t kept = groups - groups / 2;
+    const int64_t from = kept * packing.inner, n = groups / 2 * packing.inner;
+    for (int64_t c = 0; c < n; c += Packing<A>::kSize) merge(c, from + c, n - c);
+    groups = kept;
+  }
+}
+
+template <class A>
+void fold_max(const Packing<A>& packing, LaneArray<A>& maxes) {
+  fold_groups(packing, [&](int64_t c, int64_t from, int64_t n) SOFTMAX_EXT_LAMBDA {
+    maxes.set(c, max_of(maxes.at(from, n, kLowest<A>), maxes.at(c)));
+  });
+}
+
+template <class A>
+void fold_sums(const Packing<A>& packing, LaneArray<A>& sums, LaneArray<A>& rests) {
+  fold_groups(packing, [&](int64_t c, int64_t from, int64_t n) SOFTMAX_EXT_LAMBDA {
+    ExactSum<Vec<A>> sum{sums.at(c), rests.at(c)};
+    sum.add(sums.at(from, n, A(0)));
+    sums.set(c, sum.sum);
+    rests.set(c, sum.rest + rests.at(from, n, A(0)));
+  });
+}
+
+// What is in the first group, in all.
+template <class A>
+void spread(const Packing<A>& packing, LaneArray<A>& values) {
+  for (int64_t n = packing.inner; n < packing.width; n *= 2) {
+    const int64_t more = std::min(n, packing.width - n);
+    for (int64_t c = 0; c < more; c += Packing<A>::kSize) values.set(n + c, values.at(c));
+  }
+}
+
+// For each slice: reduce(slice, chunk, state) makes the states of its chunks, of `size` elements each;
+// of these combine(states) makes formulas; store(slice, chunk, state, formulas) writes the chunk.
+template <class Formulas, class A, class Reduce, class Combine, class Store>
+void reduce_and_store_packed(const Shape& shape, const Packing<A>& packing, int64_t size,
+                             const Threads& threads, Reduce reduce, Combine combine, Store store) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(A));
+  const int64_t chunks = packing.chunks;
+  size = ceil_div(size, kLine) * kLine;
+  const auto aligned = [](const Buffer<A>& buffer) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
+    return reinterpret_cast<A*>((address + 63) / 64 * 64);
+  };
+  if (shape.outer >= threads.count || chunks == 1) {
+    parallel_for(threads, shape.outer, grain<A>(shape.dim * shape.inner),
+                 [&](int64_t begin, int64_t end) {
+                   const Buffer<A> buffer(chunks * size + kLine);
+                   A* const states = aligned(buffer);
+                   Formulas formulas;
+                   for (int64_t s = begin; s < end; ++s) {
+                     for (int64_t k = 0; k < chunks; ++k) reduce(s, k, states + k * size);
+                     combine(states, size, formulas);
+                     for (int64_t k = 0; k < chunks; ++k) store(s, k, states + k * size, formulas);
+                   }
+                 });
+    return;
+  }
+  const Buffer<A> buffer(shape.outer * chunks * size + kLine);
+  A* const states = aligned(buffer);
+  const int64_t chunk_grain = grain<A>(packing.steps * packing.inner);
+  parallel_for(threads, shape.outer * chunks, chunk_grain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) reduce(t / chunks, t % chunks, states + t * size);
+  });
+  parallel_for(threads, shape.outer * chunks, chunk_grain, [&](int64_t begin, int64_t end) {
+    Formulas formulas;
+    for (int64_t t = begin; t < end; ++t) {
+      if (t == begin || t % chunks == 0)
+        combine(states + t / chunks * chunks * size, size, formulas);
+      store(t / chunks, t % chunks, states + t * size, formulas);
+    }
+  });
+}
+
+template <Op op, class T>
+void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  constexpr int kSize = V::kSize;
+  const Packing<A> packing(args.shape);
+  const int64_t dim = packing.dim, inner = packing.inner, width = packing.width;
+  const int64_t columns = packing.columns;
+  T* output = static_cast<T*>(args.output);
+  const Input<T> input(args);
+  // As in forward_rows. Where the output is narrower, the exps are kept behind the chunk's state, and
+  // of longer slices: without AVX-512 a second exp costs more than the memory.
+  constexpr bool kByChunk = op == Op::kSoftmax;
+  constexpr bool kInOutput = std::is_same_v<T, A>;
+  const bool by_chunk = kByChunk && dim * inner * static_cast<int64_t>(sizeof(A)) <=
+                                        (kInOutput ? kKeptRow : 32 * kKeptRow);
+  const int64_t size = 3 * columns + (by_chunk && !kInOutput ? packing.steps * inner : int64_t{0});
+  const auto kept_of = [=](int64_t offset, A* state) SOFTMAX_EXT_LAMBDA -> A* {
+    if constexpr (kInOutput) {
+      return output + offset;
+    } else {
+      return state + 3 * columns;
+    }
+  };
+  struct Formulas {
+    V maxes[kLanes<A> / kSize];  // of the columns
+    forward_t<op, T> of_lanes[kLanes<A> / kSize];
+  };
+  reduce_and_store_packed<Formulas>(
+      args.shape, packing, size, threads,
+      [&](int64_t slice, int64_t chunk, A* state) {
+        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
+        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const T* x = input.at(offset, n * inner);
+        A* kept = kept_of(offset, state);
+        LaneArray<A> maxes, sums, rests;
+        for (int64_t c = 0; c < width; c += kSize) {
+          V max(kLowest<A>);
+          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+            max = max_of(load(x + i, lanes, kLowest<A>), max);
+          });
+          maxes.set(c, max);
+        }
+        fold_max(packing, maxes);
+        for (int64_t c = 0; c < inner; c += kSize) store(state + c, All{}, maxes.at(c));
+        spread(packing, maxes);
+        for (int64_t c = 0; c < width; c += kSize) {
+          const V shift = shift_of(maxes.at(c));
+          V sum(A(0));
+          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+            const V e = exp_of_nonpositive(load(x + i, lanes, kLowest<A>) - shift);
+            if constexpr (kByChunk) {
+              if (by_chunk) store(kept + i, lanes, e);
+            }
+            sum = sum + e;
+          });
+          sums.set(c, sum);
+          rests.set(c, V(A(0)));
+        }
+        fold_sums(packing, sums, rests);
+        for (int64_t c = 0; c < inner; c += kSize) {
+          store(state + columns + c, All{}, sums.at(c));
+          store(state + 2 * columns + c, All{}, rests.at(c));
+        }
+      },
+      [&](const A* states, int64_t size, Formulas& formulas) {
+        LaneArray<A> maxes, sums, rests;
+        for (int64_t c = 0; c < inner; c += kSize) {
+          V max(kLowest<A>);
+          for (int64_t k = 0; k < packing.chunks; ++k) {
+            max = max_of(load(states + k * size + c, All{}, A(0)), max);
+          }
+          ExactSum<V> sum{V(A(0)), V(A(0))};
+          for (int64_t k = 0; k < packing.chunks; ++k) {
+            const A* state = states + k * size + c;
+            const V weight = exp_of_nonpositive(load(state, All{}, A(0)) - shift_of(max));
+            sum.add(load(state + columns, All{}, A(0)) * weight);
+            sum.rest = sum.rest + load(state + 2 * columns, All{}, A(0)) * weight;
+          }
+          formulas.maxes[c / kSize] = max;
+          maxes.set(c, max);
+          sums.set(c, sum.sum);
+          rests.set(c, sum.rest);
+        }
+        spread(packing, maxes);
+        spread(packing, sums);
+        spread(packing, rests);
+        for (int64_t c = 0; c < width; c += kSize) {
+          formulas.of_lanes[c / kSize] = formula_of<op, T>(maxes.at(c), sums.at(c), rests.at(c));
+        }
+      },
+      [&](int64_t slice, int64_t chunk, A* state, const Formulas& formulas) {
+        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
+        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        T* y = output + offset;
+        if constexpr (kByChunk) {
+          if (by_chunk) {
+            const A* kept = kept_of(offset, state);
+            LaneArray<A> weights;
+            for (int64_t c = 0; c < inner; c += kSize) {
+              weights.set(c, exp_of_nonpositive(load(state + c, All{}, A(0)) -
+                                                shift_of(formulas.maxes[c / kSize])));
+            }
+            spread(packing, weights);
+            for (int64_t c = 0; c < width; c += kSize) {
+              const auto formula = formulas.of_lanes[c / kSize];
+              const V weight = weights.at(c);
+              packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+                store(y + i, lanes, formula.of_exp(load(kept + i, lanes, A(0)) * weight));
+              });
+            }
+            return;
+          }
+        }
+        const T* x = input.again(offset);
+        for (int64_t c = 0; c < width; c += kSize) {
+          const auto formula = formulas.of_lanes[c / kSize];
+          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+            store(y + i, lanes, formula.of(load(x + i, lanes, A(0))));
+          });
+        }
+      });
+}
+
+template <Op op, class T>
+void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  constexpr int kSize = V::kSize;
+  const Packing<A> packing(args.shape);
+  const int64_t dim = packing.dim, inner = packing.inner, width = packing.width;
+  const int64_t columns = packing.columns;
+  const T* grads = static_cast<const T*>(args.grad_output);
+  const T* outputs = static_cast<const T*>(args.output);
+  T* grad_inputs = static_cast<T*>(args.grad_input);
+  reduce_and_store_packed<LaneArray<A>>(
+      args.shape, packing, 2 * columns, threads,
+      [&](int64_t slice, int64_t chunk, A* state) {
+        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
+        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const T* grad = grads + offset;
+        const T* y = outputs + offset;
+        LaneArray<A> sums, rests;
+        for (int64_t c = 0; c < width; c += kSize) {
+          V sum(A(0));
+          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+            sum =
+                sum + Backward<op, V>::term(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0)));
+          });
+          sums.set(c, sum);
+          rests.set(c, V(A(0)));
+        }
+        fold_sums(packing, sums, rests);
+        for (int64_t c = 0; c < inner; c += kSize) {
+          store(state + c, All{}, sums.at(c));
+          store(state + columns + c, All{}, rests.at(c));
+        }
+      },
+      [&](const A* states, int64_t size, LaneArray<A>& sums) {
+        for (int64_t c = 0; c < inner; c += kSize) {
+          ExactSum<V> sum{V(A(0)), V(A(0))};
+          for (int64_t k = 0; k < packing.chunks; ++k) {
+            sum.add(load(states + k * size + c, All{}, A(0)));
+            sum.rest = sum.rest + load(states + k * size + columns + c, All{}, A(0));
+          }
+          sums.set(c, sum.rounded());
+        }
+        spread(packing, sums);
+      },
+      [&](int64_t slice, int64_t chunk, const A*, const LaneArray<A>& sums) {
+        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
+        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const T* grad = grads + offset;
+        const T* y = outputs + offset;
+        T* grad_input = grad_inputs + offset;
+        for (int64_t c = 0; c < width; c += kSize) {
+          const Backward<op, V> formula{sums.at(c)};
+          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+            store(grad_input + i, lanes,
+                  formula.of(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0))));
+          });
+        }
+      });
+}
+
 // ---- launchers ----------------------------------------------------------------------------------
 
 // f(T{}) for the element type T of a floating dtype.
@@ -740,6 +1270,9 @@ void launch_forward(const ForwardArgs& args, const Threads& threads) {
       using T = decltype(element);
       if (args.shape.inner == 1) {
         forward_rows<op, T, write()>(args, threads);
+      } else if (is_narrow<T>(args.shape.inner)) {
+        if (args.shape.dim <= kShortDim) return forward_short_columns<op, T>(args, threads);
+        forward_packed_columns<op, T>(args, threads);
       } else {
         forward_columns<op, T, write()>(args, threads);
       }
@@ -765,10 +1298,18 @@ void launch_backward(const BackwardArgs& args, const Threads& threads) {
         using G = decltype(grad_element);
         constexpr Write kWrite = std::is_same_v<T, G> ? write() : Write::kCached;
         if (args.shape.inner == 1) {
-          backward_rows<op, T, G, kWrite>(args, threads);
-        } else {
-          backward_columns<op, T, G, kWrite>(args, threads);
+          return backward_rows<op, T, G, kWrite>(args, threads);
         }
+        if constexpr (std::is_same_v<T, G>) {
+          // In whole registers, tiles give the same bits, and walk along inner.
+          const bool by_tiles = args.shape.dim > kBlock && args.shape.dim <= kShortDim &&
+                                is_in_registers<T>(args.shape.inner, /*in_place=*/true);
+          if (is_narrow<T>(args.shape.inner) && !by_tiles) {
+            if (args.shape.dim <= kShortDim) return backward_short_columns<op, T>(args, threads);
+            return backward_packed_columns<op, T>(args, threads);
+          }
+        }
+        backward_columns<op, T, G, kWrite>(args, threads);
       });
     });
   });

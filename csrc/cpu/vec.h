@@ -270,13 +270,13 @@ SOFTMAX_EXT_INLINE VecF widen(const BFloat16*, __m128i bits) {
 SOFTMAX_EXT_INLINE __m128i narrow(const Float16*, VecF x) {
   return _mm256_cvtps_ph(x.raw, _MM_FROUND_TO_NEAREST_INT);
 }
+// As with AVX-512.
 SOFTMAX_EXT_INLINE __m128i narrow(const BFloat16*, VecF x) {
   const __m256i bits = _mm256_castps_si256(x.raw);
+  const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(x.raw, x.raw, _CMP_ORD_Q));
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.raw, x.raw, _CMP_UNORD_Q));
-  const __m256i wide =
-      _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  const __m256i half = _mm256_and_si256(_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)), number);
+  const __m256i wide = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 }
 template <class T>
@@ -424,6 +424,8 @@ struct ExpConstants<float> {
   static constexpr float kRound = 0x1.8p23f;  // added and taken away, it rounds to an integer
   static constexpr int kMantissaBits = 23;
   static constexpr int kBias = 127;
+  static constexpr int kUp = 120;  // 2^(n + kUp) is normal from kLowest to 0
+  static constexpr float kDown = 0x1p-120f;
   static constexpr float kPolynomial[] = {0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f4p-5f,
                                           0x1.123a20p-7f, 0x1.6a23c8p-10f};
 };
@@ -438,14 +440,19 @@ struct ExpConstants<double> {
   static constexpr double kRound = 0x1.8p52;
   static constexpr int kMantissaBits = 52;
   static constexpr int kBias = 1023;
+  static constexpr int kUp = 1000;
+  static constexpr double kDown = 0x1p-1000;
   static constexpr double kPolynomial[] = {
       0x1.000000000000ap-1,  0x1.55555555554f9p-3,  0x1.555555555083fp-5,  0x1.1111111127d05p-7,
       0x1.6c16c18438ab3p-10, 0x1.a01a012a11caep-13, 0x1.a01999e26baabp-16, 0x1.71df25ae6b8eap-19,
       0x1.28ad9b8387350p-22, 0x1.ad7f44a01e787p-26};
 };
 
+// The signs that the argument of exp may have: in the first case, n is 0 or less.
+enum class Sign { kNonpositive, kAny };
+
 // q * 2^n, where that is exp(x), with one rounding also where the result is subnormal.
-template <class T>
+template <Sign sign, class T>
 SOFTMAX_EXT_INLINE Vec<T> scale(Vec<T> q, Vec<T> n, [[maybe_unused]] Vec<T> x) {
 #if defined(SOFTMAX_EXT_AVX512)
   // Of lanes below kZero, q and n may be anything. A NaN is not below.
@@ -462,18 +469,20 @@ SOFTMAX_EXT_INLINE Vec<T> scale(Vec<T> q, Vec<T> n, [[maybe_unused]] Vec<T> x) {
   // Two factors, as 2^n itself may be too small for a normal number. Adding kRound and the bias
   // leaves the biased exponent in the lowest bits.
   using C = ExpConstants<T>;
-  const auto power = [](Vec<T> exponent) SOFTMAX_EXT_LAMBDA {
-    const auto bits = bit_cast<typename Vec<T>::RawInt>(exponent + Vec<T>(C::kRound + C::kBias));
+  const auto power = [](Vec<T> exponent, int more) SOFTMAX_EXT_LAMBDA {
+    const auto bits =
+        bit_cast<typename Vec<T>::RawInt>(exponent + Vec<T>(C::kRound + C::kBias + T(more)));
     return Vec<T>(bit_cast<typename Vec<T>::Raw>(bits << C::kMantissaBits));
   };
+  if constexpr (sign == Sign::kNonpositive) return q * power(n, C::kUp) * Vec<T>(C::kDown);
   const Vec<T> half = (n * Vec<T>(T(0.5)) + Vec<T>(C::kRound)) - Vec<T>(C::kRound);
-  return (q * power(half)) * power(n - half);
+  return (q * power(half, 0)) * power(n - half, 0);
 #endif
 }
 
-// For x of at most 0, or NaN.
-template <class T>
-SOFTMAX_EXT_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
+// For x of the sign named, or NaN.
+template <Sign sign, class T>
+SOFTMAX_EXT_INLINE Vec<T> exp_of_signed(Vec<T> x) {
   using C = ExpConstants<T>;
 #if !defined(SOFTMAX_EXT_AVX512)
   x = max_of(Vec<T>(C::kLowest), x);  // a NaN passes
@@ -492,12 +501,17 @@ SOFTMAX_EXT_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
   } else {
     q = (r * r * q + r) + Vec<T>(T(1));
   }
-  return scale(q, n, x);
+  return scale<sign>(q, n, x);
+}
+
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> exp_of_nonpositive(Vec<T> x) {
+  return exp_of_signed<Sign::kNonpositive>(x);
 }
 
 template <class T>
 SOFTMAX_EXT_INLINE Vec<T> exp_of(Vec<T> x) {
-  return exp_of_nonpositive(min_of(Vec<T>(ExpConstants<T>::kHighest), x));
+  return exp_of_signed<Sign::kAny>(min_of(Vec<T>(ExpConstants<T>::kHighest), x));
 }
 
 // a + b, rounded, and what is rounded off (Knuth, "The Art of Computer Programming", volume 2, 4.2.2).
