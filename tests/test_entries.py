@@ -179,6 +179,7 @@ def test_memory_that_is_not_there(op: str, strided: bool, device: str) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: OURS[op](gone, 1),
         lambda: IN_PLACE[op](gone, 1),
+        lambda: softmax_ext.softmin_(gone, 1),
         lambda: getattr(torch.ops.softmax_ext, op)(gone, 1),
         lambda: OURS[op](x.t() if strided else x, 1, out=gone),
     ]

@@ -159,6 +159,7 @@ void check_in_place(const at::Tensor& input, int64_t dim, Op op) {
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
   at::assert_no_internal_overlap(input);
   check_inference(input, op);
+  check_storage(op, "input", input);
 }
 
 // The same as torch's operator gives it for what the kernels do not take.
