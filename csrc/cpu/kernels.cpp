@@ -125,25 +125,25 @@ struct ExactLogSoftmax : Forward<Op::kLogSoftmax, V> {
 };
 
 template <Op op, class T, class V = Vec<compute_t<T>>>
-using forward_t =
-    std::conditional_t<op == Op::kSoftmax, Forward<op, V, Share<T, V>>, ExactLogSoftmax<V>>;
+using forward_t = std::conditional_t<op == Op::kSoftmax || sizeof(T) == 2,
+                                     Forward<op, V, Share<T, V>>, ExactLogSoftmax<V>>;
 
-// The formula for a row's max and its sum + rest, where rest is an ulp of the sum or so. In each lane
-// for another row, or the same.
+// The formula for a row's max and its sum + rest, where rest is an ulp of the sum or so, which 16 bits
+// do without. In each lane for another row, or the same.
 template <Op op, class T, class V = Vec<compute_t<T>>>
 SOFTMAX_EXT_INLINE forward_t<op, T> formula_of(V max, V sum, V rest) {
   forward_t<op, T> formula;
+  formula.max = max;
   if constexpr (op == Op::kSoftmax) {
     const V one(1);
-    formula.max = max;
     formula.reciprocal = one / sum;
     const V off = fma_of(-formula.reciprocal, sum, one);
     formula.correction = fma_of(-formula.reciprocal, rest, off) * formula.reciprocal;
-  } else {
+  } else if constexpr (sizeof(T) == 2) {
     V rest_of_log;
-    formula.max = max;
-    formula.log_sum = log_of(sum, &rest_of_log);
-    formula.rest = rest_of_log + rest / sum;
+    formula.log_sum = log_of(sum, V(0), &rest_of_log);
+  } else {
+    formula.log_sum = log_of(sum, rest, &formula.rest);
   }
   return formula;
 }
@@ -580,14 +580,9 @@ SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
   for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(d + kBlock, dim));
 }
 
-// Adds e(d) for each step of [0, n): four at a time, but of a few steps along dim the sum may be close
-// to 1, and then its log has as many digits as what is added to that.
-template <class V, class Exp>
-SOFTMAX_EXT_INLINE void sum_steps(int64_t n, int64_t dim, ExactSum<V>& sum, Exp e) {
-  int64_t d = 0;
-  for (; dim > kBlock && d + 4 <= n; d += 4) sum.add((e(d) + e(d + 1)) + (e(d + 2) + e(d + 3)));
-  for (; d < n; ++d) sum.add(e(d));
-}
+// Exps of more steps along dim than that are summed four at a time. The sum of a few may be close to 1,
+// and then its log has as many digits as what is added to that.
+constexpr int64_t kFewSteps = kBlock;
 
 // y = value. Streamed, y is aligned to what a register of results has.
 template <Write write, class T, class Lanes, class A>
@@ -628,9 +623,7 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
         shifts[v] = shift_of(maxes[v]);
         sums[v].scale(exp_of_nonpositive(old - shifts[v]));
       }
-      // Four steps at a time; but of a few steps the sum may be close to 1, and then its log has as many
-      // digits as what is added to that.
-      const auto sum_steps = [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
+      const auto add_steps = [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
         const T* x[4] = {};
         for (int64_t k = 0; k < steps(); ++k) x[k] = input.again(offset + (d + k) * inner);
         for_each_vector<kSize>(
@@ -644,8 +637,10 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
             });
       };
       int64_t d = begin;
-      for (; dim > kBlock && d + 4 <= end; d += 4) sum_steps(d, std::integral_constant<int, 4>{});
-      for (; d < end; ++d) sum_steps(d, std::integral_constant<int, 1>{});
+      for (; dim > kFewSteps && d + 4 <= end; d += 4) {
+        add_steps(d, std::integral_constant<int, 4>{});
+      }
+      for (; d < end; ++d) add_steps(d, std::integral_constant<int, 1>{});
     });
     forward_t<op, T> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
@@ -794,37 +789,66 @@ bool is_in_registers(int64_t inner, bool in_place) {
   return inner % kSize == 0 || (inner > 3 * kSize && !in_place);
 }
 
-// step(c) for each register of `width` columns.
-template <class A, class Step>
+// step(c, count) for each register of `width` columns: for `kTogether` at a time, from c on, or for one.
+template <class A, int kTogether, class Step>
 SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
   constexpr int64_t kSize = Vec<A>::kSize;
-  for (int64_t c = 0; c < width; c += kSize) step(std::min(c, width - kSize));
+  int64_t c = 0;
+  for (; c + kTogether * kSize <= width; c += kTogether * kSize) {
+    step(c, std::integral_constant<int, kTogether>{});
+  }
+  for (; c < width; c += kSize) {
+    step(std::min(c, width - kSize), std::integral_constant<int, 1>{});
+  }
 }
 
-// A register of columns, over a short dim.
-template <Op op, class T>
-void forward_register(const T* x, T* y, int64_t stride, int64_t dim) {
+// Registers of columns that the forward takes side by side: the steps of one hide the latency of those of
+// another.
+constexpr int kTogether = 2;
+
+// `count` registers of columns, over a short dim.
+template <Op op, int count, class T>
+void forward_registers(const T* x, T* y, int64_t stride, int64_t dim) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  V values[kShortDim];
-  V max(kLowest<A>);
+  V values[kShortDim][count];
+  V maxes[count], shifts[count];
+  std::fill_n(maxes, count, V(kLowest<A>));
   for (int64_t d = 0; d < dim; ++d) {
-    values[d] = load(x + d * stride, All{}, A(0));
-    max = max_of(values[d], max);
+    for (int k = 0; k < count; ++k) {
+      values[d][k] = load(x + d * stride + k * V::kSize, All{}, A(0));
+      maxes[k] = max_of(values[d][k], maxes[k]);
+    }
   }
-  const V shift = shift_of(max);
-  ExactSum<V> sum{V(A(0)), V(A(0))};
-  sum_steps(dim, dim, sum, [&](int64_t d) SOFTMAX_EXT_LAMBDA {
-    const V e = exp_of_nonpositive(values[d] - shift);
-    if constexpr (op == Op::kSoftmax) values[d] = e;
+  for (int k = 0; k < count; ++k) shifts[k] = shift_of(maxes[k]);
+  const auto exp_at = [&](int64_t d, int k) SOFTMAX_EXT_LAMBDA {
+    const V e = exp_of_nonpositive(values[d][k] - shifts[k]);
+    if constexpr (op == Op::kSoftmax) values[d][k] = e;
     return e;
-  });
-  const auto formula = formula_of<op, T>(max, sum.sum, sum.rest);
+  };
+  ExactSum<V> sums[count];
+  for (int k = 0; k < count; ++k) sums[k] = ExactSum<V>(exp_at(0, k));
+  int64_t d = 1;
+  for (; dim > kFewSteps && d + 4 <= dim; d += 4) {
+    for (int k = 0; k < count; ++k) {
+      sums[k].add((exp_at(d, k) + exp_at(d + 1, k)) + (exp_at(d + 2, k) + exp_at(d + 3, k)));
+    }
+  }
+  for (; d < dim; ++d) {
+    for (int k = 0; k < count; ++k) sums[k].add(exp_at(d, k));
+  }
+  forward_t<op, T> formulas[count];
+  for (int k = 0; k < count; ++k) {
+    formulas[k] = formula_of<op, T>(maxes[k], sums[k].sum, sums[k].rest);
+  }
   for (int64_t d = 0; d < dim; ++d) {
-    if constexpr (op == Op::kSoftmax) {
-      store(y + d * stride, All{}, formula.of_exp(values[d]));
-    } else {
-      store(y + d * stride, All{}, formula.of(values[d]));
+    for (int k = 0; k < count; ++k) {
+      T* to = y + d * stride + k * V::kSize;
+      if constexpr (op == Op::kSoftmax) {
+        store(to, All{}, formulas[k].of_exp(values[d][k]));
+      } else {
+        store(to, All{}, formulas[k].of(values[d][k]));
+      }
     }
   }
 }
@@ -841,16 +865,16 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
     T* y = output + first * slice;
     if (is_in_registers<T>(inner, in_place)) {
       for (int64_t s = 0; s < count; ++s) {
-        for_each_register<A>(inner, [=](int64_t c) SOFTMAX_EXT_LAMBDA {
-          forward_register<op>(x + s * slice + c, y + s * slice + c, inner, dim);
+        for_each_register<A, kTogether>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+          forward_registers<op, count()>(x + s * slice + c, y + s * slice + c, inner, dim);
         });
       }
       return;
     }
     Gathered<T> tile(dim, count * inner);
     tile.gather(x, count, dim, inner);
-    for_each_register<A>(tile.width, [&](int64_t c) SOFTMAX_EXT_LAMBDA {
-      forward_register<op>(tile.data + c, tile.data + c, tile.stride, dim);
+    for_each_register<A, kTogether>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+      forward_registers<op, count()>(tile.data + c, tile.data + c, tile.stride, dim);
     });
     tile.scatter(y, count, dim, inner);
   });
@@ -894,7 +918,7 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
     T* grad_input = grad_inputs + first * slice;
     if (is_in_registers<T>(inner, in_place)) {
       for (int64_t s = 0; s < count; ++s) {
-        for_each_register<A>(inner, [=](int64_t c) SOFTMAX_EXT_LAMBDA {
+        for_each_register<A, 1>(inner, [=](int64_t c, auto) SOFTMAX_EXT_LAMBDA {
           const int64_t i = s * slice + c;
           backward_register<op>(grad + i, y + i, grad_input + i, inner, dim);
         });
@@ -904,7 +928,7 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
     Gathered<T> of_grads(dim, count * inner), of_outputs(dim, count * inner);
     of_grads.gather(grad, count, dim, inner);
     of_outputs.gather(y, count, dim, inner);
-    for_each_register<A>(of_grads.width, [&](int64_t c) SOFTMAX_EXT_LAMBDA {
+    for_each_register<A, 1>(of_grads.width, [&](int64_t c, auto) SOFTMAX_EXT_LAMBDA {
       backward_register<op>(of_grads.data + c, of_outputs.data + c, of_grads.data + c,
                             of_grads.stride, dim);
     });
