@@ -966,6 +966,17 @@ struct Packing {
     }
     for (; i < end; i += width) step(i, First{std::min(width - c, end - i)});
   }
+
+  // step(offset, lane, lanes) for a chunk of n steps, in the order of memory.
+  template <class Step>
+  SOFTMAX_EXT_INLINE void for_each_vector_of_rows(int64_t n, Step step) const {
+    const int64_t end = n * inner;
+    for (int64_t row = 0; row < end; row += width) {
+      for_each_vector<kSize>(std::min(width, end - row),
+                             [=](int64_t c, auto lanes)
+                                 SOFTMAX_EXT_LAMBDA { step(row + c, c, lanes); });
+    }
+  }
 };
 
 // States of lanes, with room for a register beyond them.
@@ -1165,23 +1176,19 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
                                                 shift_of(formulas.maxes[c / kSize])));
             }
             spread(packing, weights);
-            for (int64_t c = 0; c < width; c += kSize) {
-              const auto formula = formulas.of_lanes[c / kSize];
-              const V weight = weights.at(c);
-              packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-                store(y + i, lanes, formula.of_exp(load(kept + i, lanes, A(0)) * weight));
-              });
-            }
+            packing.for_each_vector_of_rows(
+                n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+                  const V e = load(kept + i, lanes, A(0)) * weights.at(c);
+                  store(y + i, lanes, formulas.of_lanes[c / kSize].of_exp(e));
+                });
             return;
           }
         }
         const T* x = input.again(offset);
-        for (int64_t c = 0; c < width; c += kSize) {
-          const auto formula = formulas.of_lanes[c / kSize];
-          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            store(y + i, lanes, formula.of(load(x + i, lanes, A(0))));
-          });
-        }
+        packing.for_each_vector_of_rows(
+            n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+              store(y + i, lanes, formulas.of_lanes[c / kSize].of(load(x + i, lanes, A(0))));
+            });
       });
 }
 
@@ -1236,13 +1243,12 @@ void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
         const T* grad = grads + offset;
         const T* y = outputs + offset;
         T* grad_input = grad_inputs + offset;
-        for (int64_t c = 0; c < width; c += kSize) {
-          const Backward<op, V> formula{sums.at(c)};
-          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            store(grad_input + i, lanes,
-                  formula.of(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0))));
-          });
-        }
+        packing.for_each_vector_of_rows(
+            n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+              const Backward<op, V> formula{sums.at(c)};
+              store(grad_input + i, lanes,
+                    formula.of(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0))));
+            });
       });
 }
 
