@@ -100,14 +100,18 @@ SOFTMAX_EXT_INLINE V fold(int64_t n, V identity, Step step, Merge merge) {
 template <class A>
 constexpr A kLowest = -static_cast<A>(INFINITY);
 
+template <class T>
+constexpr bool kDivides = sizeof(T) == 8 && !kFusedMultiplyAdd;
+
 // The policy of Forward: no element is above its row's max. What is rounded to 16 bits afterwards
-// can do with the reciprocal alone.
+// can do with the reciprocal alone, and doubles without a fused multiply-add are divided.
 template <class T, class V>
 struct Share : Full<V> {
   static SOFTMAX_EXT_INLINE V exp(V x) { return exp_of_nonpositive(x); }
   // e / sum is e times the reciprocal and what that is rounded off, rounded once.
   static SOFTMAX_EXT_INLINE V quotient(V e, V rest, V reciprocal) {
     if constexpr (sizeof(T) == 2) return e * reciprocal;
+    if constexpr (kDivides<T>) return e / rest;
     return fma_of(e, reciprocal, e * rest);
   }
 };
@@ -138,7 +142,8 @@ SOFTMAX_EXT_INLINE forward_t<op, T> formula_of(V max, V sum, V rest) {
     const V one(1);
     formula.reciprocal = one / sum;
     const V off = fma_of(-formula.reciprocal, sum, one);
-    formula.correction = fma_of(-formula.reciprocal, rest, off) * formula.reciprocal;
+    formula.correction =
+        kDivides<T> ? sum : fma_of(-formula.reciprocal, rest, off) * formula.reciprocal;
   } else if constexpr (sizeof(T) == 2) {
     V rest_of_log;
     formula.log_sum = log_of(sum, V(0), &rest_of_log);
@@ -580,6 +585,27 @@ SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
   for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(d + kBlock, dim));
 }
 
+// The gradient of a column, with as few roundings as fused multiply-adds allow; a column has the time.
+template <Op op, class V>
+struct ColumnBackward : Backward<op, V> {
+  static constexpr bool kFused = op == Op::kSoftmax && kFusedMultiplyAdd;
+
+  static SOFTMAX_EXT_INLINE V add(V sum, V grad, V output) {
+    if constexpr (kFused) return fma_of(grad, output, sum);
+    return sum + Backward<op, V>::term(grad, output);
+  }
+  // Of doubles the difference of the products, one of which is exact. Where grad is the sum, that would be
+  // what the other was rounded off.
+  SOFTMAX_EXT_INLINE V of(V grad, V output) const {
+    if constexpr (kFused && std::is_same_v<V, VecD>) {
+      const V difference = fma_of(output, grad, -(output * this->sum));
+      const typename V::Raw zero{};
+      return (grad - this->sum).raw == zero ? zero : difference.raw;
+    }
+    return Backward<op, V>::of(grad, output);
+  }
+};
+
 // Exps of more steps along dim than that are summed four at a time. The sum of a few may be close to 1,
 // and then its log has as many digits as what is added to that.
 constexpr int64_t kFewSteps = kBlock;
@@ -681,13 +707,14 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
           if constexpr (kAhead) {
             if (ahead) __builtin_prefetch(y + c);  // as in backward_rows
           }
-          sum = sum + Backward<op, V>::term(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0)));
+          sum = ColumnBackward<op, V>::add(sum, load(grad + c, lanes, A(0)),
+                                           load(y + c, lanes, A(0)));
         });
       }
       for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);
     });
-    Backward<op, V> formulas[kTile<A> / kSize];
-    for (int64_t v = 0; v < ceil_div(width, kSize); ++v) formulas[v] = {sums[v].rounded()};
+    ColumnBackward<op, V> formulas[kTile<A> / kSize];
+    for (int64_t v = 0; v < ceil_div(width, kSize); ++v) formulas[v].sum = sums[v].rounded();
     for (int64_t d = 0; d < dim; ++d) {
       const T* grad = grads + offset + d * inner;
       const T* y = outputs + offset + d * inner;
@@ -802,8 +829,7 @@ SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
   }
 }
 
-// Registers of columns that the forward takes side by side: the steps of one hide the latency of those of
-// another.
+// Registers of columns side by side: the steps of one hide the latency of those of another.
 constexpr int kTogether = 2;
 
 // `count` registers of columns, over a short dim.
@@ -880,27 +906,36 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
   });
 }
 
-template <Op op, class T>
-void backward_register(const T* grad, const T* y, T* grad_input, int64_t stride, int64_t dim) {
+template <Op op, int count, class T>
+void backward_registers(const T* grad, const T* y, T* grad_input, int64_t stride, int64_t dim) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  ExactSum<V> sum{V(A(0)), V(A(0))};
+  const auto at = [](const T* p, int64_t i, int k)
+                      SOFTMAX_EXT_LAMBDA { return load(p + i + k * V::kSize, All{}, A(0)); };
+  ExactSum<V> sums[count];
+  std::fill_n(sums, count, ExactSum<V>(V(A(0))));
   for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
-    V block_sum(A(0));
-    for (int64_t d = begin; d < end; ++d) {
-      block_sum = block_sum + Backward<op, V>::term(load(grad + d * stride, All{}, A(0)),
-                                                    load(y + d * stride, All{}, A(0)));
+    V block_sums[count];
+    std::fill_n(block_sums, count, V(A(0)));
+    for (int64_t i = begin * stride; i < end * stride; i += stride) {
+      for (int k = 0; k < count; ++k) {
+        block_sums[k] = ColumnBackward<op, V>::add(block_sums[k], at(grad, i, k), at(y, i, k));
+      }
     }
-    if (dim <= kBlock) {
-      sum.sum = block_sum;
-    } else {
-      sum.add(block_sum);
+    for (int k = 0; k < count; ++k) {
+      if (dim <= kBlock) {
+        sums[k].sum = block_sums[k];
+      } else {
+        sums[k].add(block_sums[k]);
+      }
     }
   });
-  const Backward<op, V> formula{sum.rounded()};
-  for (int64_t d = 0; d < dim; ++d) {
-    store(grad_input + d * stride, All{},
-          formula.of(load(grad + d * stride, All{}, A(0)), load(y + d * stride, All{}, A(0))));
+  ColumnBackward<op, V> formulas[count];
+  for (int k = 0; k < count; ++k) formulas[k].sum = sums[k].rounded();
+  for (int64_t i = 0; i < dim * stride; i += stride) {
+    for (int k = 0; k < count; ++k) {
+      store(grad_input + i + k * V::kSize, All{}, formulas[k].of(at(grad, i, k), at(y, i, k)));
+    }
   }
 }
 
@@ -918,9 +953,9 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
     T* grad_input = grad_inputs + first * slice;
     if (is_in_registers<T>(inner, in_place)) {
       for (int64_t s = 0; s < count; ++s) {
-        for_each_register<A, 1>(inner, [=](int64_t c, auto) SOFTMAX_EXT_LAMBDA {
+        for_each_register<A, kTogether>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
           const int64_t i = s * slice + c;
-          backward_register<op>(grad + i, y + i, grad_input + i, inner, dim);
+          backward_registers<op, count()>(grad + i, y + i, grad_input + i, inner, dim);
         });
       }
       return;
@@ -928,13 +963,30 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
     Gathered<T> of_grads(dim, count * inner), of_outputs(dim, count * inner);
     of_grads.gather(grad, count, dim, inner);
     of_outputs.gather(y, count, dim, inner);
-    for_each_register<A, 1>(of_grads.width, [&](int64_t c, auto) SOFTMAX_EXT_LAMBDA {
-      backward_register<op>(of_grads.data + c, of_outputs.data + c, of_grads.data + c,
-                            of_grads.stride, dim);
+    for_each_register<A, kTogether>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+      backward_registers<op, count()>(of_grads.data + c, of_outputs.data + c, of_grads.data + c,
+                                      of_grads.stride, dim);
     });
     of_grads.scatter(grad_input, count, dim, inner);
   });
 }
+
+// States of lanes, with room for a register beyond them.
+template <class A>
+struct LaneArray {
+  alignas(64) A data[kLanes<A> + Vec<A>::kSize];
+
+  LaneArray() = default;
+  explicit LaneArray(A value) { std::fill_n(data, kLanes<A> + Vec<A>::kSize, value); }
+
+  SOFTMAX_EXT_INLINE Vec<A> at(int64_t c) const { return load(data + c, All{}, A(0)); }
+  SOFTMAX_EXT_INLINE void set(int64_t c, Vec<A> value) { store(data + c, All{}, value); }
+
+  // Of the lanes from c on, the first n; `fill` beyond.
+  SOFTMAX_EXT_INLINE Vec<A> at(int64_t c, int64_t n, A fill) const {
+    return n >= Vec<A>::kSize ? at(c) : load(data + c, First{n}, fill);
+  }
+};
 
 // How a slice of many narrow steps is seen: `groups` steps are a row of lanes, and `steps` of them, at
 // most kBlock rows, a chunk.
@@ -977,19 +1029,27 @@ struct Packing {
                                  SOFTMAX_EXT_LAMBDA { step(row + c, c, lanes); });
     }
   }
-};
 
-// States of lanes, with room for a register beyond them.
-template <class A>
-struct LaneArray {
-  alignas(64) A data[kLanes<A> + Vec<A>::kSize];
-
-  SOFTMAX_EXT_INLINE Vec<A> at(int64_t c) const { return load(data + c, All{}, A(0)); }
-  SOFTMAX_EXT_INLINE void set(int64_t c, Vec<A> value) { store(data + c, All{}, value); }
-
-  // Of the lanes from c on, the first n; `fill` beyond.
-  SOFTMAX_EXT_INLINE Vec<A> at(int64_t c, int64_t n, A fill) const {
-    return n >= Vec<A>::kSize ? at(c) : load(data + c, First{n}, fill);
+  // Lane by lane step(... step(step(start, row 0), row 1) ...) over the rows of a chunk of n steps, where
+  // step is given (value, offset, lane, lanes). In the order of memory, where a load of T has less than
+  // a line; otherwise values stay in registers.
+  template <class T, class Step>
+  SOFTMAX_EXT_INLINE LaneArray<A> fold_rows(int64_t n, A start, Step step) const {
+    LaneArray<A> values(start);
+    if constexpr (kSize * sizeof(T) < 64) {
+      for_each_vector_of_rows(n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+        values.set(c, step(values.at(c), i, c, lanes));
+      });
+    } else {
+      for (int64_t c = 0; c < width; c += kSize) {
+        Vec<A> value(start);
+        for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+          value = step(value, i, c, lanes);
+        });
+        values.set(c, value);
+      }
+    }
+    return values;
   }
 };
 
@@ -1107,30 +1167,23 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
         const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
         const T* x = input.at(offset, n * inner);
         A* kept = kept_of(offset, state);
-        LaneArray<A> maxes, sums, rests;
-        for (int64_t c = 0; c < width; c += kSize) {
-          V max(kLowest<A>);
-          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            max = max_of(load(x + i, lanes, kLowest<A>), max);
-          });
-          maxes.set(c, max);
-        }
+        auto maxes = packing.template fold_rows<T>(
+            n, kLowest<A>, [&](V max, int64_t i, int64_t, auto lanes) SOFTMAX_EXT_LAMBDA {
+              return max_of(load(x + i, lanes, kLowest<A>), max);
+            });
         fold_max(packing, maxes);
         for (int64_t c = 0; c < inner; c += kSize) store(state + c, All{}, maxes.at(c));
         spread(packing, maxes);
-        for (int64_t c = 0; c < width; c += kSize) {
-          const V shift = shift_of(maxes.at(c));
-          V sum(A(0));
-          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            const V e = exp_of_nonpositive(load(x + i, lanes, kLowest<A>) - shift);
-            if constexpr (kByChunk) {
-              if (by_chunk) store(kept + i, lanes, e);
-            }
-            sum = sum + e;
-          });
-          sums.set(c, sum);
-          rests.set(c, V(A(0)));
-        }
+        LaneArray<A> shifts, rests(A(0));
+        for (int64_t c = 0; c < width; c += kSize) shifts.set(c, shift_of(maxes.at(c)));
+        auto sums = packing.template fold_rows<T>(
+            n, A(0), [&](V sum, int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+              const V e = exp_of_nonpositive(load(x + i, lanes, kLowest<A>) - shifts.at(c));
+              if constexpr (kByChunk) {
+                if (by_chunk) store(kept + i, lanes, e);
+              }
+              return sum + e;
+            });
         fold_sums(packing, sums, rests);
         for (int64_t c = 0; c < inner; c += kSize) {
           store(state + columns + c, All{}, sums.at(c));
@@ -1198,8 +1251,7 @@ void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
   using V = Vec<A>;
   constexpr int kSize = V::kSize;
   const Packing<A> packing(args.shape);
-  const int64_t dim = packing.dim, inner = packing.inner, width = packing.width;
-  const int64_t columns = packing.columns;
+  const int64_t dim = packing.dim, inner = packing.inner, columns = packing.columns;
   const T* grads = static_cast<const T*>(args.grad_output);
   const T* outputs = static_cast<const T*>(args.output);
   T* grad_inputs = static_cast<T*>(args.grad_input);
@@ -1210,16 +1262,12 @@ void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
         const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
         const T* grad = grads + offset;
         const T* y = outputs + offset;
-        LaneArray<A> sums, rests;
-        for (int64_t c = 0; c < width; c += kSize) {
-          V sum(A(0));
-          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            sum =
-                sum + Backward<op, V>::term(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0)));
-          });
-          sums.set(c, sum);
-          rests.set(c, V(A(0)));
-        }
+        LaneArray<A> rests(A(0));
+        auto sums = packing.template fold_rows<T>(
+            n, A(0), [&](V sum, int64_t i, int64_t, auto lanes) SOFTMAX_EXT_LAMBDA {
+              return ColumnBackward<op, V>::add(sum, load(grad + i, lanes, A(0)),
+                                                load(y + i, lanes, A(0)));
+            });
         fold_sums(packing, sums, rests);
         for (int64_t c = 0; c < inner; c += kSize) {
           store(state + c, All{}, sums.at(c));
@@ -1245,7 +1293,7 @@ void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
         T* grad_input = grad_inputs + offset;
         packing.for_each_vector_of_rows(
             n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-              const Backward<op, V> formula{sums.at(c)};
+              const ColumnBackward<op, V> formula{{sums.at(c)}};
               store(grad_input + i, lanes,
                     formula.of(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0))));
             });
