@@ -693,6 +693,8 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   G* grad_inputs = static_cast<G*>(args.grad_input);
   constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
   const bool ahead = kAhead && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
+  // The processor does not foresee the first lines of a step that lies in another page.
+  const bool far = inner * static_cast<int64_t>(sizeof(T)) >= 4096;
   for_each_tile<A>(args.shape, threads, [=](int64_t offset, int64_t width) {
     ExactSum<V> sums[kTile<A> / kSize];
     std::fill_n(sums, ceil_div(width, kSize), ExactSum<V>{V(A(0)), V(A(0))});
@@ -706,6 +708,10 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
           V& sum = block_sums[c / kSize];
           if constexpr (kAhead) {
             if (ahead) __builtin_prefetch(y + c);  // as in backward_rows
+          }
+          if (far) {
+            __builtin_prefetch(grad + inner + c);
+            __builtin_prefetch(y + inner + c);
           }
           sum = ColumnBackward<op, V>::add(sum, load(grad + c, lanes, A(0)),
                                            load(y + c, lanes, A(0)));
