@@ -10,8 +10,8 @@
 //                chunks of up to 16 rows of several steps each, which threads share if slices are few.
 //
 // A row is always reduced by the same chunks (blocks) in the same order, so its result depends
-// neither on the batch it is in nor on the number of threads. A column's may depend on inner. Input of another type is first
-// rounded to the output's, in the output's memory, one row or tile at a time.
+// neither on the batch it is in nor on the number of threads. A column's may depend on inner. Input of
+// another type is first rounded to the output's, in the output's memory, one row or tile at a time.
 #include <algorithm>
 #include <cstdlib>
 #include <new>
@@ -108,11 +108,12 @@ constexpr bool kDivides = sizeof(T) == 8 && !kFusedMultiplyAdd;
 template <class T, class V>
 struct Share : Full<V> {
   static SOFTMAX_EXT_INLINE V exp(V x) { return exp_of_nonpositive(x); }
-  // e / sum is e times the reciprocal and what that is rounded off, rounded once.
-  static SOFTMAX_EXT_INLINE V quotient(V e, V rest, V reciprocal) {
+  // e / sum is e times the reciprocal and what that is rounded off, rounded once; `correction` is that, or
+  // the sum where one divides by it.
+  static SOFTMAX_EXT_INLINE V quotient(V e, V correction, V reciprocal) {
     if constexpr (sizeof(T) == 2) return e * reciprocal;
-    if constexpr (kDivides<T>) return e / rest;
-    return fma_of(e, reciprocal, e * rest);
+    if constexpr (kDivides<T>) return e / correction;
+    return fma_of(e, reciprocal, e * correction);
   }
 };
 
@@ -1014,6 +1015,12 @@ struct Packing {
     columns = ceil_div(inner, kSize) * kSize;
   }
 
+  // Steps of a chunk, and where it begins among all slices.
+  int64_t steps_of(int64_t chunk) const { return std::min(steps, dim - chunk * steps); }
+  int64_t offset(int64_t slice, int64_t chunk) const {
+    return (slice * dim + chunk * steps) * inner;
+  }
+
   // step(offset, lanes) for the rows of a chunk of n steps, in the lanes from c on.
   template <class Step>
   SOFTMAX_EXT_INLINE void for_each_row(int64_t n, int64_t c, Step step) const {
@@ -1169,8 +1176,7 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
   reduce_and_store_packed<Formulas>(
       args.shape, packing, size, threads,
       [&](int64_t slice, int64_t chunk, A* state) {
-        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
-        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
         const T* x = input.at(offset, n * inner);
         A* kept = kept_of(offset, state);
         auto maxes = packing.template fold_rows<T>(
@@ -1223,8 +1229,7 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
         }
       },
       [&](int64_t slice, int64_t chunk, A* state, const Formulas& formulas) {
-        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
-        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
         T* y = output + offset;
         if constexpr (kByChunk) {
           if (by_chunk) {
@@ -1257,15 +1262,14 @@ void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
   using V = Vec<A>;
   constexpr int kSize = V::kSize;
   const Packing<A> packing(args.shape);
-  const int64_t dim = packing.dim, inner = packing.inner, columns = packing.columns;
+  const int64_t inner = packing.inner, columns = packing.columns;
   const T* grads = static_cast<const T*>(args.grad_output);
   const T* outputs = static_cast<const T*>(args.output);
   T* grad_inputs = static_cast<T*>(args.grad_input);
   reduce_and_store_packed<LaneArray<A>>(
       args.shape, packing, 2 * columns, threads,
       [&](int64_t slice, int64_t chunk, A* state) {
-        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
-        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
         const T* grad = grads + offset;
         const T* y = outputs + offset;
         LaneArray<A> rests(A(0));
@@ -1292,8 +1296,7 @@ void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
         spread(packing, sums);
       },
       [&](int64_t slice, int64_t chunk, const A*, const LaneArray<A>& sums) {
-        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
-        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
         const T* grad = grads + offset;
         const T* y = outputs + offset;
         T* grad_input = grad_inputs + offset;
