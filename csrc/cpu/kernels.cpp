@@ -1203,7 +1203,8 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
         }
       },
       [&](const A* states, int64_t size, Formulas& formulas) {
-        LaneArray<A> maxes, sums, rests;
+        // The formulas are of whole registers: lanes beyond the width have what a logarithm takes.
+        LaneArray<A> maxes(A(0)), sums(A(1)), rests(A(0));
         for (int64_t c = 0; c < inner; c += kSize) {
           V max(kLowest<A>);
           for (int64_t k = 0; k < packing.chunks; ++k) {
