@@ -37,6 +37,9 @@ constexpr int64_t kChunk =
 // with a store still under way, and wait for it.
 constexpr int64_t kBlock = 16;
 
+// The largest dim whose columns stay in registers or in the first-level cache.
+constexpr int64_t kShortDim = 64;
+
 // Bytes of a row that stays in the second-level cache, with its output.
 constexpr int64_t kKeptRow = 1 << 19;
 
@@ -197,10 +200,10 @@ SOFTMAX_EXT_INLINE Vec<A> lane_sum_of_exp(const T* x, A* kept, int64_t n, A max,
 // How an output is written.
 enum class Write { kCached, kStreamed };
 
-// y[i] = value(i, lanes), of type A, for each vector of [0, n).
-template <Write write, class A, class T, class Value>
+// y[i] = value(i, lanes), computed from elements of type From, for each vector of [0, n).
+template <Write write, class From, class T, class Value>
 SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
-  constexpr int64_t kSize = Vec<A>::kSize;
+  constexpr int64_t kSize = Vec<compute_t<From>>::kSize;
   int64_t begin = 0;
   if constexpr (write == Write::kStreamed) {
     constexpr int64_t kBytes = kSize * sizeof(T);
@@ -212,14 +215,14 @@ SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
     for (; begin + kSize <= n; begin += kSize) stream(y + begin, value(begin, All{}));
   }
   for_each_vector<kSize>(n - begin, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-    store_as(y + begin + i, lanes, value(begin + i, lanes));
+    store_as<From>(y + begin + i, lanes, value(begin + i, lanes));
   });
 }
 
 template <Write write, class T, class Formula>
 SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formula) {
   using A = compute_t<T>;
-  store_each<write, A>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+  store_each<write, T>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
     return formula.of(load(x + i, lanes, A(0)));
   });
 }
@@ -293,7 +296,7 @@ void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
   const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum.sum, sum.rest);
   for (int64_t r = 0; r < rows; ++r) {
     const auto formula = of_lane(formulas, r);
-    store_each<write, A>(y + r * n, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    store_each<write, T>(y + r * n, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       const int64_t k = r * n + i;
       if constexpr (kKeep && (kWhole<decltype(lanes)> || kStreamed)) {
         return formula.of_exp(load(kept + k, lanes, A(0)));
@@ -390,13 +393,13 @@ void convert(const From* x, T* y, int64_t n) {
   constexpr int kSize = Vec<A>::kSize;
   for_each_vector<kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
     if constexpr (kIsFloating<From> && std::is_same_v<compute_t<From>, A>) {
-      store(y + i, lanes, load(x + i, lanes, A(0)) * Vec<A>(A(1)));  // no signalling NaN
+      store(y + i, lanes, plain_nan(load(x + i, lanes, A(0))));
     } else {
       Vec<A> values(A(0));
       int64_t count = kSize;
       if constexpr (std::is_same_v<decltype(lanes), First>) count = lanes.count;
       for (int64_t k = 0; k < count; ++k) values.raw[k] = static_cast<A>(to_float(x[i + k]));
-      store(y + i, lanes, values);
+      store(y + i, lanes, plain_nan(values));
     }
   });
 }
@@ -499,7 +502,7 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
             const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
             const V shift = shift_of(V(static_cast<A>(of_chunk.max)));
             const T* kept = y + offset;
-            store_each<write, A>(y + offset, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+            store_each<write, T>(y + offset, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
               const V e = kKeep ? load(kept + k, lanes, A(0))
                                 : exp_of_nonpositive(load(x + k, lanes, kLowest<A>) - shift);
               return formula.of_exp(e * weight);
@@ -536,7 +539,7 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
   };
   const auto store_gradient = [=](int64_t offset, int64_t n, A sum) SOFTMAX_EXT_LAMBDA {
     const Backward<op, V> formula{sum};
-    store_each<write, A>(grad_inputs + offset, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+    store_each<write, T>(grad_inputs + offset, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
       return formula.of(load(grads + offset + k, lanes, A(0)),
                         load(outputs + offset + k, lanes, A(0)));
     });
@@ -586,6 +589,27 @@ SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
   for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(d + kBlock, dim));
 }
 
+// step(d, count) for the steps of [begin, end): `count` at a time, from d on, or one.
+constexpr int kStepsTogether = 4;
+template <class Step>
+SOFTMAX_EXT_INLINE void for_each_steps(int64_t begin, int64_t end, bool together, Step step) {
+  int64_t d = begin;
+  for (; together && d + kStepsTogether <= end; d += kStepsTogether) {
+    step(d, std::integral_constant<int, kStepsTogether>{});
+  }
+  for (; d < end; ++d) step(d, std::integral_constant<int, 1>{});
+}
+
+// Adds the sum of a block that begins at step `begin`.
+template <class V>
+SOFTMAX_EXT_INLINE void add_block(ExactSum<V>& sum, V block_sum, int64_t begin) {
+  if (begin == 0) {
+    sum = ExactSum<V>(block_sum);
+  } else {
+    sum.add(block_sum);
+  }
+}
+
 // The gradient of a column, with as few roundings as fused multiply-adds allow; a column has the time.
 template <Op op, class V>
 struct ColumnBackward : Backward<op, V> {
@@ -611,13 +635,14 @@ struct ColumnBackward : Backward<op, V> {
 // and then its log has as many digits as what is added to that.
 constexpr int64_t kFewSteps = kBlock;
 
-// y = value. Streamed, y is aligned to what a register of results has.
-template <Write write, class T, class Lanes, class A>
-SOFTMAX_EXT_INLINE void write_vector(T* y, Lanes lanes, Vec<A> value) {
+// y = value, computed from elements of type From. Streamed, y is aligned to what a register of results
+// has.
+template <Write write, class From, class T, class Lanes>
+SOFTMAX_EXT_INLINE void write_vector(T* y, Lanes lanes, Vec<compute_t<From>> value) {
   if constexpr (write == Write::kStreamed && kWhole<Lanes>) {
     stream(y, value);
   } else {
-    store_as(y, lanes, value);
+    store_as<From>(y, lanes, value);
   }
 }
 
@@ -650,24 +675,23 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
         shifts[v] = shift_of(maxes[v]);
         sums[v].scale(exp_of_nonpositive(old - shifts[v]));
       }
-      const auto add_steps = [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
-        const T* x[4] = {};
+      for_each_steps(begin, end, dim > kFewSteps, [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
+        const T* x[steps()];
         for (int64_t k = 0; k < steps(); ++k) x[k] = input.again(offset + (d + k) * inner);
         for_each_vector<kSize>(
             width, [=, &shifts, &sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
               const V shift = shifts[c / kSize];
-              V e[4];
+              V e[steps()];
               for (int64_t k = 0; k < steps(); ++k) {
                 e[k] = exp_of_nonpositive(load(x[k] + c, lanes, kLowest<A>) - shift);
               }
-              sums[c / kSize].add(steps() == 4 ? (e[0] + e[1]) + (e[2] + e[3]) : e[0]);
+              if constexpr (steps() == 1) {
+                sums[c / kSize].add(e[0]);
+              } else {
+                sums[c / kSize].add((e[0] + e[1]) + (e[2] + e[3]));
+              }
             });
-      };
-      int64_t d = begin;
-      for (; dim > kFewSteps && d + 4 <= end; d += 4) {
-        add_steps(d, std::integral_constant<int, 4>{});
-      }
-      for (; d < end; ++d) add_steps(d, std::integral_constant<int, 1>{});
+      });
     });
     forward_t<op, T> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
@@ -677,7 +701,7 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
       const T* x = input.again(offset + d * inner);
       T* y = output + offset + d * inner;
       for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        write_vector<write>(y + c, lanes, formulas[c / kSize].of(load(x + c, lanes, A(0))));
+        write_vector<write, T>(y + c, lanes, formulas[c / kSize].of(load(x + c, lanes, A(0))));
       });
     }
   });
@@ -696,42 +720,51 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   const bool ahead = kAhead && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   // The processor does not foresee the first lines of a step that lies in another page.
   const bool far = inner * static_cast<int64_t>(sizeof(T)) >= 4096;
+  // What is in the first caches waits for instructions; elsewhere memory is walked step by step.
+  const bool together = dim <= kShortDim && !far;
   for_each_tile<A>(args.shape, threads, [=](int64_t offset, int64_t width) {
     ExactSum<V> sums[kTile<A> / kSize];
-    std::fill_n(sums, ceil_div(width, kSize), ExactSum<V>{V(A(0)), V(A(0))});
     for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
       V block_sums[kTile<A> / kSize];
       std::fill_n(block_sums, ceil_div(width, kSize), V(A(0)));
-      for (int64_t d = begin; d < end; ++d) {
+      for_each_steps(begin, end, together, [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
         const T* grad = grads + offset + d * inner;
         const T* y = outputs + offset + d * inner;
         for_each_vector<kSize>(width, [=, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-          V& sum = block_sums[c / kSize];
           if constexpr (kAhead) {
             if (ahead) __builtin_prefetch(y + c);  // as in backward_rows
           }
-          if (far) {
+          if (steps() == 1 && far) {
             __builtin_prefetch(grad + inner + c);
             __builtin_prefetch(y + inner + c);
           }
-          sum = ColumnBackward<op, V>::add(sum, load(grad + c, lanes, A(0)),
-                                           load(y + c, lanes, A(0)));
+          V sum = block_sums[c / kSize];
+          for (int64_t k = 0; k < steps(); ++k) {
+            sum = ColumnBackward<op, V>::add(sum, load(grad + k * inner + c, lanes, A(0)),
+                                             load(y + k * inner + c, lanes, A(0)));
+          }
+          block_sums[c / kSize] = sum;
         });
+      });
+      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
+        add_block(sums[v], block_sums[v], begin);
       }
-      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);
     });
     ColumnBackward<op, V> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) formulas[v].sum = sums[v].rounded();
-    for (int64_t d = 0; d < dim; ++d) {
+    for_each_steps(0, dim, together, [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
       const T* grad = grads + offset + d * inner;
       const T* y = outputs + offset + d * inner;
       G* grad_input = grad_inputs + offset + d * inner;
       for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        write_vector<write>(
-            grad_input + c, lanes,
-            formulas[c / kSize].of(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0))));
+        const ColumnBackward<op, V> formula = formulas[c / kSize];
+        for (int64_t k = 0; k < steps(); ++k) {
+          const int64_t i = k * inner + c;
+          write_vector<write, T>(grad_input + i, lanes,
+                                 formula.of(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0))));
+        }
       });
-    }
+    });
   });
 }
 
@@ -746,8 +779,7 @@ constexpr int64_t kNarrow = 512;
 template <class A>
 constexpr int64_t kLanes = 2 * kNarrow / static_cast<int64_t>(sizeof(A));
 
-// The largest dim of which slices are gathered, and how many elements of them.
-constexpr int64_t kShortDim = 64;
+// Elements of the slices that are gathered.
 template <class A>
 constexpr int64_t kGathered = kShortDim * kNarrow / static_cast<int64_t>(sizeof(A));
 
@@ -824,6 +856,7 @@ bool is_in_registers(int64_t inner, bool in_place) {
 }
 
 // step(c, count) for each register of `width` columns: for `kTogether` at a time, from c on, or for one.
+// The steps of one hide the latency of those of another.
 template <class A, int kTogether, class Step>
 SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
   constexpr int64_t kSize = Vec<A>::kSize;
@@ -835,9 +868,6 @@ SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
     step(std::min(c, width - kSize), std::integral_constant<int, 1>{});
   }
 }
-
-// Registers of columns side by side: the steps of one hide the latency of those of another.
-constexpr int kTogether = 2;
 
 // `count` registers of columns, over a short dim.
 template <Op op, int count, class T>
@@ -898,7 +928,7 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
     T* y = output + first * slice;
     if (is_in_registers<T>(inner, in_place)) {
       for (int64_t s = 0; s < count; ++s) {
-        for_each_register<A, kTogether>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+        for_each_register<A, 2>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
           forward_registers<op, count()>(x + s * slice + c, y + s * slice + c, inner, dim);
         });
       }
@@ -906,7 +936,7 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
     }
     Gathered<T> tile(dim, count * inner);
     tile.gather(x, count, dim, inner);
-    for_each_register<A, kTogether>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+    for_each_register<A, 2>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
       forward_registers<op, count()>(tile.data + c, tile.data + c, tile.stride, dim);
     });
     tile.scatter(y, count, dim, inner);
@@ -920,7 +950,6 @@ void backward_registers(const T* grad, const T* y, T* grad_input, int64_t stride
   const auto at = [](const T* p, int64_t i, int k)
                       SOFTMAX_EXT_LAMBDA { return load(p + i + k * V::kSize, All{}, A(0)); };
   ExactSum<V> sums[count];
-  std::fill_n(sums, count, ExactSum<V>(V(A(0))));
   for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
     V block_sums[count];
     std::fill_n(block_sums, count, V(A(0)));
@@ -929,13 +958,7 @@ void backward_registers(const T* grad, const T* y, T* grad_input, int64_t stride
         block_sums[k] = ColumnBackward<op, V>::add(block_sums[k], at(grad, i, k), at(y, i, k));
       }
     }
-    for (int k = 0; k < count; ++k) {
-      if (dim <= kBlock) {
-        sums[k].sum = block_sums[k];
-      } else {
-        sums[k].add(block_sums[k]);
-      }
-    }
+    for (int k = 0; k < count; ++k) add_block(sums[k], block_sums[k], begin);
   });
   ColumnBackward<op, V> formulas[count];
   for (int k = 0; k < count; ++k) formulas[k].sum = sums[k].rounded();
@@ -960,7 +983,7 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
     T* grad_input = grad_inputs + first * slice;
     if (is_in_registers<T>(inner, in_place)) {
       for (int64_t s = 0; s < count; ++s) {
-        for_each_register<A, kTogether>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+        for_each_register<A, 4>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
           const int64_t i = s * slice + c;
           backward_registers<op, count()>(grad + i, y + i, grad_input + i, inner, dim);
         });
@@ -970,7 +993,7 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
     Gathered<T> of_grads(dim, count * inner), of_outputs(dim, count * inner);
     of_grads.gather(grad, count, dim, inner);
     of_outputs.gather(y, count, dim, inner);
-    for_each_register<A, kTogether>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+    for_each_register<A, 4>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
       backward_registers<op, count()>(of_grads.data + c, of_outputs.data + c, of_grads.data + c,
                                       of_grads.stride, dim);
     });
@@ -1389,12 +1412,17 @@ void launch_backward(const BackwardArgs& args, const Threads& threads) {
           return backward_rows<op, T, G, kWrite>(args, threads);
         }
         if constexpr (std::is_same_v<T, G>) {
-          // In whole registers, tiles give the same bits, and walk along inner.
-          const bool by_tiles = args.shape.dim > kBlock && args.shape.dim <= kShortDim &&
-                                is_in_registers<T>(args.shape.inner, /*in_place=*/true);
-          if (is_narrow<T>(args.shape.inner) && !by_tiles) {
-            if (args.shape.dim <= kShortDim) return backward_short_columns<op, T>(args, threads);
-            return backward_packed_columns<op, T>(args, threads);
+          const int64_t dim = args.shape.dim, inner = args.shape.inner;
+          // Over more than a block tiles walk along inner, in whole registers; to gather and to
+          // scatter takes longer than to pack.
+          const bool by_tiles =
+              dim > kBlock && dim <= kShortDim && is_in_registers<T>(inner, /*in_place=*/true);
+          const bool gathered = !is_in_registers<T>(inner, /*in_place=*/false);
+          if (is_narrow<T>(inner) && !by_tiles) {
+            if (dim > (gathered ? kBlock : kShortDim)) {
+              return backward_packed_columns<op, T>(args, threads);
+            }
+            return backward_short_columns<op, T>(args, threads);
           }
         }
         backward_columns<op, T, G, kWrite>(args, threads);
