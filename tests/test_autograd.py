@@ -58,7 +58,7 @@ SHAPES = [((5, 33), 1), ((5, 33), -2), ((3, 7, 4), 1), ((), 0), ((0, 4), 0)]
 @pytest.mark.parametrize(("dtype", "result_dtype"), CASTS, ids=str)
 @pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_and_functions_give_the_bits_of_softmax(
+def test_the_bits_of_softmax(
     op: str,
     shape: tuple[int, ...],
     dim: int,
