@@ -11,7 +11,12 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
+#include <array>
+#include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../cpu/launch.h"
 #include "../cpu/memory.h"
@@ -122,31 +127,140 @@ bool needs_cast(at::Device device, at::ScalarType load, at::ScalarType store, in
   return !device.is_cpu() && !is_native(to_dtype(load), to_dtype(store), inputs);
 }
 
-// `output` is contiguous.
-void run_forward(const at::Tensor& input, const Shape& shape, Op op, const at::Tensor& output,
-                 bool output_is_new) {
+// Where the tensors of a call lie, of as few dims as they allow.
+template <size_t count>
+struct Layout {
+  Dims dims;
+  std::array<Strides, count> strides;
+};
+
+// None where these are too many. dim is not negative; no tensor is empty.
+template <size_t count>
+std::optional<Layout<count>> layout_of(const std::array<const at::Tensor*, count>& tensors,
+                                       const Shape& shape, int64_t dim) {
+  Layout<count> layout{contiguous_dims(shape), {}};
+  layout.strides.fill(contiguous_strides(shape));
+  const auto is_contiguous = [](const at::Tensor* tensor) { return tensor->is_contiguous(); };
+  if (std::all_of(tensors.begin(), tensors.end(), is_contiguous)) return layout;
+  const at::IntArrayRef sizes = tensors[0]->sizes();
+  int found = 0;
+  const auto add_dims = [&](int64_t begin, int64_t end) {
+    const int first = found;
+    for (int64_t k = begin; k < end; ++k) {
+      if (sizes[k] == 1) continue;
+      const auto goes_on = [&](size_t t) {
+        return layout.strides[t].of[found - 1] == tensors[t]->stride(k) * sizes[k];
+      };
+      bool is_one = found > first;
+      for (size_t t = 0; is_one && t < count; ++t) is_one = goes_on(t);
+      if (!is_one && found == Dims::kMax) return false;
+      if (!is_one) layout.dims.sizes[found++] = 1;
+      layout.dims.sizes[found - 1] *= sizes[k];
+      for (size_t t = 0; t < count; ++t) layout.strides[t].of[found - 1] = tensors[t]->stride(k);
+    }
+    return true;
+  };
+  if (!add_dims(0, dim)) return {};
+  if (found == 0) {
+    layout.dims.sizes[found++] = 1;
+    for (Strides& strides : layout.strides) strides.of[0] = 0;
+  }
+  layout.dims.outer = found;
+  if (!add_dims(dim + 1, static_cast<int64_t>(sizes.size()))) return {};
+  layout.dims.inner = found - layout.dims.outer;
+  for (size_t t = 0; t < count && shape.dim > 1; ++t) {
+    layout.strides[t].dim = tensors[t]->stride(dim);
+  }
+  return layout;
+}
+
+// The address of the first element, and the first address behind the last one.
+std::pair<uintptr_t, uintptr_t> reach(const at::Tensor& tensor) {
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return {begin, begin + at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
+                                                          tensor.itemsize())};
+}
+
+// Whether `input` can be read where it lies while `output` is written: no two elements share memory,
+// or only each the same one's.
+bool can_be_read(const at::Tensor& input, const at::Tensor& output) {
+  const auto [begin, end] = reach(input);
+  const auto [output_begin, output_end] = reach(output);
+  if (end <= output_begin || output_end <= begin) return true;
+  return begin == output_begin && input.strides() == output.strides() &&
+         input.itemsize() == output.itemsize();
+}
+
+// Whether no two elements share memory; not of every such tensor.
+bool is_without_overlap(const at::Tensor& tensor) {
+  if (tensor.is_non_overlapping_and_dense()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // strides and sizes
+  for (int64_t k = 0; k < tensor.dim(); ++k) {
+    if (tensor.size(k) > 1) dims.emplace_back(tensor.stride(k), tensor.size(k));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t last = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= last) return false;
+    last += (size - 1) * stride;
+  }
+  return true;
+}
+
+// Whether the kernels write `output`, of the shape of `input`, where it lies. Otherwise a new result is
+// copied there.
+bool is_written_in_place(const at::Tensor& output, const Shape& shape, int64_t dim) {
+  if (output.is_contiguous() || output.numel() == 0) return true;
+  if (!output.device().is_cpu() || !is_without_overlap(output)) return false;
+  const auto layout = layout_of<1>({&output}, shape, dim);
+  return layout &&
+         cpu::is_direct(shape, layout->dims, layout->strides[0], to_dtype(output.scalar_type()));
+}
+
+void run_forward(const at::Tensor& input, const Shape& shape, int64_t dim, Op op,
+                 const at::Tensor& output, bool output_is_new) {
   if (input.numel() == 0) return;
   if (needs_cast(input.device(), input.scalar_type(), output.scalar_type(), 1)) {
-    run_forward(input.to(output.scalar_type()), shape, op, output, output_is_new);
+    run_forward(input.to(output.scalar_type()), shape, dim, op, output, output_is_new);
     return;
   }
-  const at::Tensor contiguous = input.contiguous();
-  launch(ForwardArgs{contiguous.const_data_ptr(), output.mutable_data_ptr(),
+  // The GPU kernels read and write contiguous memory.
+  const auto layout = layout_of<2>({&input, &output}, shape, dim);
+  if (!layout || !(input.device().is_cpu() || input.is_contiguous())) {
+    run_forward(input.contiguous(), shape, dim, op, output, output_is_new);
+    return;
+  }
+  launch(ForwardArgs{input.const_data_ptr(), output.mutable_data_ptr(),
                      to_dtype(input.scalar_type()), to_dtype(output.scalar_type()), shape, op,
-                     output_is_new},
+                     output_is_new, layout->dims, layout->strides[0], layout->strides[1]},
          input.device());
 }
 
-// `grad_input` is contiguous.
 void run_backward(const at::Tensor& grad_output, const at::Tensor& output, const Shape& shape,
-                  Op op, const at::Tensor& grad_input, bool grad_input_is_new) {
+                  int64_t dim, Op op, const at::Tensor& grad_input, bool grad_input_is_new) {
   if (output.numel() == 0) return;
-  const at::Tensor grad_contiguous = grad_output.contiguous();
-  const at::Tensor contiguous = output.contiguous();
-  launch(BackwardArgs{grad_contiguous.const_data_ptr(), contiguous.const_data_ptr(),
-                      grad_input.mutable_data_ptr(), to_dtype(output.scalar_type()),
-                      to_dtype(grad_input.scalar_type()), shape, op, grad_input_is_new},
-         output.device());
+  const DType dtype = to_dtype(output.scalar_type());
+  const auto layout = layout_of<3>({&grad_output, &output, &grad_input}, shape, dim);
+  const auto is_read = [&](const at::Tensor& tensor, size_t index) {
+    if (tensor.is_contiguous()) return true;
+    return tensor.device().is_cpu() && layout &&
+           cpu::is_direct(shape, layout->dims, layout->strides[index], dtype);
+  };
+  // The CPU kernels place other gradients in grad_input, if these are of its type.
+  const bool is_placed = output.device().is_cpu() && layout &&
+                         output.scalar_type() == grad_input.scalar_type() &&
+                         output.const_data_ptr() != grad_input.const_data_ptr();
+  if (!is_read(output, 1)) {
+    run_backward(grad_output, output.contiguous(), shape, dim, op, grad_input, grad_input_is_new);
+  } else if (!is_placed && !is_read(grad_output, 0)) {
+    run_backward(grad_output.contiguous(), output, shape, dim, op, grad_input, grad_input_is_new);
+  } else {
+    launch(BackwardArgs{grad_output.const_data_ptr(), output.const_data_ptr(),
+                        grad_input.mutable_data_ptr(), dtype, to_dtype(grad_input.scalar_type()),
+                        shape, op, grad_input_is_new, layout->dims, layout->strides[0],
+                        layout->strides[1], layout->strides[2]},
+           output.device());
+  }
 }
 
 }  // namespace
@@ -270,7 +384,7 @@ at::Tensor cast(const at::Tensor& input, at::ScalarType dtype, Op op) {
 at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op) {
   const Shape shape = check_forward(input, dim, op);
   const NewTensor output = empty(input.sizes(), dtype, input.device());
-  run_forward(input, shape, op, output.tensor, output.is_new);
+  run_forward(input, shape, at::maybe_wrap_dim(dim, input.dim()), op, output.tensor, output.is_new);
   return output.tensor;
 }
 
@@ -284,22 +398,22 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
   check_storage(op, "out", out);
   at::native::resize_output(out, input.sizes());
   at::assert_no_internal_overlap(out);
-  // What the kernel reads and writes must be the same elements or none of the same; memory that is
-  // copied first, or to, may lie anyhow.
-  if (!out.is_contiguous()) {
+  if (input.is_contiguous() && out.is_contiguous()) at::assert_no_partial_overlap(out, input);
+  dim = at::maybe_wrap_dim(dim, input.dim());
+  if (!is_written_in_place(out, shape, dim) || !can_be_read(input, out)) {
     out.copy_(forward(input, dim, dtype, op));
     return;
   }
-  const at::Tensor contiguous = input.contiguous();
-  at::assert_no_partial_overlap(out, contiguous);
   // First, since it refuses an inference tensor.
   out.unsafeGetTensorImpl()->bump_version();
-  run_forward(contiguous, shape, op, out, /*output_is_new=*/false);
+  run_forward(input, shape, dim, op, out, /*output_is_new=*/false);
 }
 
 void forward_in_place(const at::Tensor& input, int64_t dim, Op op) {
-  if (input.is_contiguous()) {
-    run_forward(input, check_forward(input, dim, op), op, input, /*output_is_new=*/false);
+  const Shape shape = check_forward(input, dim, op);
+  dim = at::maybe_wrap_dim(dim, input.dim());
+  if (is_written_in_place(input, shape, dim)) {
+    run_forward(input, shape, dim, op, input, /*output_is_new=*/false);
   } else {
     input.copy_(forward(input, dim, input.scalar_type(), op));
   }
@@ -317,7 +431,8 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int
     return backward(grad_output.to(wide), output.to(wide), dim, dtype, op);
   }
   const NewTensor grad_input = empty(output.sizes(), dtype, output.device());
-  run_backward(grad_output, output, shape, op, grad_input.tensor, grad_input.is_new);
+  run_backward(grad_output, output, shape, at::maybe_wrap_dim(dim, output.dim()), op,
+               grad_input.tensor, grad_input.is_new);
   return grad_input.tensor;
 }
 
@@ -330,12 +445,15 @@ void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64
               grad_input.device());
   check_storage(op, "grad_input", grad_input);
   at::native::resize_output(grad_input, output.sizes());
-  // Memory that is read may be written only element by element, as it is read.
-  if (grad_input.is_contiguous() && grad_output.is_contiguous() && output.is_contiguous() &&
-      !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
+  if (grad_input.is_contiguous() && grad_output.is_contiguous() && output.is_contiguous()) {
     at::assert_no_partial_overlap(grad_input, grad_output);
     at::assert_no_partial_overlap(grad_input, output);
-    run_backward(grad_output, output, shape, op, grad_input, /*grad_input_is_new=*/false);
+  }
+  dim = at::maybe_wrap_dim(dim, output.dim());
+  if (is_written_in_place(grad_input, shape, dim) && can_be_read(grad_output, grad_input) &&
+      can_be_read(output, grad_input) &&
+      !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
+    run_backward(grad_output, output, shape, dim, op, grad_input, /*grad_input_is_new=*/false);
   } else {
     grad_input.copy_(backward(grad_output, output, dim, dtype, op));
   }
