@@ -64,6 +64,22 @@ void parallel_for(const Threads& threads, int64_t size, int64_t grain, F body) {
       &body);
 }
 
+// A few rows, each as far from the one before; and wherever they lie.
+template <class T>
+struct EvenRows {
+  T* first;
+  int64_t next;
+
+  SOFTMAX_EXT_INLINE T* operator[](int64_t r) const { return first + r * next; }
+};
+
+template <class T>
+struct AnyRows {
+  T* rows[kRegisterBytes / sizeof(float)];
+
+  SOFTMAX_EXT_INLINE T* operator[](int64_t r) const { return rows[r]; }
+};
+
 // The slices of a tensor whose columns lie side by side: a step from another is `step` elements apart, a
 // slice from the one before it `next` where the last outer dim goes on.
 template <class T>
@@ -81,7 +97,29 @@ struct Slices {
         next(strides.of[dims.outer - 1]) {}
 
   SOFTMAX_EXT_INLINE T* operator[](int64_t slice) const {
-    return data + outer_offset(*dims, *strides, slice);
+    return data + outer_offset(*dims, *strides, dims->outer, slice);
+  }
+
+  // Slices that are rows: those from `row` on.
+  SOFTMAX_EXT_INLINE EvenRows<T> rows(int64_t row, int64_t, std::true_type /*even*/) const {
+    return {(*this)[row], next};
+  }
+  AnyRows<T> rows(int64_t row, int64_t count, std::false_type /*even*/) const {
+    AnyRows<T> result;
+    const int64_t size = dims->sizes[dims->outer - 1];
+    const auto first = [&](int64_t run) {
+      return data + outer_offset(*dims, *strides, dims->outer - 1, run);
+    };
+    int64_t run = row / size, k = row % size;
+    T* of_run = first(run);
+    for (int64_t r = 0; r < count; ++r) {
+      result.rows[r] = of_run + k * next;
+      if (++k == size && r + 1 < count) {
+        k = 0;
+        of_run = first(++run);
+      }
+    }
+    return result;
   }
 };
 
@@ -260,17 +298,16 @@ SOFTMAX_EXT_INLINE F of_lane(const F& formulas, int64_t r) {
   });
 }
 
-// `rows` rows of at most a register each, which are read once; x_next and y_next elements apart.
-template <Op op, class T>
-void forward_rows_of_a_register(const T* x, int64_t x_next, T* y, int64_t y_next, int64_t n,
-                                int64_t rows) {
+// `rows` rows of at most a register each, which are read once.
+template <Op op, class T, class In, class Out>
+void forward_rows_of_a_register(const In& x, const Out& y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const First lanes{n};
   V values[V::kSize], of_rows[V::kSize];
   alignas(64) A maxes[V::kSize] = {};
   for (int64_t r = 0; r < rows; ++r) {
-    const T* row = x + r * x_next;
+    const T* row = x[r];
     values[r] = n == V::kSize ? load(row, All{}, kLowest<A>) : load(row, lanes, kLowest<A>);
     of_rows[r] = values[r];
   }
@@ -290,63 +327,70 @@ void forward_rows_of_a_register(const T* x, int64_t x_next, T* y, int64_t y_next
       result = formula.of(values[r]);
     }
     if (n == V::kSize) {
-      store(y + r * y_next, All{}, result);
+      store(y[r], All{}, result);
     } else {
-      store(y + r * y_next, lanes, result);
+      store(y[r], lanes, result);
     }
   }
 }
 
-// `rows` rows of n elements, together or alone at most one chunk, x_next and y_next elements apart. Step
-// by step for all of them, which hides the latency of each step.
-template <Op op, Write write, class T>
-void forward_short_rows(const T* x, int64_t x_next, T* y, int64_t y_next, int64_t n, int64_t rows) {
+// `rows` rows of n elements, together or alone at most one chunk. Step by step for all of them, which
+// hides the latency of each step.
+template <Op op, Write write, class T, class In, class Out>
+void forward_short_rows(const In& x, const Out& y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  if (n <= V::kSize) return forward_rows_of_a_register<op>(x, x_next, y, y_next, n, rows);
+  if (n <= V::kSize) return forward_rows_of_a_register<op, T>(x, y, n, rows);
   // The exps are kept in the output's memory, or beside it where that is narrower, or streamed to.
   constexpr bool kKeep = op == Op::kSoftmax;
   constexpr bool kStreamed = write == Write::kStreamed;
   constexpr bool kInOutput = std::is_same_v<T, A> && !kStreamed;
   alignas(64) A scratch[kKeep && !kInOutput ? kChunk<A> : 1];
-  A* kept = scratch;
-  if constexpr (kInOutput) kept = y;
-  const int64_t kept_next = kInOutput ? y_next : n;
+  const auto kept_of = [&](int64_t r) SOFTMAX_EXT_LAMBDA -> A* {
+    if constexpr (kInOutput) return y[r];
+    return scratch + (kKeep ? r * n : 0);
+  };
   V lanes[V::kSize];
   alignas(64) A maxes[V::kSize] = {};
-  for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x + r * x_next, n);
+  for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(static_cast<const T*>(x[r]), n);
   max_over_lanes(lanes, rows, maxes);
   for (int64_t r = 0; r < rows; ++r) {
-    lanes[r] = lane_sum_of_exp<kKeep>(x + r * x_next, kept + r * kept_next, n, maxes[r],
+    lanes[r] = lane_sum_of_exp<kKeep>(static_cast<const T*>(x[r]), kept_of(r), n, maxes[r],
                                       /*keep_all=*/kStreamed);
   }
   const ExactSum<V> sum = exact_sum_over_lanes(lanes, rows);
   const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum.sum, sum.rest);
   for (int64_t r = 0; r < rows; ++r) {
     const auto formula = of_lane(formulas, r);
-    store_each<write, A>(y + r * y_next, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    const T* row = x[r];
+    const A* kept = kept_of(r);
+    store_each<write, A>(y[r], n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       if constexpr (kKeep && (kWhole<decltype(lanes)> || kStreamed)) {
-        return formula.of_exp(load(kept + r * kept_next + i, lanes, A(0)));
+        return formula.of_exp(load(kept + i, lanes, A(0)));
       } else {
-        return formula.of(load(x + r * x_next + i, lanes, A(0)));
+        return formula.of(load(row + i, lanes, A(0)));
       }
     });
   }
 }
 
-// Calls few(first, count) for all rows of at most one chunk each, when they can be read: as many as have at
-// most `elements` together, from one to one for each lane of a register, at even distances.
+// Calls few(first, count, whether these lie at even distances) for all rows of at most one chunk each,
+// when they can be read: as many as have at most `elements` together, from one to one for each lane of a
+// register.
 template <class A, class Input, class Few>
 void for_each_short_row(const Shape& shape, const Dims& dims, const Input& input, int64_t elements,
                         const Threads& threads, Few few) {
   const int64_t most = std::clamp<int64_t>(elements / shape.dim, 1, Vec<A>::kSize);
   parallel_for(threads, shape.rows(), grain<A>(shape.dim), [&](int64_t begin, int64_t end) {
-    input.for_each_few_rows(begin, end, most, [&](int64_t row, int64_t end) {
-      input.place_rows(row, end - row, 0, shape.dim);
-      while (row < end) {
-        const int64_t count = std::min(most, even(dims, row, end - row));
-        few(row, count);
-        row += count;
+    input.for_each_few_rows(begin, end, most, [&](int64_t first, int64_t end) {
+      input.place_rows(first, end - first, 0, shape.dim);
+      for (int64_t row = first; row < end; row += most) {
+        const int64_t count = std::min(most, end - row);
+        if (even(dims, row, count) == count) {
+          few(row, count, std::true_type{});
+        } else {
+          few(row, count, std::false_type{});
+        }
       }
     });
   });
@@ -450,33 +494,80 @@ SOFTMAX_EXT_INLINE void convert(const From* x, int64_t apart, T* y, int64_t n) {
   });
 }
 
-// The same of `rows` times n elements: of x, rows are x_next apart.
+// Copies `slices` times `steps` stretches of n elements, of 4 bytes or more.
+template <class T>
+void copy_stretches(T* to, int64_t to_slice, int64_t to_step, const T* from, int64_t from_slice,
+                    int64_t from_step, int64_t slices, int64_t steps, int64_t n) {
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+  // By moves of so many bytes, the last of which may overlap the one before.
+  const auto copy_all = [=](auto size) SOFTMAX_EXT_LAMBDA {
+    constexpr int64_t kMove = size();
+    const int64_t last = bytes - kMove;
+    for (int64_t s = 0; s < slices; ++s) {
+      for (int64_t d = 0; d < steps; ++d) {
+        char* target = reinterpret_cast<char*>(to + s * to_slice + d * to_step);
+        const char* source = reinterpret_cast<const char*>(from + s * from_slice + d * from_step);
+        for (int64_t i = 0; i < last; i += kMove) std::memcpy(target + i, source + i, kMove);
+        std::memcpy(target + last, source + last, kMove);
+      }
+    }
+  };
+  if (bytes >= 64) return copy_all(std::integral_constant<int, 64>{});
+  if (bytes >= 32) return copy_all(std::integral_constant<int, 32>{});
+  if (bytes >= 16) return copy_all(std::integral_constant<int, 16>{});
+  if (bytes >= 8) return copy_all(std::integral_constant<int, 8>{});
+  copy_all(std::integral_constant<int, 4>{});
+}
+
+// Where a line of memory has elements of neighbouring rows: `rows` times n elements, those of a row
+// `apart` in x and side by side in y.
+template <class T>
+void transpose(const T* x, int64_t apart, T* y, int64_t y_next, int64_t rows, int64_t n) {
+  using A = compute_t<T>;
+  constexpr int64_t kSize = Vec<A>::kSize;
+  for (int64_t i = 0; i < n; i += kSize) {
+    const int64_t width = std::min(kSize, n - i);
+    for_each_vector<kSize>(rows, [=](int64_t r, auto lanes) SOFTMAX_EXT_LAMBDA {
+      Vec<A> square[kSize];
+      for (int64_t k = 0; k < kSize; ++k) {
+        square[k] = load(x + r + (i + std::min(k, width - 1)) * apart, lanes, A(0));
+      }
+      transpose(square);
+      for (int64_t k = 0; k < std::min(kSize, rows - r); ++k) {
+        T* to = y + (r + k) * y_next + i;
+        if (width == kSize) {
+          store(to, All{}, square[k]);
+        } else {
+          store(to, First{width}, square[k]);
+        }
+      }
+    });
+  }
+}
+
+// `rows` times n elements, rounded to T: of x, rows are x_next apart, and the elements of each `apart`.
 template <class T, class From>
 void convert(const From* x, int64_t x_next, int64_t apart, T* y, int64_t y_next, int64_t rows,
              int64_t n) {
-  using A = compute_t<T>;
-  constexpr int64_t kSize = Vec<A>::kSize;
+  constexpr int64_t kSize = Vec<compute_t<T>>::kSize;
+  if constexpr (std::is_same_v<T, From>) {
+    if (apart == 1 && n * sizeof(T) >= 4) {
+      return copy_stretches(y, 0, y_next, x, 0, x_next, 1, rows, n);
+    }
+    if (x_next == 1 && apart > 1 && rows > kSize / 4) {
+      return transpose(x, apart, y, y_next, rows, n);
+    }
+  }
   if (apart == 1 && x_next == n && y_next == n) {
     n *= rows;
     rows = 1;
   }
-  if (rows == 1 || x_next >= apart) {
-    for (int64_t r = 0; r < rows; ++r) convert(x + r * x_next, apart, y + r * y_next, n);
-    return;
-  }
-  // A line of memory has elements of neighbouring rows.
-  for (int64_t i = 0; i < n; i += kSize) {
-    const int64_t width = std::min(kSize, n - i);
-    int64_t r = 0;
-    if constexpr (std::is_same_v<T, From>) {
-      for (; x_next == 1 && width == kSize && r + kSize <= rows; r += kSize) {
-        Vec<A> square[kSize];
-        for (int64_t k = 0; k < kSize; ++k) square[k] = load(x + r + (i + k) * apart, All{}, A(0));
-        transpose(square);
-        for (int64_t k = 0; k < kSize; ++k) store(y + (r + k) * y_next + i, All{}, square[k]);
-      }
+  // Where a line of memory has elements of neighbouring rows, it is read once.
+  const int64_t width = x_next < apart ? kSize : n;
+  for (int64_t i = 0; i < n; i += width) {
+    for (int64_t r = 0; r < rows; ++r) {
+      convert(x + r * x_next + i * apart, apart, y + r * y_next + i, std::min(width, n - i));
     }
-    for (; r < rows; ++r) convert(x + r * x_next + i * apart, apart, y + r * y_next + i, width);
   }
 }
 
@@ -541,8 +632,8 @@ class Input {
     if (!is_placed_) return;
     for (const int64_t end = row + count; row < end;) {
       const int64_t some = even(dims_, row, end - row);
-      place(outer_offset(dims_, strides_, row) + i * strides_.dim, strides_.of[dims_.outer - 1],
-            strides_.dim, result_[row] + i, result_.next, some, n);
+      place(outer_offset(dims_, strides_, dims_.outer, row) + i * strides_.dim,
+            strides_.of[dims_.outer - 1], strides_.dim, result_[row] + i, result_.next, some, n);
       row += some;
     }
   }
@@ -556,8 +647,8 @@ class Input {
     for (const int64_t end = slice + count; slice < end;) {
       const int64_t some = whole ? even(dims_, slice, end - slice) : 1;
       if (whole) {
-        place(outer_offset(dims_, strides_, slice), strides_.of[dims_.outer - 1], 1, result_[slice],
-              result_.next, some, shape.dim * shape.inner);
+        place(outer_offset(dims_, strides_, dims_.outer, slice), strides_.of[dims_.outer - 1], 1,
+              result_[slice], result_.next, some, shape.dim * shape.inner);
       } else {
         place_columns(slice, 0, shape.inner, 0, shape.dim);
       }
@@ -570,7 +661,7 @@ class Input {
                                         int64_t end) const {
     if (!is_placed_) return;
     const int last = dims_.outer + dims_.inner - 1;
-    const int64_t offset = outer_offset(dims_, strides_, slice) + begin * strides_.dim;
+    const int64_t offset = outer_offset(dims_, strides_, dims_.outer, slice) + begin * strides_.dim;
     T* y = result_[slice] + begin * result_.step;
     for (const int64_t end_column = column + width; column < end_column;) {
       const int64_t some =
@@ -641,9 +732,10 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
   const Input<T> input = input_of<T>(args);
   if (dim <= kChunk<A>) {
     for_each_short_row<A>(args.shape, args.dims, input, kChunk<A> / 2, threads,
-                          [&](int64_t row, int64_t count) {
-                            forward_short_rows<op, write>(input.slices[row], input.slices.next,
-                                                          output[row], output.next, dim, count);
+                          [&](int64_t row, int64_t count, auto even) {
+                            forward_short_rows<op, write, T>(input.slices.rows(row, count, even),
+                                                             output.rows(row, count, even), dim,
+                                                             count);
                           });
     return;
   }
@@ -718,24 +810,20 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
     });
   };
   if (dim <= kChunk<A>) {
-    for_each_short_row<A>(
-        args.shape, args.dims, tensors.grads, kChunk<A> / 4, threads,
-        [&](int64_t row, int64_t count) {
-          const T* grad = tensors.grads.slices[row];
-          const T* y = tensors.outputs[row];
-          G* grad_input = tensors.grad_inputs[row];
-          const int64_t grad_next = tensors.grads.slices.next, y_next = tensors.outputs.next;
-          V lanes[V::kSize];
-          alignas(64) A sums[V::kSize];
-          for (int64_t r = 0; r < count; ++r) {
-            lanes[r] = lane_sum(grad + r * grad_next, y + r * y_next, dim);
-          }
-          rounded_sum_over_lanes(lanes, count, sums);
-          for (int64_t r = 0; r < count; ++r) {
-            store_gradient(grad + r * grad_next, y + r * y_next,
-                           grad_input + r * tensors.grad_inputs.next, dim, sums[r]);
-          }
-        });
+    for_each_short_row<A>(args.shape, args.dims, tensors.grads, kChunk<A> / 4, threads,
+                          [&](int64_t row, int64_t count, auto even) {
+                            const auto grads = tensors.grads.slices.rows(row, count, even);
+                            const auto outputs = tensors.outputs.rows(row, count, even);
+                            const auto grad_inputs = tensors.grad_inputs.rows(row, count, even);
+                            V lanes[V::kSize];
+                            alignas(64) A sums[V::kSize];
+                            for (int64_t r = 0; r < count; ++r)
+                              lanes[r] = lane_sum(grads[r], outputs[r], dim);
+                            rounded_sum_over_lanes(lanes, count, sums);
+                            for (int64_t r = 0; r < count; ++r) {
+                              store_gradient(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);
+                            }
+                          });
     return;
   }
   reduce_and_store<Sum, A>(
@@ -942,31 +1030,6 @@ constexpr int64_t kLanes = 2 * kNarrow / static_cast<int64_t>(sizeof(A));
 // Elements of slices that are gathered.
 template <class A>
 constexpr int64_t kGathered = kShortDim * kNarrow / static_cast<int64_t>(sizeof(A));
-
-// Copies `slices` times `steps` stretches of n elements, of 4 bytes or more.
-template <class T>
-void copy_stretches(T* to, int64_t to_slice, int64_t to_step, const T* from, int64_t from_slice,
-                    int64_t from_step, int64_t slices, int64_t steps, int64_t n) {
-  const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
-  // By moves of so many bytes, the last of which may overlap the one before.
-  const auto copy_all = [=](auto size) SOFTMAX_EXT_LAMBDA {
-    constexpr int64_t kMove = size();
-    const int64_t last = bytes - kMove;
-    for (int64_t s = 0; s < slices; ++s) {
-      for (int64_t d = 0; d < steps; ++d) {
-        char* target = reinterpret_cast<char*>(to + s * to_slice + d * to_step);
-        const char* source = reinterpret_cast<const char*>(from + s * from_slice + d * from_step);
-        for (int64_t i = 0; i < last; i += kMove) std::memcpy(target + i, source + i, kMove);
-        std::memcpy(target + last, source + last, kMove);
-      }
-    }
-  };
-  if (bytes >= 64) return copy_all(std::integral_constant<int, 64>{});
-  if (bytes >= 32) return copy_all(std::integral_constant<int, 32>{});
-  if (bytes >= 16) return copy_all(std::integral_constant<int, 16>{});
-  if (bytes >= 8) return copy_all(std::integral_constant<int, 8>{});
-  copy_all(std::integral_constant<int, 4>{});
-}
 
 // Slices side by side: step d of all of them is a row, from d * stride on, of whole registers.
 template <class T, class A = compute_t<T>>

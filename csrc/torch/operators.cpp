@@ -12,8 +12,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
-#include <array>
-#include <optional>
+#include <initializer_list>
 #include <string>
 #include <utility>
 #include <vector>
@@ -127,51 +126,50 @@ bool needs_cast(at::Device device, at::ScalarType load, at::ScalarType store, in
   return !device.is_cpu() && !is_native(to_dtype(load), to_dtype(store), inputs);
 }
 
-// Where the tensors of a call lie, of as few dims as they allow.
-template <size_t count>
-struct Layout {
-  Dims dims;
-  std::array<Strides, count> strides;
+// A tensor of a call, and where its strides go.
+struct Placed {
+  const at::Tensor* tensor;
+  Strides* strides;
 };
 
-// None where these are too many. dim is not negative; no tensor is empty.
-template <size_t count>
-std::optional<Layout<count>> layout_of(const std::array<const at::Tensor*, count>& tensors,
-                                       const Shape& shape, int64_t dim) {
-  Layout<count> layout{contiguous_dims(shape), {}};
-  layout.strides.fill(contiguous_strides(shape));
-  const auto is_contiguous = [](const at::Tensor* tensor) { return tensor->is_contiguous(); };
-  if (std::all_of(tensors.begin(), tensors.end(), is_contiguous)) return layout;
-  const at::IntArrayRef sizes = tensors[0]->sizes();
-  int found = 0;
-  const auto add_dims = [&](int64_t begin, int64_t end) {
-    const int first = found;
+// Sets the dims of a call and the strides of its tensors, which are those of contiguous ones; false if
+// they are too many. dim is not negative.
+bool find_strides(std::initializer_list<Placed> tensors, int64_t dim, Dims& dims) {
+  const auto is_contiguous = [](const Placed& placed) { return placed.tensor->is_contiguous(); };
+  if (std::all_of(tensors.begin(), tensors.end(), is_contiguous)) return true;
+  const at::IntArrayRef sizes = tensors.begin()->tensor->sizes();
+  int count = 0;
+  // Neighbours that are one dim in all tensors are one here.
+  const auto add = [&](int64_t begin, int64_t end) {
+    const int first = count;
     for (int64_t k = begin; k < end; ++k) {
       if (sizes[k] == 1) continue;
-      const auto goes_on = [&](size_t t) {
-        return layout.strides[t].of[found - 1] == tensors[t]->stride(k) * sizes[k];
+      const auto goes_on = [&](const Placed& placed) {
+        return placed.strides->of[count - 1] == placed.tensor->stride(k) * sizes[k];
       };
-      bool is_one = found > first;
-      for (size_t t = 0; is_one && t < count; ++t) is_one = goes_on(t);
-      if (!is_one && found == Dims::kMax) return false;
-      if (!is_one) layout.dims.sizes[found++] = 1;
-      layout.dims.sizes[found - 1] *= sizes[k];
-      for (size_t t = 0; t < count; ++t) layout.strides[t].of[found - 1] = tensors[t]->stride(k);
+      if (count > first && std::all_of(tensors.begin(), tensors.end(), goes_on)) {
+        dims.sizes[count - 1] *= sizes[k];
+      } else if (count < Dims::kMax) {
+        dims.sizes[count++] = sizes[k];
+      } else {
+        return false;
+      }
+      for (const Placed& placed : tensors) placed.strides->of[count - 1] = placed.tensor->stride(k);
     }
     return true;
   };
-  if (!add_dims(0, dim)) return {};
-  if (found == 0) {
-    layout.dims.sizes[found++] = 1;
-    for (Strides& strides : layout.strides) strides.of[0] = 0;
+  if (!add(0, dim)) return false;
+  if (count == 0) {
+    dims.sizes[count++] = 1;
+    for (const Placed& placed : tensors) placed.strides->of[0] = 0;
   }
-  layout.dims.outer = found;
-  if (!add_dims(dim + 1, static_cast<int64_t>(sizes.size()))) return {};
-  layout.dims.inner = found - layout.dims.outer;
-  for (size_t t = 0; t < count && shape.dim > 1; ++t) {
-    layout.strides[t].dim = tensors[t]->stride(dim);
+  dims.outer = count;
+  if (!add(dim + 1, static_cast<int64_t>(sizes.size()))) return false;
+  dims.inner = count - dims.outer;
+  if (sizes[dim] > 1) {
+    for (const Placed& placed : tensors) placed.strides->dim = placed.tensor->stride(dim);
   }
-  return layout;
+  return true;
 }
 
 // The address of the first element, and the first address behind the last one.
@@ -212,9 +210,15 @@ bool is_without_overlap(const at::Tensor& tensor) {
 bool is_written_in_place(const at::Tensor& output, const Shape& shape, int64_t dim) {
   if (output.is_contiguous() || output.numel() == 0) return true;
   if (!output.device().is_cpu() || !is_without_overlap(output)) return false;
-  const auto layout = layout_of<1>({&output}, shape, dim);
-  return layout &&
-         cpu::is_direct(shape, layout->dims, layout->strides[0], to_dtype(output.scalar_type()));
+  Dims dims = contiguous_dims(shape);
+  Strides strides = contiguous_strides(shape);
+  return find_strides({{&output, &strides}}, dim, dims) &&
+         cpu::is_direct(shape, dims, strides, to_dtype(output.scalar_type()));
+}
+
+// Whether a tensor of a call may be read where it lies. The GPU kernels read contiguous memory.
+bool is_read_in_place(const at::Tensor& tensor) {
+  return tensor.device().is_cpu() || tensor.is_contiguous();
 }
 
 void run_forward(const at::Tensor& input, const Shape& shape, int64_t dim, Op op,
@@ -224,42 +228,50 @@ void run_forward(const at::Tensor& input, const Shape& shape, int64_t dim, Op op
     run_forward(input.to(output.scalar_type()), shape, dim, op, output, output_is_new);
     return;
   }
-  // The GPU kernels read and write contiguous memory.
-  const auto layout = layout_of<2>({&input, &output}, shape, dim);
-  if (!layout || !(input.device().is_cpu() || input.is_contiguous())) {
+  ForwardArgs args{input.const_data_ptr(),
+                   output.mutable_data_ptr(),
+                   to_dtype(input.scalar_type()),
+                   to_dtype(output.scalar_type()),
+                   shape,
+                   op,
+                   output_is_new};
+  if (is_read_in_place(input) &&
+      find_strides({{&input, &args.input_strides}, {&output, &args.output_strides}}, dim,
+                   args.dims)) {
+    launch(args, input.device());
+  } else {
     run_forward(input.contiguous(), shape, dim, op, output, output_is_new);
-    return;
   }
-  launch(ForwardArgs{input.const_data_ptr(), output.mutable_data_ptr(),
-                     to_dtype(input.scalar_type()), to_dtype(output.scalar_type()), shape, op,
-                     output_is_new, layout->dims, layout->strides[0], layout->strides[1]},
-         input.device());
 }
 
 void run_backward(const at::Tensor& grad_output, const at::Tensor& output, const Shape& shape,
                   int64_t dim, Op op, const at::Tensor& grad_input, bool grad_input_is_new) {
   if (output.numel() == 0) return;
-  const DType dtype = to_dtype(output.scalar_type());
-  const auto layout = layout_of<3>({&grad_output, &output, &grad_input}, shape, dim);
-  const auto is_read = [&](const at::Tensor& tensor, size_t index) {
-    if (tensor.is_contiguous()) return true;
-    return tensor.device().is_cpu() && layout &&
-           cpu::is_direct(shape, layout->dims, layout->strides[index], dtype);
+  BackwardArgs args{grad_output.const_data_ptr(),
+                    output.const_data_ptr(),
+                    grad_input.mutable_data_ptr(),
+                    to_dtype(output.scalar_type()),
+                    to_dtype(grad_input.scalar_type()),
+                    shape,
+                    op,
+                    grad_input_is_new};
+  const bool found = is_read_in_place(grad_output) && is_read_in_place(output) &&
+                     find_strides({{&grad_output, &args.grad_output_strides},
+                                   {&output, &args.output_strides},
+                                   {&grad_input, &args.grad_input_strides}},
+                                  dim, args.dims);
+  const auto is_direct = [&](const Strides& strides) {
+    return found && cpu::is_direct(shape, args.dims, strides, args.output_dtype);
   };
-  // The CPU kernels place other gradients in grad_input, if these are of its type.
-  const bool is_placed = output.device().is_cpu() && layout &&
-                         output.scalar_type() == grad_input.scalar_type() &&
-                         output.const_data_ptr() != grad_input.const_data_ptr();
-  if (!is_read(output, 1)) {
-    run_backward(grad_output, output.contiguous(), shape, dim, op, grad_input, grad_input_is_new);
-  } else if (!is_placed && !is_read(grad_output, 0)) {
-    run_backward(grad_output.contiguous(), output, shape, dim, op, grad_input, grad_input_is_new);
+  // A gradient that is not direct goes through grad_input, if there is room.
+  const bool takes_gradient =
+      is_direct(args.grad_output_strides) ||
+      (found && args.output_dtype == args.grad_input_dtype && args.output != args.grad_input);
+  if (takes_gradient && is_direct(args.output_strides)) {
+    launch(args, output.device());
   } else {
-    launch(BackwardArgs{grad_output.const_data_ptr(), output.const_data_ptr(),
-                        grad_input.mutable_data_ptr(), dtype, to_dtype(grad_input.scalar_type()),
-                        shape, op, grad_input_is_new, layout->dims, layout->strides[0],
-                        layout->strides[1], layout->strides[2]},
-           output.device());
+    run_backward(takes_gradient ? grad_output : grad_output.contiguous(), output.contiguous(),
+                 shape, dim, op, grad_input, grad_input_is_new);
   }
 }
 
@@ -398,9 +410,10 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
   check_storage(op, "out", out);
   at::native::resize_output(out, input.sizes());
   at::assert_no_internal_overlap(out);
-  if (input.is_contiguous() && out.is_contiguous()) at::assert_no_partial_overlap(out, input);
   dim = at::maybe_wrap_dim(dim, input.dim());
-  if (!is_written_in_place(out, shape, dim) || !can_be_read(input, out)) {
+  if (input.is_contiguous() && out.is_contiguous()) {
+    at::assert_no_partial_overlap(out, input);
+  } else if (!is_written_in_place(out, shape, dim) || !can_be_read(input, out)) {
     out.copy_(forward(input, dim, dtype, op));
     return;
   }

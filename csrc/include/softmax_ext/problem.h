@@ -83,23 +83,24 @@ constexpr Strides contiguous_strides(const Shape& shape) {
   return {shape.inner, {shape.dim * shape.inner, 1}};
 }
 
-// The element that index `o` of the outer dims (`i` of the inner ones) begins with.
-constexpr int64_t outer_offset(const Dims& dims, const Strides& strides, int64_t o) {
+// The element that index `i` of the first `count` outer dims begins with.
+constexpr int64_t outer_offset(const Dims& dims, const Strides& strides, int count, int64_t i) {
   int64_t offset = 0;
-  for (int k = dims.outer - 1; k > 0; --k) {
-    offset += o % dims.sizes[k] * strides.of[k];
-    o /= dims.sizes[k];
+  for (int k = count - 1; k > 0; --k) {
+    offset += i % dims.sizes[k] * strides.of[k];
+    i /= dims.sizes[k];
   }
-  return offset + o * strides.of[0];
+  return offset + i * strides.of[0];
 }
 
+// The same of an index of the inner dims, of which there are some.
 constexpr int64_t inner_offset(const Dims& dims, const Strides& strides, int64_t i) {
   int64_t offset = 0;
   for (int k = dims.outer + dims.inner - 1; k > dims.outer; --k) {
     offset += i % dims.sizes[k] * strides.of[k];
     i /= dims.sizes[k];
   }
-  return dims.inner == 0 ? 0 : offset + i * strides.of[dims.outer];
+  return offset + i * strides.of[dims.outer];
 }
 
 // output = op(cast of input to output_dtype), over dim. Each element of input may be the memory of the
