@@ -1,7 +1,8 @@
 """Rows not one after another: the bits of those that are, and nothing written between them."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ APART: dict[str, Callable[[Make, tuple[int, ...], int], torch.Tensor]] = {
     "the last of a longer dim": lambda make, s, dim: longer(make, s, dim, 1).narrow(dim, 1, s[dim]),
     "the last columns": lambda make, s, dim: longer(make, s, -1, 2).narrow(-1, 2, s[-1]),
     "every other column": lambda make, s, dim: longer(make, s, -1, s[-1])[..., ::2],
-    "every other step": lambda make, s, dim: (
-        longer(make, s, dim, s[dim]).unflatten(dim, (s[dim], 2)).select(dim + 1, 1)
-    ),
+    "every other step": lambda make, s, dim: longer(make, s, dim, s[dim])[
+        (slice(None),) * dim + (slice(1, None, 2),)
+    ],
     "outer dims exchanged": lambda make, s, dim: make(s[1], s[0], *s[2:]).transpose(0, 1),
     "outer dims exchanged and a part": lambda make, s, dim: make(s[1], s[0] + 1, *s[2:]).transpose(
         0, 1
@@ -105,7 +106,7 @@ class Canary:
         assert (self.memory == 7).all()
 
 
-def pairs(*values: object) -> list[tuple[object, ...]]:
+def pairs(*values: Iterable[Any]) -> list[tuple[Any, ...]]:
     return all_pairs(list(itertools.product(*values)))
 
 
@@ -267,8 +268,8 @@ OVERLAPS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]
     "the first rows, further apart": lambda m: (m[:6, :37], m[:12:2, :37]),
     "the same, transposed": lambda m: (m[:37, :37], m[:37, :37].t()),
     "the same rows in another order": lambda m: (
-        m[:6, :36].unflatten(0, (2, 3)),
-        m[:6, :36].unflatten(0, (3, 2)).transpose(0, 1),
+        m[:6, :36].view(2, 3, 36),
+        m[:6, :36].view(3, 2, 36).transpose(0, 1),
     ),
     "rows of one": lambda m: (m[:1, :37].expand(6, 37), m[:6, :37]),
     "contiguous, from a part": lambda m: (m[:6, :37], m.view(-1)[: 6 * 37].view(6, 37)),

@@ -484,10 +484,10 @@ SOFTMAX_EXT_INLINE void convert(const From* x, int64_t apart, T* y, int64_t n) {
         return;
       }
     }
-    Vec<A> values(A(0));
-    int64_t count = kSize;
-    if constexpr (std::is_same_v<decltype(lanes), First>) count = lanes.count;
-    for (int64_t k = 0; k < count; ++k) {
+    Vec<A> values(static_cast<A>(to_float(x[i * apart])));
+    int64_t count = apart == 0 ? 0 : kSize;
+    if constexpr (std::is_same_v<decltype(lanes), First>) count = std::min(count, lanes.count);
+    for (int64_t k = 1; k < count; ++k) {
       values.raw[k] = static_cast<A>(to_float(x[(i + k) * apart]));
     }
     store(y + i, lanes, values);
@@ -551,14 +551,14 @@ void convert(const From* x, int64_t x_next, int64_t apart, T* y, int64_t y_next,
              int64_t n) {
   constexpr int64_t kSize = Vec<compute_t<T>>::kSize;
   if constexpr (std::is_same_v<T, From>) {
-    if (apart == 1 && n * sizeof(T) >= 4) {
+    if (apart == 1 && n * static_cast<int64_t>(sizeof(T)) >= 4) {
       return copy_stretches(y, 0, y_next, x, 0, x_next, 1, rows, n);
     }
     if (x_next == 1 && apart > 1 && rows > kSize / 4) {
       return transpose(x, apart, y, y_next, rows, n);
     }
   }
-  if (apart == 1 && x_next == n && y_next == n) {
+  if (x_next == n * apart && y_next == n) {
     n *= rows;
     rows = 1;
   }
@@ -641,14 +641,15 @@ class Input {
   // `count` slices. inner is more than 1.
   void place_slices(int64_t slice, int64_t count, const Shape& shape) const {
     if (!is_placed_) return;
-    // Where each is one stretch of memory, some of them may be one.
-    const bool whole = dims_.inner == 1 && strides_.of[dims_.outer] == 1 &&
-                       strides_.dim == shape.inner && result_.step == shape.inner;
+    // Where the elements of each lie evenly, so may those of some.
+    const int64_t apart = strides_.of[dims_.outer];
+    const bool even_elements =
+        dims_.inner == 1 && strides_.dim == shape.inner * apart && result_.step == shape.inner;
     for (const int64_t end = slice + count; slice < end;) {
-      const int64_t some = whole ? even(dims_, slice, end - slice) : 1;
-      if (whole) {
-        place(outer_offset(dims_, strides_, dims_.outer, slice), strides_.of[dims_.outer - 1], 1,
-              result_[slice], result_.next, some, shape.dim * shape.inner);
+      const int64_t some = even_elements ? even(dims_, slice, end - slice) : 1;
+      if (even_elements) {
+        place(outer_offset(dims_, strides_, dims_.outer, slice), strides_.of[dims_.outer - 1],
+              apart, result_[slice], result_.next, some, shape.dim * shape.inner);
       } else {
         place_columns(slice, 0, shape.inner, 0, shape.dim);
       }
