@@ -732,10 +732,19 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
   const Slices<T> output = output_of<T>(args);
   const Input<T> input = input_of<T>(args);
   if (dim <= kChunk<A>) {
+    // The processor does not foresee rows that lie behind as much of something else.
+    const bool far = input.slices.next >= 2 * dim;
     for_each_short_row<A>(args.shape, args.dims, input, kChunk<A> / 2, threads,
                           [&](int64_t row, int64_t count, auto even) {
-                            forward_short_rows<op, write, T>(input.slices.rows(row, count, even),
-                                                             output.rows(row, count, even), dim,
+                            const auto x = input.slices.rows(row, count, even);
+                            if constexpr (even()) {
+                              constexpr int64_t kLine = 64 / sizeof(T);
+                              for (int64_t r = 0; far && r < count; ++r) {
+                                for (int64_t i = 0; i < dim; i += kLine)
+                                  __builtin_prefetch(x[count + r] + i);
+                              }
+                            }
+                            forward_short_rows<op, write, T>(x, output.rows(row, count, even), dim,
                                                              count);
                           });
     return;

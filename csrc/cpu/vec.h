@@ -648,8 +648,8 @@ SOFTMAX_EXT_INLINE auto combine_halves(Vec<T> a, Vec<T> b, Combine combine) {
   return combine(halves<kHalf, false>(a, b, Lanes{}), halves<kHalf, true>(a, b, Lanes{}));
 }
 
-// Row k of a square, for each lane k: halves<1> of neighbouring rows are half of the way from a number of
-// row and lane to that of lane and row for each bit of it.
+// Exchanges rows and lanes. A step takes the even lanes of two neighbouring rows for one row, and the odd
+// ones for another: it moves the last bit of a lane's number to the front of its row's.
 template <class T>
 SOFTMAX_EXT_INLINE void transpose(Vec<T>* square) {
   constexpr int kSize = Vec<T>::kSize;

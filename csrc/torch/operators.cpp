@@ -127,15 +127,17 @@ bool needs_cast(at::Device device, at::ScalarType load, at::ScalarType store, in
 }
 
 // A tensor of a call, and where its strides go.
-struct Placed {
+struct Argument {
   const at::Tensor* tensor;
   Strides* strides;
 };
 
 // Sets the dims of a call and the strides of its tensors, which are those of contiguous ones; false if
 // they are too many. dim is not negative.
-bool find_strides(std::initializer_list<Placed> tensors, int64_t dim, Dims& dims) {
-  const auto is_contiguous = [](const Placed& placed) { return placed.tensor->is_contiguous(); };
+bool find_strides(std::initializer_list<Argument> tensors, int64_t dim, Dims& dims) {
+  const auto is_contiguous = [](const Argument& argument) {
+    return argument.tensor->is_contiguous();
+  };
   if (std::all_of(tensors.begin(), tensors.end(), is_contiguous)) return true;
   const at::IntArrayRef sizes = tensors.begin()->tensor->sizes();
   int count = 0;
@@ -144,8 +146,8 @@ bool find_strides(std::initializer_list<Placed> tensors, int64_t dim, Dims& dims
     const int first = count;
     for (int64_t k = begin; k < end; ++k) {
       if (sizes[k] == 1) continue;
-      const auto goes_on = [&](const Placed& placed) {
-        return placed.strides->of[count - 1] == placed.tensor->stride(k) * sizes[k];
+      const auto goes_on = [&](const Argument& argument) {
+        return argument.strides->of[count - 1] == argument.tensor->stride(k) * sizes[k];
       };
       if (count > first && std::all_of(tensors.begin(), tensors.end(), goes_on)) {
         dims.sizes[count - 1] *= sizes[k];
@@ -154,20 +156,21 @@ bool find_strides(std::initializer_list<Placed> tensors, int64_t dim, Dims& dims
       } else {
         return false;
       }
-      for (const Placed& placed : tensors) placed.strides->of[count - 1] = placed.tensor->stride(k);
+      for (const Argument& argument : tensors)
+        argument.strides->of[count - 1] = argument.tensor->stride(k);
     }
     return true;
   };
   if (!add(0, dim)) return false;
   if (count == 0) {
     dims.sizes[count++] = 1;
-    for (const Placed& placed : tensors) placed.strides->of[0] = 0;
+    for (const Argument& argument : tensors) argument.strides->of[0] = 0;
   }
   dims.outer = count;
   if (!add(dim + 1, static_cast<int64_t>(sizes.size()))) return false;
   dims.inner = count - dims.outer;
   if (sizes[dim] > 1) {
-    for (const Placed& placed : tensors) placed.strides->dim = placed.tensor->stride(dim);
+    for (const Argument& argument : tensors) argument.strides->dim = argument.tensor->stride(dim);
   }
   return true;
 }
