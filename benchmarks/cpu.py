@@ -69,11 +69,35 @@ COLUMNS: list[tuple[tuple[int, ...], int]] = [
     ((4, 100000, 3), 1),
     ((6, 21, 200, 200), 1),
 ]
-SETS = {"shapes": SHAPES, "columns": COLUMNS}
+# How the elements of a shape lie in memory: of the input, and in a backward of the gradient.
+LAYOUTS: dict[str, Callable[[tuple[int, ...]], torch.Tensor]] = {
+    "contiguous": torch.randn,
+    "sliced batch": lambda s: torch.randn(s[0], s[1] + 1, *s[2:])[:, :-1],
+    "sliced last dim": lambda s: torch.randn(*s[:-1], s[-1] + 100)[..., : s[-1]],
+    "permuted outer dims": lambda s: torch.randn(s[0], s[2], s[1], *s[3:]).transpose(1, 2),
+    "expanded": lambda s: torch.randn(1, *s[1:]).expand(s),
+    "transposed": lambda s: torch.randn(s[::-1]).t(),
+    "channels last": lambda s: torch.randn(s).to(memory_format=torch.channels_last),
+}
+STRIDED: list[tuple[tuple[int, ...], int, str]] = [
+    ((8, 128, 1000), -1, "sliced batch"),
+    ((64, 16, 64), -1, "sliced batch"),
+    ((1024, 900), -1, "sliced last dim"),
+    ((32, 100, 200), 1, "sliced last dim"),
+    ((16, 12, 128, 64), -1, "permuted outer dims"),
+    ((8, 12, 128, 128), -1, "expanded"),
+    ((1000, 1000), -1, "transposed"),
+    ((8, 256, 28, 28), 1, "channels last"),
+]
+SETS = {
+    "shapes": [(shape, dim, "contiguous") for shape, dim in SHAPES],
+    "columns": [(shape, dim, "contiguous") for shape, dim in COLUMNS],
+    "strided": STRIDED,
+}
 # forward: into a new output; out: into one that exists; backward: the input's gradient, new.
 # recorded, both: as in benchmarks/common.py.
 MODES = ("forward", "out", "backward", "recorded", "both")
-PEERS = ("torch", "compile", "onnxruntime")
+PEERS = ("torch", "contiguous", "compile", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -82,6 +106,7 @@ class Case:
     mode: str
     shape: tuple[int, ...]
     dim: int
+    layout: str
     dtype: str
     threads: int
 
@@ -131,23 +156,35 @@ def onnx_run(case: Case, x: torch.Tensor) -> Run:
     return lambda: torch.from_numpy(session.run(None, {"x": array})[0])
 
 
+def in_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """With the strides of x."""
+    result = torch.empty(x.untyped_storage().nbytes() // x.itemsize, dtype=dtype)
+    result.copy_(torch.empty(0).set_(x.untyped_storage()))
+    return result.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def contenders(case: Case, peers: Iterable[str]) -> dict[str, Run]:
-    """The same work by softmax_ext and by those of the peers that can do it."""
+    """The same work by softmax_ext and by those of the peers that can do it.
+
+    "contiguous": by softmax_ext, of a contiguous copy where what is read is not.
+    """
     shape, dim, mode, dtype = case.shape, case.dim, case.mode, DTYPES[case.dtype]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(dtype)
-    grad = torch.randn(shape, generator=generator).to(dtype)
+    torch.manual_seed(0)
+    strided, grad = (in_dtype(LAYOUTS[case.layout](shape), dtype) for _ in range(2))
+    x = strided.contiguous() if mode == "backward" else strided  # whose output is
     theirs, ours = OPS[case.op]
 
-    def run(function: Callable[..., torch.Tensor]) -> Run:
+    def run(function: Callable[..., torch.Tensor], x: torch.Tensor, grad: torch.Tensor) -> Run:
         if mode == "out":
-            out = torch.empty_like(x)
+            out = torch.empty(shape, dtype=dtype)
             return lambda: function(x, dim, out=out)
         return make_run(function, mode, x, dim, grad)
 
-    runs = {"softmax_ext": run(ours), "torch": run(theirs)}
+    runs = {"softmax_ext": run(ours, x, grad), "torch": run(theirs, x, grad)}
+    if case.layout != "contiguous":
+        runs["contiguous"] = run(ours, x.contiguous(), grad.contiguous())
     if "compile" in peers and mode != "out":
-        runs["compile"] = run(torch.compile(theirs, dynamic=False))
+        runs["compile"] = run(torch.compile(theirs, dynamic=False), x, grad)
     if "onnxruntime" in peers and mode == "forward" and case.dtype != "bfloat16":
         runs["onnxruntime"] = onnx_run(case, x)
     return runs
@@ -232,7 +269,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "out", "backward"])
     parser.add_argument("--set", choices=SETS, default="shapes", help="columns: inner 2 to 64")
     parser.add_argument("--shapes", nargs="+", help="only these, as 4096x16", default=[])
-    parser.add_argument("--peers", nargs="+", choices=PEERS[1:], default=[], help="beside torch")
+    parser.add_argument("--peers", nargs="+", choices=PEERS[2:], default=[], help="beside torch")
     parser.add_argument("--budget", type=float, default=0.1, help="seconds a case in each round")
     parser.add_argument("--rounds", type=int, default=3, help="over all cases, with new tensors")
     parser.add_argument("--json", type=Path, help="where to write the results, and a plot beside")
@@ -290,6 +327,7 @@ def table(results: list[Result]) -> Iterator[str]:
         "mode",
         "shape",
         "dim",
+        "layout",
         "dtype",
         "threads",
         "us",
@@ -300,7 +338,7 @@ def table(results: list[Result]) -> Iterator[str]:
     yield "| " + " | ".join([*header, *(f"over {name}" for name in peers)]) + " |"
     yield "|---" * (len(header) + len(peers)) + "|"
     for r in results:
-        cells = [r.op, r.mode, "x".join(map(str, r.shape)), r.dim, r.dtype, r.threads]
+        cells = [r.op, r.mode, "x".join(map(str, r.shape)), r.dim, r.layout, r.dtype, r.threads]
         cells += [
             f"{r.us['softmax_ext']:.2f}",
             f"{r.gbps:.1f}",
@@ -358,7 +396,7 @@ def keep_freed_memory() -> None:
 
 def main() -> int:
     options = arguments()
-    if options.set == "columns":
+    if options.set != "shapes":
         keep_freed_memory()
     for peer in options.peers:
         if peer == "onnxruntime" and not all(
@@ -367,8 +405,8 @@ def main() -> int:
             print("onnxruntime is missing: pip install softmax_ext[bench]", file=sys.stderr)
             return 2
     cases = [
-        Case(op, mode, shape, dim, dtype, threads)
-        for threads, (shape, dim), dtype, op, mode in itertools.product(
+        Case(op, mode, shape, dim, layout, dtype, threads)
+        for threads, (shape, dim, layout), dtype, op, mode in itertools.product(
             options.threads, SETS[options.set], options.dtypes, options.ops, options.modes
         )
         if not options.shapes or "x".join(map(str, shape)) in options.shapes

@@ -35,6 +35,7 @@ VALUES = "tests/test_forward.py tests/test_extremes.py"
 GRADIENTS = "tests/test_backward.py"
 BITS = "tests/test_batch_invariance.py"
 LAYOUT = "tests/test_layout.py"
+STRIDES = "tests/test_layout_strides.py"
 HOST = "tests/simt/test_kernels.py"
 
 
@@ -80,8 +81,8 @@ FAULTS = [
         "the max leaves out the last element",
         "cpu short rows",
         CPU,
-        "lanes[r] = lane_max(x + r * n, n);",
-        "lanes[r] = lane_max(x + r * n, n - 1);",
+        "lanes[r] = lane_max(static_cast<const T*>(x[r]), n);",
+        "lanes[r] = lane_max(static_cast<const T*>(x[r]), n - 1);",
         VALUES,
         "avx2",
     ),
@@ -89,8 +90,8 @@ FAULTS = [
         "the gradient of all rows with the sum of the first",
         "cpu short rows",
         CPU,
-        "store_gradient((row + r) * dim, dim, sums[r]);",
-        "store_gradient((row + r) * dim, dim, sums[0]);",
+        "store_gradient(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);",
+        "store_gradient(grads[r], outputs[r], grad_inputs[r], dim, sums[0]);",
         GRADIENTS,
         "baseline",
     ),
@@ -143,8 +144,8 @@ FAULTS = [
         "the last slice of several is not stored",
         "cpu narrow columns",
         CPU,
-        "tile.scatter(y, count, dim, inner);",
-        "tile.scatter(y, std::max<int64_t>(count - 1, 1), dim, inner);",
+        "tile.scatter(output, first, count, args.shape);",
+        "tile.scatter(output, first, std::max<int64_t>(count - 1, 1), args.shape);",
         VALUES,
         "avx2",
     ),
@@ -195,21 +196,57 @@ FAULTS = [
         "the steps of a gradient are a column too far apart",
         "cpu columns",
         CPU,
-        "        const T* grad = grads + offset + d * inner;\n"
-        "        const T* y = outputs + offset + d * inner;\n"
+        "        const T* grad = grad_tile + d * grad_step;\n"
+        "        const T* y = y_tile + d * y_step;\n"
         "        for_each_vector",
-        "        const T* grad = grads + offset + d * (inner > 1 && d > 0 ? inner - 1 : inner);\n"
-        "        const T* y = outputs + offset + d * inner;\n"
+        "        const T* grad = grad_tile + d * (d > 0 ? grad_step - 1 : grad_step);\n"
+        "        const T* y = y_tile + d * y_step;\n"
         "        for_each_vector",
         GRADIENTS,
         "baseline",
     ),
     Fault(
+        "rows of the next run are as far as those of the last",
+        "cpu strides",
+        CPU,
+        "if (++k == size && r + 1 < count) {",
+        "if (++k > size && r + 1 < count) {",
+        STRIDES,
+        "avx512",
+    ),
+    Fault(
+        "columns of several inner dims are one",
+        "cpu strides",
+        CPU,
+        "dims_.sizes[last] - column % dims_.sizes[last]);",
+        "dims_.sizes[last]);",
+        STRIDES,
+        "avx2",
+    ),
+    Fault(
+        "the last rows of a square are not transposed",
+        "cpu strides",
+        CPU,
+        "k < std::min(kSize, rows - r); ++k) {",
+        "k < std::min(kSize, rows - r - 1); ++k) {",
+        STRIDES,
+        "avx2",
+    ),
+    Fault(
+        "steps that share a register may lie apart",
+        "cpu strides",
+        "csrc/cpu/launch.h",
+        "shape.inner > 1 && (shape.dim <= kShortDim || !is_narrow(shape, dtype));",
+        "shape.inner > 1;",
+        STRIDES,
+        "avx512",
+    ),
+    Fault(
         "int16 is read as uint16",
         "cpu casts",
         CPU,
-        "convert(static_cast<const int16_t*>(input) + offset, y, n);",
-        "convert(static_cast<const uint16_t*>(input) + offset, y, n);",
+        "return f(static_cast<const int16_t*>(data));",
+        "return f(static_cast<const uint16_t*>(data));",
         VALUES,
         "baseline",
     ),
@@ -217,8 +254,8 @@ FAULTS = [
         "an input of another type is converted for the first chunk only",
         "cpu casts",
         CPU,
-        "if (is_converted_) convert(",
-        "if (is_converted_ && offset == 0) convert(",
+        "if (!is_placed) input.place_rows(",
+        "if (!is_placed && k == 0) input.place_rows(",
         VALUES,
         "avx512",
     ),
@@ -397,9 +434,25 @@ FAULTS = [
         "out= that overlaps the input is written all the same",
         "torch operators",
         "csrc/torch/operators.cpp",
-        "  at::assert_no_partial_overlap(out, contiguous);\n",
+        "    at::assert_no_partial_overlap(out, input);\n",
         "",
         LAYOUT,
+    ),
+    Fault(
+        "out= in the memory of a part of the input is written where it lies",
+        "torch operators",
+        "csrc/torch/operators.cpp",
+        "begin == output_begin && input.strides() == output.strides() &&",
+        "begin == output_begin &&",
+        STRIDES,
+    ),
+    Fault(
+        "rows in the memory of one another are written where they lie",
+        "torch operators",
+        "csrc/torch/operators.cpp",
+        "if (stride <= last) return false;",
+        "",
+        STRIDES,
     ),
     Fault(
         "out= keeps its version",

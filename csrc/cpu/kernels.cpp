@@ -67,6 +67,72 @@ void parallel_for(const Threads& threads, int64_t size, int64_t grain, F body) {
       &body);
 }
 
+// A few rows, each as far from the one before; and wherever they lie.
+template <class T>
+struct EvenRows {
+  T* first;
+  int64_t next;
+
+  SOFTMAX_EXT_INLINE T* operator[](int64_t r) const { return first + r * next; }
+};
+
+template <class T>
+struct AnyRows {
+  T* rows[kRegisterBytes / sizeof(float)];
+
+  SOFTMAX_EXT_INLINE T* operator[](int64_t r) const { return rows[r]; }
+};
+
+// The slices of a tensor whose columns lie side by side: a step from another is `step` elements apart, a
+// slice from the one before it `next` where the last outer dim goes on.
+template <class T>
+struct Slices {
+  const Dims* dims;
+  const Strides* strides;
+  T* data;
+  int64_t step, next;
+
+  Slices(const Dims& dims, const Strides& strides, T* data)
+      : dims(&dims),
+        strides(&strides),
+        data(data),
+        step(strides.dim),
+        next(strides.of[dims.outer - 1]) {}
+
+  SOFTMAX_EXT_INLINE T* operator[](int64_t slice) const {
+    return data + outer_offset(*dims, *strides, dims->outer, slice);
+  }
+
+  // Slices that are rows: those from `row` on.
+  SOFTMAX_EXT_INLINE EvenRows<T> rows(int64_t row, int64_t, std::true_type /*even*/) const {
+    return {(*this)[row], next};
+  }
+  AnyRows<T> rows(int64_t row, int64_t count, std::false_type /*even*/) const {
+    AnyRows<T> result;
+    const int64_t size = dims->sizes[dims->outer - 1];
+    const auto first = [&](int64_t run) {
+      return data + outer_offset(*dims, *strides, dims->outer - 1, run);
+    };
+    int64_t run = row / size, k = row % size;
+    T* of_run = first(run);
+    for (int64_t r = 0; r < count; ++r) {
+      result.rows[r] = of_run + k * next;
+      if (++k == size && r + 1 < count) {
+        k = 0;
+        of_run = first(++run);
+      }
+    }
+    return result;
+  }
+};
+
+// Slices from `slice` on, `count` at most, each as far from the one before.
+SOFTMAX_EXT_INLINE int64_t even(const Dims& dims, int64_t slice, int64_t count) {
+  if (dims.outer == 1) return count;
+  const int64_t size = dims.sizes[dims.outer - 1];
+  return std::min(count, size - slice % size);
+}
+
 // step(i, lanes) for each vector of [0, n); the last may be partial.
 template <int kSize, class Step>
 SOFTMAX_EXT_INLINE void for_each_vector(int64_t n, Step step) {
@@ -235,16 +301,16 @@ SOFTMAX_EXT_INLINE F of_lane(const F& formulas, int64_t r) {
   });
 }
 
-// `rows` neighbouring rows of at most a register each, which are read once.
-template <Op op, class T>
-void forward_rows_of_a_register(const T* x, T* y, int64_t n, int64_t rows) {
+// `rows` rows of at most a register each, which are read once.
+template <Op op, class T, class In, class Out>
+void forward_rows_of_a_register(const In& x, const Out& y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const First lanes{n};
   V values[V::kSize], of_rows[V::kSize];
   alignas(64) A maxes[V::kSize] = {};
   for (int64_t r = 0; r < rows; ++r) {
-    const T* row = x + r * n;
+    const T* row = x[r];
     values[r] = n == V::kSize ? load(row, All{}, kLowest<A>) : load(row, lanes, kLowest<A>);
     of_rows[r] = values[r];
   }
@@ -264,56 +330,72 @@ void forward_rows_of_a_register(const T* x, T* y, int64_t n, int64_t rows) {
       result = formula.of(values[r]);
     }
     if (n == V::kSize) {
-      store(y + r * n, All{}, result);
+      store(y[r], All{}, result);
     } else {
-      store(y + r * n, lanes, result);
+      store(y[r], lanes, result);
     }
   }
 }
 
-// `rows` neighbouring rows of n elements, together or alone at most one chunk. Step by step for all
-// of them, which hides the latency of each step.
-template <Op op, Write write, class T>
-void forward_short_rows(const T* x, T* y, int64_t n, int64_t rows) {
+// `rows` rows of n elements, together or alone at most one chunk. Step by step for all of them, which
+// hides the latency of each step.
+template <Op op, Write write, class T, class In, class Out>
+void forward_short_rows(const In& x, const Out& y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  if (n <= V::kSize) return forward_rows_of_a_register<op>(x, y, n, rows);
+  if (n <= V::kSize) return forward_rows_of_a_register<op, T>(x, y, n, rows);
   // The exps are kept in the output's memory, or beside it where that is narrower, or streamed to.
   constexpr bool kKeep = op == Op::kSoftmax;
   constexpr bool kStreamed = write == Write::kStreamed;
   constexpr bool kInOutput = std::is_same_v<T, A> && !kStreamed;
   alignas(64) A scratch[kKeep && !kInOutput ? kChunk<A> : 1];
-  A* kept = scratch;
-  if constexpr (kInOutput) kept = y;
+  const auto kept_of = [&](int64_t r) SOFTMAX_EXT_LAMBDA -> A* {
+    if constexpr (kInOutput) return y[r];
+    return scratch + (kKeep ? r * n : 0);
+  };
   V lanes[V::kSize];
   alignas(64) A maxes[V::kSize] = {};
-  for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x + r * n, n);
+  for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(static_cast<const T*>(x[r]), n);
   max_over_lanes(lanes, rows, maxes);
   for (int64_t r = 0; r < rows; ++r) {
-    lanes[r] = lane_sum_of_exp<kKeep>(x + r * n, kept + r * n, n, maxes[r], /*keep_all=*/kStreamed);
+    lanes[r] = lane_sum_of_exp<kKeep>(static_cast<const T*>(x[r]), kept_of(r), n, maxes[r],
+                                      /*keep_all=*/kStreamed);
   }
   const ExactSum<V> sum = exact_sum_over_lanes(lanes, rows);
   const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum.sum, sum.rest);
   for (int64_t r = 0; r < rows; ++r) {
     const auto formula = of_lane(formulas, r);
-    store_each<write, T>(y + r * n, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-      const int64_t k = r * n + i;
+    const T* row = x[r];
+    const A* kept = kept_of(r);
+    store_each<write, T>(y[r], n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       if constexpr (kKeep && (kWhole<decltype(lanes)> || kStreamed)) {
-        return formula.of_exp(load(kept + k, lanes, A(0)));
+        return formula.of_exp(load(kept + i, lanes, A(0)));
       } else {
-        return formula.of(load(x + k, lanes, A(0)));
+        return formula.of(load(row + i, lanes, A(0)));
       }
     });
   }
 }
 
-// Calls few(first, count) for all rows of at most one chunk each: as many as have at most `elements`
-// together, from one to one for each lane of a register.
-template <class A, class Few>
-void for_each_short_row(const Shape& shape, int64_t elements, const Threads& threads, Few few) {
-  const int64_t count = std::clamp<int64_t>(elements / shape.dim, 1, Vec<A>::kSize);
-  parallel_for(threads, shape.rows(), grain<A>(shape.dim), [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row += count) few(row, std::min(count, end - row));
+// Calls few(first, count, whether these lie at even distances) for all rows of at most one chunk each,
+// when they can be read: as many as have at most `elements` together, from one to one for each lane of a
+// register.
+template <class A, class Input, class Few>
+void for_each_short_row(const Shape& shape, const Dims& dims, const Input& input, int64_t elements,
+                        const Threads& threads, Few few) {
+  const int64_t most = std::clamp<int64_t>(elements / shape.dim, 1, Vec<A>::kSize);
+  parallel_for(threads, shape.rows(), grain<A>(shape.dim), [&](int64_t begin, int64_t end) {
+    input.for_each_few_rows(begin, end, most, [&](int64_t first, int64_t end) {
+      input.place_rows(first, end - first, 0, shape.dim);
+      for (int64_t row = first; row < end; row += most) {
+        const int64_t count = std::min(most, end - row);
+        if (even(dims, row, count) == count) {
+          few(row, count, std::true_type{});
+        } else {
+          few(row, count, std::false_type{});
+        }
+      }
+    });
   });
 }
 
@@ -339,17 +421,19 @@ class Buffer {
   T* data_;
 };
 
-// For each row, of more than one chunk: a state by reduce(row, begin, size) for each chunk, all
-// combined in order, then store(row, begin, size, of_chunk, of_row) for each chunk. States are kept
-// in double.
-template <class State, class A, class Reduce, class Store>
-void reduce_and_store(int64_t rows, int64_t dim, const Threads& threads, Reduce reduce,
-                      Store store) {
+// For each row, of more than one chunk: a state by reduce(row, begin, size) for each chunk, when that can
+// be read; all combined in order; then store(row, begin, size, of_chunk, of_row) for each chunk. States
+// are kept in double.
+template <class State, class A, class Input, class Reduce, class Store>
+void reduce_and_store(int64_t rows, int64_t dim, const Input& input, const Threads& threads,
+                      Reduce reduce, Store store) {
   using softmax_ext::combine;
   constexpr int64_t chunk = kChunk<A>;
   const int64_t chunks = ceil_div(dim, chunk);
-  const auto reduce_chunk = [=](int64_t row, int64_t k) {
-    return reduce(row, k * chunk, std::min(chunk, dim - k * chunk));
+  const auto reduce_chunk = [&](int64_t row, int64_t k, bool is_placed) {
+    const int64_t size = std::min(chunk, dim - k * chunk);
+    if (!is_placed) input.place_rows(row, 1, k * chunk, size);
+    return reduce(row, k * chunk, size);
   };
   const auto combine_chunks = [=](const State* states) {
     State state = states[0];
@@ -363,11 +447,15 @@ void reduce_and_store(int64_t rows, int64_t dim, const Threads& threads, Reduce 
     parallel_for(threads, rows, /*grain=*/1, [&](int64_t begin, int64_t end) {
       const Buffer<State> buffer(chunks);
       State* const states = buffer.data();
-      for (int64_t row = begin; row < end; ++row) {
-        for (int64_t k = 0; k < chunks; ++k) states[k] = reduce_chunk(row, k);
-        const State of_row = combine_chunks(states);
-        for (int64_t k = 0; k < chunks; ++k) store_chunk(row, k, states[k], of_row);
-      }
+      input.for_each_few_rows(begin, end, 1, [&](int64_t row, int64_t end) {
+        const bool together = end - row > 1 && input.is_placed();
+        if (together) input.place_rows(row, end - row, 0, dim);
+        for (; row < end; ++row) {
+          for (int64_t k = 0; k < chunks; ++k) states[k] = reduce_chunk(row, k, together);
+          const State of_row = combine_chunks(states);
+          for (int64_t k = 0; k < chunks; ++k) store_chunk(row, k, states[k], of_row);
+        }
+      });
     });
     return;
   }
@@ -375,7 +463,7 @@ void reduce_and_store(int64_t rows, int64_t dim, const Threads& threads, Reduce 
   State* const states = buffer.data();
   State* const of_rows = states + rows * chunks;
   parallel_for(threads, rows * chunks, grain<A>(chunk), [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) states[t] = reduce_chunk(t / chunks, t % chunks);
+    for (int64_t t = begin; t < end; ++t) states[t] = reduce_chunk(t / chunks, t % chunks, false);
   });
   for (int64_t row = 0; row < rows; ++row) of_rows[row] = combine_chunks(states + row * chunks);
   parallel_for(threads, rows * chunks, grain<A>(chunk), [&](int64_t begin, int64_t end) {
@@ -385,76 +473,258 @@ void reduce_and_store(int64_t rows, int64_t dim, const Threads& threads, Reduce 
   });
 }
 
-// ---- input of another type ----------------------------------------------------------------------
+// ---- input of another type, or not side by side -------------------------------------------------
 
+// n elements that are `apart`, rounded to T.
 template <class T, class From>
-void convert(const From* x, T* y, int64_t n) {
+SOFTMAX_EXT_INLINE void convert(const From* x, int64_t apart, T* y, int64_t n) {
   using A = compute_t<T>;
   constexpr int kSize = Vec<A>::kSize;
   for_each_vector<kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
     if constexpr (kIsFloating<From> && std::is_same_v<compute_t<From>, A>) {
-      store(y + i, lanes, plain_nan(load(x + i, lanes, A(0))));
-    } else {
-      Vec<A> values(A(0));
-      int64_t count = kSize;
-      if constexpr (std::is_same_v<decltype(lanes), First>) count = lanes.count;
-      for (int64_t k = 0; k < count; ++k) values.raw[k] = static_cast<A>(to_float(x[i + k]));
-      store(y + i, lanes, plain_nan(values));
+      if (apart == 1) {
+        store(y + i, lanes, plain_nan(load(x + i, lanes, A(0))));
+        return;
+      }
     }
+    Vec<A> values(static_cast<A>(to_float(x[i * apart])));
+    int64_t count = apart == 0 ? 0 : kSize;
+    if constexpr (std::is_same_v<decltype(lanes), First>) count = std::min(count, lanes.count);
+    for (int64_t k = 1; k < count; ++k) {
+      values.raw[k] = static_cast<A>(to_float(x[(i + k) * apart]));
+    }
+    store(y + i, lanes, plain_nan(values));
   });
 }
 
-// Rounds n elements of the input, from `offset` on, to T.
+// Copies `slices` times `steps` stretches of n elements, of 4 bytes or more.
 template <class T>
-void convert(const void* input, DType dtype, int64_t offset, T* y, int64_t n) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return convert(static_cast<const Float16*>(input) + offset, y, n);
-    case DType::kBFloat16:
-      return convert(static_cast<const BFloat16*>(input) + offset, y, n);
-    case DType::kFloat32:
-      return convert(static_cast<const float*>(input) + offset, y, n);
-    case DType::kFloat64:
-      return convert(static_cast<const double*>(input) + offset, y, n);
-    case DType::kBool:
-      return convert(static_cast<const Bool*>(input) + offset, y, n);
-    case DType::kUInt8:
-      return convert(static_cast<const uint8_t*>(input) + offset, y, n);
-    case DType::kInt8:
-      return convert(static_cast<const int8_t*>(input) + offset, y, n);
-    case DType::kInt16:
-      return convert(static_cast<const int16_t*>(input) + offset, y, n);
-    case DType::kInt32:
-      return convert(static_cast<const int32_t*>(input) + offset, y, n);
-    case DType::kInt64:
-      return convert(static_cast<const int64_t*>(input) + offset, y, n);
+void copy_stretches(T* to, int64_t to_slice, int64_t to_step, const T* from, int64_t from_slice,
+                    int64_t from_step, int64_t slices, int64_t steps, int64_t n) {
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+  // By moves of so many bytes, the last of which may overlap the one before.
+  const auto copy_all = [=](auto size) SOFTMAX_EXT_LAMBDA {
+    constexpr int64_t kMove = size();
+    const int64_t last = bytes - kMove;
+    for (int64_t s = 0; s < slices; ++s) {
+      for (int64_t d = 0; d < steps; ++d) {
+        char* target = reinterpret_cast<char*>(to + s * to_slice + d * to_step);
+        const char* source = reinterpret_cast<const char*>(from + s * from_slice + d * from_step);
+        for (int64_t i = 0; i < last; i += kMove) std::memcpy(target + i, source + i, kMove);
+        std::memcpy(target + last, source + last, kMove);
+      }
+    }
+  };
+  if (bytes >= 64) return copy_all(std::integral_constant<int, 64>{});
+  if (bytes >= 32) return copy_all(std::integral_constant<int, 32>{});
+  if (bytes >= 16) return copy_all(std::integral_constant<int, 16>{});
+  if (bytes >= 8) return copy_all(std::integral_constant<int, 8>{});
+  copy_all(std::integral_constant<int, 4>{});
+}
+
+// Where a line of memory has elements of neighbouring rows: `rows` times n elements, those of a row
+// `apart` in x and side by side in y.
+template <class T>
+void transpose(const T* x, int64_t apart, T* y, int64_t y_next, int64_t rows, int64_t n) {
+  using A = compute_t<T>;
+  constexpr int64_t kSize = Vec<A>::kSize;
+  for (int64_t i = 0; i < n; i += kSize) {
+    const int64_t width = std::min(kSize, n - i);
+    for_each_vector<kSize>(rows, [=](int64_t r, auto lanes) SOFTMAX_EXT_LAMBDA {
+      Vec<A> square[kSize];
+      for (int64_t k = 0; k < kSize; ++k) {
+        square[k] = load(x + r + (i + std::min(k, width - 1)) * apart, lanes, A(0));
+      }
+      transpose(square);
+      for (int64_t k = 0; k < std::min(kSize, rows - r); ++k) {
+        T* to = y + (r + k) * y_next + i;
+        if (width == kSize) {
+          store(to, All{}, square[k]);
+        } else {
+          store(to, First{width}, square[k]);
+        }
+      }
+    });
   }
 }
 
-// The input as elements of T: itself, or the output's memory once that has been converted to.
+// `rows` times n elements, rounded to T: of x, rows are x_next apart, and the elements of each `apart`.
+template <class T, class From>
+void convert(const From* x, int64_t x_next, int64_t apart, T* y, int64_t y_next, int64_t rows,
+             int64_t n) {
+  constexpr int64_t kSize = Vec<compute_t<T>>::kSize;
+  if constexpr (std::is_same_v<T, From>) {
+    if (apart == 1 && n * static_cast<int64_t>(sizeof(T)) >= 4) {
+      return copy_stretches(y, 0, y_next, x, 0, x_next, 1, rows, n);
+    }
+    if (x_next == 1 && apart > 1 && rows > kSize / 4) {
+      return transpose(x, apart, y, y_next, rows, n);
+    }
+  }
+  if (x_next == n * apart && y_next == n) {
+    n *= rows;
+    rows = 1;
+  }
+  // Where a line of memory has elements of neighbouring rows, it is read once.
+  const int64_t width = x_next < apart ? kSize : n;
+  for (int64_t i = 0; i < n; i += width) {
+    for (int64_t r = 0; r < rows; ++r) {
+      convert(x + r * x_next + i * apart, apart, y + r * y_next + i, std::min(width, n - i));
+    }
+  }
+}
+
+// f(const From*) for elements of a type From.
+template <class F>
+void visit(DType dtype, const void* data, F f) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return f(static_cast<const Float16*>(data));
+    case DType::kBFloat16:
+      return f(static_cast<const BFloat16*>(data));
+    case DType::kFloat32:
+      return f(static_cast<const float*>(data));
+    case DType::kFloat64:
+      return f(static_cast<const double*>(data));
+    case DType::kBool:
+      return f(static_cast<const Bool*>(data));
+    case DType::kUInt8:
+      return f(static_cast<const uint8_t*>(data));
+    case DType::kInt8:
+      return f(static_cast<const int8_t*>(data));
+    case DType::kInt16:
+      return f(static_cast<const int16_t*>(data));
+    case DType::kInt32:
+      return f(static_cast<const int32_t*>(data));
+    case DType::kInt64:
+      return f(static_cast<const int64_t*>(data));
+  }
+}
+
+// A tensor to be read as elements of T: itself where it is direct and has them; otherwise it is placed,
+// in parts, in the memory of the result, and read there.
 template <class T>
 class Input {
  public:
-  Input(const ForwardArgs& args)
-      : args_(args),
-        is_converted_(args.input_dtype != args.output_dtype),
-        y_(static_cast<T*>(args.output)),
-        x_(is_converted_ ? y_ : static_cast<const T*>(args.input)) {}
+  Input(const void* data, DType dtype, const Strides& strides, bool is_placed, const Shape& shape,
+        const Dims& dims, const Slices<T>& result)
+      : slices(dims, is_placed ? *result.strides : strides,
+               is_placed ? result.data : static_cast<const T*>(data)),
+        data_(data),
+        dtype_(dtype),
+        dims_(dims),
+        strides_(strides),
+        is_placed_(is_placed),
+        result_(result),
+        together_(shape.inner == 1 && strides.of[dims.outer - 1] < strides.dim ? 64 / size_of(dtype)
+                                                                               : int64_t{1}) {}
 
-  // The n elements from `offset` on, ready to read.
-  const T* at(int64_t offset, int64_t n) const {
-    if (is_converted_) convert(args_.input, args_.input_dtype, offset, y_ + offset, n);
-    return x_ + offset;
+  Slices<const T> slices;
+
+  bool is_placed() const { return is_placed_; }
+
+  // f(first, end) for rows to be placed together: `count`, or those that a line of memory has a part of.
+  template <class F>
+  SOFTMAX_EXT_INLINE void for_each_few_rows(int64_t begin, int64_t end, int64_t count, F f) const {
+    const int64_t most = is_placed_ ? std::max(count, together_) : end - begin;
+    for (int64_t row = begin; row < end; row += most) f(row, std::min(row + most, end));
   }
 
-  // Elements that have been made ready.
-  const T* again(int64_t offset) const { return x_ + offset; }
+  // n elements of `count` rows, from element i on. inner is 1.
+  SOFTMAX_EXT_INLINE void place_rows(int64_t row, int64_t count, int64_t i, int64_t n) const {
+    if (!is_placed_) return;
+    for (const int64_t end = row + count; row < end;) {
+      const int64_t some = even(dims_, row, end - row);
+      place(outer_offset(dims_, strides_, dims_.outer, row) + i * strides_.dim,
+            strides_.of[dims_.outer - 1], strides_.dim, result_[row] + i, result_.next, some, n);
+      row += some;
+    }
+  }
+
+  // `count` slices. inner is more than 1.
+  void place_slices(int64_t slice, int64_t count, const Shape& shape) const {
+    if (!is_placed_) return;
+    // Where the elements of each lie evenly, so may those of some.
+    const int64_t apart = strides_.of[dims_.outer];
+    const bool even_elements =
+        dims_.inner == 1 && strides_.dim == shape.inner * apart && result_.step == shape.inner;
+    for (const int64_t end = slice + count; slice < end;) {
+      const int64_t some = even_elements ? even(dims_, slice, end - slice) : 1;
+      if (even_elements) {
+        place(outer_offset(dims_, strides_, dims_.outer, slice), strides_.of[dims_.outer - 1],
+              apart, result_[slice], result_.next, some, shape.dim * shape.inner);
+      } else {
+        place_columns(slice, 0, shape.inner, 0, shape.dim);
+      }
+      slice += some;
+    }
+  }
+
+  // The steps [begin, end) of `width` columns of a slice. inner is more than 1.
+  SOFTMAX_EXT_INLINE void place_columns(int64_t slice, int64_t column, int64_t width, int64_t begin,
+                                        int64_t end) const {
+    if (!is_placed_) return;
+    const int last = dims_.outer + dims_.inner - 1;
+    const int64_t offset = outer_offset(dims_, strides_, dims_.outer, slice) + begin * strides_.dim;
+    T* y = result_[slice] + begin * result_.step;
+    for (const int64_t end_column = column + width; column < end_column;) {
+      const int64_t some =
+          std::min(end_column - column, dims_.sizes[last] - column % dims_.sizes[last]);
+      place(offset + inner_offset(dims_, strides_, column), strides_.dim, strides_.of[last],
+            y + column, result_.step, end - begin, some);
+      column += some;
+    }
+  }
 
  private:
-  const ForwardArgs& args_;
-  bool is_converted_;
-  T* y_;
-  const T* x_;
+  void place(int64_t offset, int64_t next, int64_t apart, T* y, int64_t y_next, int64_t rows,
+             int64_t n) const {
+    visit(dtype_, data_, [=](auto x) { convert(x + offset, next, apart, y, y_next, rows, n); });
+  }
+
+  const void* data_;
+  DType dtype_;
+  const Dims& dims_;
+  const Strides& strides_;
+  bool is_placed_;
+  Slices<T> result_;
+  int64_t together_;
+};
+
+bool is_placed(const ForwardArgs& args) {
+  return args.input_dtype != args.output_dtype ||
+         !is_direct(args.shape, args.dims, args.input_strides, args.input_dtype);
+}
+
+bool is_placed(const BackwardArgs& args) {
+  return args.grad_input_dtype == args.output_dtype &&
+         !is_direct(args.shape, args.dims, args.grad_output_strides, args.output_dtype);
+}
+
+template <class T>
+Slices<T> output_of(const ForwardArgs& args) {
+  return {args.dims, args.output_strides, static_cast<T*>(args.output)};
+}
+
+template <class T>
+Input<T> input_of(const ForwardArgs& args) {
+  return {args.input, args.input_dtype, args.input_strides, is_placed(args),
+          args.shape, args.dims,        output_of<T>(args)};
+}
+
+// Of a backward.
+template <class T, class G>
+struct Gradients {
+  Slices<const T> outputs;
+  Slices<G> grad_inputs;
+  Input<T> grads;
+
+  explicit Gradients(const BackwardArgs& args)
+      : outputs(args.dims, args.output_strides, static_cast<const T*>(args.output)),
+        grad_inputs(args.dims, args.grad_input_strides, static_cast<G*>(args.grad_input)),
+        grads(args.grad_output, args.output_dtype, args.grad_output_strides, is_placed(args),
+              args.shape, args.dims,
+              {args.dims, args.grad_input_strides, static_cast<T*>(args.grad_input)}) {}
 };
 
 template <Op op, class T, Write write>
@@ -462,12 +732,24 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const int64_t rows = args.shape.rows(), dim = args.shape.dim;
-  T* y = static_cast<T*>(args.output);
-  const Input<T> input(args);
+  const Slices<T> output = output_of<T>(args);
+  const Input<T> input = input_of<T>(args);
   if (dim <= kChunk<A>) {
-    for_each_short_row<A>(args.shape, kChunk<A> / 2, threads, [&](int64_t row, int64_t count) {
-      forward_short_rows<op, write>(input.at(row * dim, count * dim), y + row * dim, dim, count);
-    });
+    // The processor does not foresee rows that lie behind as much of something else.
+    const bool far = input.slices.next >= 2 * dim;
+    for_each_short_row<A>(args.shape, args.dims, input, kChunk<A> / 2, threads,
+                          [&](int64_t row, int64_t count, auto even) {
+                            const auto x = input.slices.rows(row, count, even);
+                            if constexpr (even()) {
+                              constexpr int64_t kLine = 64 / sizeof(T);
+                              for (int64_t r = 0; far && r < count; ++r) {
+                                for (int64_t i = 0; i < dim; i += kLine)
+                                  __builtin_prefetch(x[count + r] + i);
+                              }
+                            }
+                            forward_short_rows<op, write, T>(x, output.rows(row, count, even), dim,
+                                                             count);
+                          });
     return;
   }
   // Where a row stays in cache, the exps of a chunk are kept in the output's memory. They are
@@ -477,14 +759,13 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
   constexpr bool kKeep = kByChunk && write == Write::kCached;
   const bool by_chunk = kByChunk && dim * static_cast<int64_t>(sizeof(A)) <= kKeptRow;
   reduce_and_store<OnlineState<double>, A>(
-      rows, dim, threads,
+      rows, dim, input, threads,
       [&](int64_t row, int64_t i, int64_t n) {
-        const int64_t offset = row * dim + i;
-        const T* x = input.at(offset, n);
+        const T* x = input.slices[row] + i;
         const A max = max_over_lanes(lane_max(x, n));
         if constexpr (kKeep) {
           if (by_chunk) {
-            const auto sum = lane_sum_of_exp<true>(x, y + offset, n, max, /*keep_all=*/true);
+            const auto sum = lane_sum_of_exp<true>(x, output[row] + i, n, max, /*keep_all=*/true);
             return OnlineState<double>{max, exact_sum_over_lanes(sum)};
           }
         }
@@ -494,15 +775,15 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
       },
       [&](int64_t row, int64_t i, int64_t n, OnlineState<double> of_chunk,
           OnlineState<double> of_row) {
-        const int64_t offset = row * dim + i;
-        const T* x = input.again(offset);
+        const T* x = input.slices[row] + i;
+        T* y = output[row] + i;
         const auto formula = formula_of<op, T>(of_row);
         if constexpr (kByChunk) {
           if (by_chunk) {
             const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
             const V shift = shift_of(V(static_cast<A>(of_chunk.max)));
-            const T* kept = y + offset;
-            store_each<write, T>(y + offset, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+            const T* kept = y;
+            store_each<write, T>(y, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
               const V e = kKeep ? load(kept + k, lanes, A(0))
                                 : exp_of_nonpositive(load(x + k, lanes, kLowest<A>) - shift);
               return formula.of_exp(e * weight);
@@ -510,7 +791,7 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
             return;
           }
         }
-        store_output<write>(x, y + offset, n, formula);
+        store_output<write>(x, y, n, formula);
       });
 }
 
@@ -519,54 +800,60 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const int64_t dim = args.shape.dim;
-  const T* grads = static_cast<const T*>(args.grad_output);
-  const T* outputs = static_cast<const T*>(args.output);
-  G* grad_inputs = static_cast<G*>(args.grad_input);
+  const Gradients<T, G> tensors(args);
   constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
   const bool ahead = kAhead && dim * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
-  const auto lane_sum = [=](int64_t offset, int64_t n) SOFTMAX_EXT_LAMBDA {
+  const auto lane_sum = [=](const T* grad, const T* y, int64_t n) SOFTMAX_EXT_LAMBDA {
     return fold(
         n, V(A(0)),
         [=](V sum, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
           // A first look at the output while stores pass the caches would wait behind them.
           if constexpr (kAhead) {
-            if (ahead) __builtin_prefetch(outputs + offset + k);
+            if (ahead) __builtin_prefetch(y + k);
           }
-          return sum + Backward<op, V>::term(load(grads + offset + k, lanes, A(0)),
-                                             load(outputs + offset + k, lanes, A(0)));
+          return sum + Backward<op, V>::term(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
         },
         Add{});
   };
-  const auto store_gradient = [=](int64_t offset, int64_t n, A sum) SOFTMAX_EXT_LAMBDA {
+  const auto store_gradient = [](const T* grad, const T* y, G* grad_input, int64_t n,
+                                 A sum) SOFTMAX_EXT_LAMBDA {
     const Backward<op, V> formula{sum};
-    store_each<write, T>(grad_inputs + offset, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-      return formula.of(load(grads + offset + k, lanes, A(0)),
-                        load(outputs + offset + k, lanes, A(0)));
+    store_each<write, T>(grad_input, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+      return formula.of(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
     });
   };
   if (dim <= kChunk<A>) {
-    for_each_short_row<A>(args.shape, kChunk<A> / 4, threads, [=](int64_t row, int64_t count) {
-      V lanes[V::kSize];
-      alignas(64) A sums[V::kSize];
-      for (int64_t r = 0; r < count; ++r) lanes[r] = lane_sum((row + r) * dim, dim);
-      rounded_sum_over_lanes(lanes, count, sums);
-      for (int64_t r = 0; r < count; ++r) store_gradient((row + r) * dim, dim, sums[r]);
-    });
+    for_each_short_row<A>(args.shape, args.dims, tensors.grads, kChunk<A> / 4, threads,
+                          [&](int64_t row, int64_t count, auto even) {
+                            const auto grads = tensors.grads.slices.rows(row, count, even);
+                            const auto outputs = tensors.outputs.rows(row, count, even);
+                            const auto grad_inputs = tensors.grad_inputs.rows(row, count, even);
+                            V lanes[V::kSize];
+                            alignas(64) A sums[V::kSize];
+                            for (int64_t r = 0; r < count; ++r)
+                              lanes[r] = lane_sum(grads[r], outputs[r], dim);
+                            rounded_sum_over_lanes(lanes, count, sums);
+                            for (int64_t r = 0; r < count; ++r) {
+                              store_gradient(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);
+                            }
+                          });
     return;
   }
   reduce_and_store<Sum, A>(
-      args.shape.rows(), dim, threads,
-      [=](int64_t row, int64_t i, int64_t n) {
-        return Sum{exact_sum_over_lanes(lane_sum(row * dim + i, n))};
+      args.shape.rows(), dim, tensors.grads, threads,
+      [&](int64_t row, int64_t i, int64_t n) {
+        return Sum{exact_sum_over_lanes(
+            lane_sum(tensors.grads.slices[row] + i, tensors.outputs[row] + i, n))};
       },
-      [=](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
-        store_gradient(row * dim + i, n, static_cast<A>(of_row.sum));
+      [&](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
+        store_gradient(tensors.grads.slices[row] + i, tensors.outputs[row] + i,
+                       tensors.grad_inputs[row] + i, n, static_cast<A>(of_row.sum));
       });
 }
 
 // ---- over another dim ---------------------------------------------------------------------------
 
-// tile(offset of its first element, width) for each tile of columns.
+// tile(slice, first column, width) for each tile of columns.
 template <class A, class Tile>
 void for_each_tile(const Shape& shape, const Threads& threads, Tile tile) {
   constexpr int64_t kSize = Vec<A>::kSize;
@@ -574,13 +861,13 @@ void for_each_tile(const Shape& shape, const Threads& threads, Tile tile) {
   const int64_t share = ceil_div(ceil_div(shape.inner, wanted), kSize) * kSize;
   const int64_t width = std::min(share, kTile<A>);
   const int64_t tiles = ceil_div(shape.inner, width);
-  parallel_for(
-      threads, shape.outer * tiles, grain<A>(shape.dim * width), [=](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-          const int64_t column = t % tiles * width;
-          tile(t / tiles * shape.dim * shape.inner + column, std::min(width, shape.inner - column));
-        }
-      });
+  parallel_for(threads, shape.outer * tiles, grain<A>(shape.dim * width),
+               [=](int64_t begin, int64_t end) {
+                 for (int64_t t = begin; t < end; ++t) {
+                   const int64_t column = t % tiles * width;
+                   tile(t / tiles, column, std::min(width, shape.inner - column));
+                 }
+               });
 }
 
 // block(begin, end) for each block of steps along dim.
@@ -651,10 +938,13 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
   constexpr int kSize = V::kSize;
-  const int64_t dim = args.shape.dim, inner = args.shape.inner;
-  T* output = static_cast<T*>(args.output);
-  const Input<T> input(args);
-  for_each_tile<A>(args.shape, threads, [&](int64_t offset, int64_t width) {
+  const int64_t dim = args.shape.dim;
+  const Slices<T> output = output_of<T>(args);
+  const Input<T> input = input_of<T>(args);
+  const int64_t x_step = input.slices.step, y_step = output.step;
+  for_each_tile<A>(args.shape, threads, [&](int64_t slice, int64_t column, int64_t width) {
+    const T* const x_tile = input.slices[slice] + column;
+    T* const y_tile = output[slice] + column;
     V maxes[kTile<A> / kSize];
     ExactSum<V> sums[kTile<A> / kSize];
     std::fill_n(maxes, ceil_div(width, kSize), V(kLowest<A>));
@@ -662,8 +952,9 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
     for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
       V shifts[kTile<A> / kSize];
       std::copy_n(maxes, ceil_div(width, kSize), shifts);
+      input.place_columns(slice, column, width, begin, end);
       for (int64_t d = begin; d < end; ++d) {
-        const T* x = input.at(offset + d * inner, width);
+        const T* x = x_tile + d * x_step;
         for_each_vector<kSize>(width, [=, &shifts](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
           V& max = shifts[c / kSize];
           max = max_of(load(x + c, lanes, kLowest<A>), max);
@@ -677,7 +968,7 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
       }
       for_each_steps(begin, end, dim > kFewSteps, [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
         const T* x[steps()];
-        for (int64_t k = 0; k < steps(); ++k) x[k] = input.again(offset + (d + k) * inner);
+        for (int64_t k = 0; k < steps(); ++k) x[k] = x_tile + (d + k) * x_step;
         for_each_vector<kSize>(
             width, [=, &shifts, &sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
               const V shift = shifts[c / kSize];
@@ -698,8 +989,8 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
       formulas[v] = formula_of<op, T>(maxes[v], sums[v].sum, sums[v].rest);
     }
     for (int64_t d = 0; d < dim; ++d) {
-      const T* x = input.again(offset + d * inner);
-      T* y = output + offset + d * inner;
+      const T* x = x_tile + d * x_step;
+      T* y = y_tile + d * y_step;
       for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
         write_vector<write, T>(y + c, lanes, formulas[c / kSize].of(load(x + c, lanes, A(0))));
       });
@@ -712,36 +1003,40 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   using V = Vec<A>;
   constexpr int kSize = V::kSize;
-  const int64_t dim = args.shape.dim, inner = args.shape.inner;
-  const T* grads = static_cast<const T*>(args.grad_output);
-  const T* outputs = static_cast<const T*>(args.output);
-  G* grad_inputs = static_cast<G*>(args.grad_input);
+  const int64_t dim = args.shape.dim;
+  const Gradients<T, G> tensors(args);
+  const int64_t grad_step = tensors.grads.slices.step, y_step = tensors.outputs.step;
+  const int64_t grad_input_step = tensors.grad_inputs.step;
   constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
   const bool ahead = kAhead && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   // The processor does not foresee the first lines of a step that lies in another page.
-  const bool far = inner * static_cast<int64_t>(sizeof(T)) >= 4096;
+  const bool far = y_step * static_cast<int64_t>(sizeof(T)) >= 4096;
   // What is in the first caches waits for instructions; elsewhere memory is walked step by step.
   const bool together = dim <= kShortDim && !far;
-  for_each_tile<A>(args.shape, threads, [=](int64_t offset, int64_t width) {
+  for_each_tile<A>(args.shape, threads, [&](int64_t slice, int64_t column, int64_t width) {
+    const T* const grad_tile = tensors.grads.slices[slice] + column;
+    const T* const y_tile = tensors.outputs[slice] + column;
+    G* const grad_input_tile = tensors.grad_inputs[slice] + column;
     ExactSum<V> sums[kTile<A> / kSize];
     for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
       V block_sums[kTile<A> / kSize];
       std::fill_n(block_sums, ceil_div(width, kSize), V(A(0)));
+      tensors.grads.place_columns(slice, column, width, begin, end);
       for_each_steps(begin, end, together, [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
-        const T* grad = grads + offset + d * inner;
-        const T* y = outputs + offset + d * inner;
+        const T* grad = grad_tile + d * grad_step;
+        const T* y = y_tile + d * y_step;
         for_each_vector<kSize>(width, [=, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
           if constexpr (kAhead) {
             if (ahead) __builtin_prefetch(y + c);  // as in backward_rows
           }
           if (steps() == 1 && far) {
-            __builtin_prefetch(grad + inner + c);
-            __builtin_prefetch(y + inner + c);
+            __builtin_prefetch(grad + grad_step + c);
+            __builtin_prefetch(y + y_step + c);
           }
           V sum = block_sums[c / kSize];
           for (int64_t k = 0; k < steps(); ++k) {
-            sum = ColumnBackward<op, V>::add(sum, load(grad + k * inner + c, lanes, A(0)),
-                                             load(y + k * inner + c, lanes, A(0)));
+            sum = ColumnBackward<op, V>::add(sum, load(grad + k * grad_step + c, lanes, A(0)),
+                                             load(y + k * y_step + c, lanes, A(0)));
           }
           block_sums[c / kSize] = sum;
         });
@@ -753,15 +1048,15 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
     ColumnBackward<op, V> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) formulas[v].sum = sums[v].rounded();
     for_each_steps(0, dim, together, [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
-      const T* grad = grads + offset + d * inner;
-      const T* y = outputs + offset + d * inner;
-      G* grad_input = grad_inputs + offset + d * inner;
+      const T* grad = grad_tile + d * grad_step;
+      const T* y = y_tile + d * y_step;
+      G* grad_input = grad_input_tile + d * grad_input_step;
       for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
         const ColumnBackward<op, V> formula = formulas[c / kSize];
         for (int64_t k = 0; k < steps(); ++k) {
-          const int64_t i = k * inner + c;
-          write_vector<write, T>(grad_input + i, lanes,
-                                 formula.of(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0))));
+          write_vector<write, T>(grad_input + k * grad_input_step + c, lanes,
+                                 formula.of(load(grad + k * grad_step + c, lanes, A(0)),
+                                            load(y + k * y_step + c, lanes, A(0))));
         }
       });
     });
@@ -770,10 +1065,7 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
 
 // ---- over another dim, whose steps are narrow ---------------------------------------------------
 //
-// A step of at most kNarrow bytes does not fill registers, or fills few: lanes are the columns of several
-// slices (a slice: dim steps, one after another in memory), or of several steps.
-
-constexpr int64_t kNarrow = 512;
+// Lanes are the columns of several slices, or of several steps.
 
 // Lanes of a tile.
 template <class A>
@@ -782,36 +1074,6 @@ constexpr int64_t kLanes = 2 * kNarrow / static_cast<int64_t>(sizeof(A));
 // Elements of the slices that are gathered.
 template <class A>
 constexpr int64_t kGathered = kShortDim * kNarrow / static_cast<int64_t>(sizeof(A));
-
-template <class T>
-bool is_narrow(int64_t inner) {
-  return inner * static_cast<int64_t>(sizeof(compute_t<T>)) <= kNarrow;
-}
-
-// Copies `slices` times `steps` stretches of n elements, of 4 bytes or more.
-template <class T>
-void copy_stretches(T* to, int64_t to_slice, int64_t to_step, const T* from, int64_t from_slice,
-                    int64_t from_step, int64_t slices, int64_t steps, int64_t n) {
-  const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
-  // By moves of so many bytes, the last of which may overlap the one before.
-  const auto copy_all = [=](auto size) SOFTMAX_EXT_LAMBDA {
-    constexpr int64_t kMove = size();
-    const int64_t last = bytes - kMove;
-    for (int64_t s = 0; s < slices; ++s) {
-      for (int64_t d = 0; d < steps; ++d) {
-        char* target = reinterpret_cast<char*>(to + s * to_slice + d * to_step);
-        const char* source = reinterpret_cast<const char*>(from + s * from_slice + d * from_step);
-        for (int64_t i = 0; i < last; i += kMove) std::memcpy(target + i, source + i, kMove);
-        std::memcpy(target + last, source + last, kMove);
-      }
-    }
-  };
-  if (bytes >= 64) return copy_all(std::integral_constant<int, 64>{});
-  if (bytes >= 32) return copy_all(std::integral_constant<int, 32>{});
-  if (bytes >= 16) return copy_all(std::integral_constant<int, 16>{});
-  if (bytes >= 8) return copy_all(std::integral_constant<int, 8>{});
-  copy_all(std::integral_constant<int, 4>{});
-}
 
 // Slices side by side: step d of all of them is a row, from d * stride on, of whole registers.
 template <class T, class A = compute_t<T>>
@@ -828,11 +1090,19 @@ struct Gathered {
       store(data + d * stride + width - kSize, All{}, Vec<A>(A(0)));
     }
   }
-  void gather(const T* slices, int64_t count, int64_t dim, int64_t inner) {
-    copy_stretches(data, inner, stride, slices, dim * inner, inner, count, dim, inner);
+  void gather(const Slices<const T>& slices, int64_t first, int64_t count, const Shape& shape) {
+    for (int64_t s = 0, n; s < count; s += n) {
+      n = even(*slices.dims, first + s, count - s);
+      copy_stretches(data + s * shape.inner, shape.inner, stride, slices[first + s], slices.next,
+                     slices.step, n, shape.dim, shape.inner);
+    }
   }
-  void scatter(T* slices, int64_t count, int64_t dim, int64_t inner) const {
-    copy_stretches(slices, dim * inner, inner, data, inner, stride, count, dim, inner);
+  void scatter(const Slices<T>& slices, int64_t first, int64_t count, const Shape& shape) const {
+    for (int64_t s = 0, n; s < count; s += n) {
+      n = even(*slices.dims, first + s, count - s);
+      copy_stretches(slices[first + s], slices.next, slices.step, data + s * shape.inner,
+                     shape.inner, stride, n, shape.dim, shape.inner);
+    }
   }
 };
 
@@ -871,7 +1141,7 @@ SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
 
 // `count` registers of columns, over a short dim.
 template <Op op, int count, class T>
-void forward_registers(const T* x, T* y, int64_t stride, int64_t dim) {
+void forward_registers(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t dim) {
   using A = compute_t<T>;
   using V = Vec<A>;
   V values[kShortDim][count];
@@ -879,7 +1149,7 @@ void forward_registers(const T* x, T* y, int64_t stride, int64_t dim) {
   std::fill_n(maxes, count, V(kLowest<A>));
   for (int64_t d = 0; d < dim; ++d) {
     for (int k = 0; k < count; ++k) {
-      values[d][k] = load(x + d * stride + k * V::kSize, All{}, A(0));
+      values[d][k] = load(x + d * x_step + k * V::kSize, All{}, A(0));
       maxes[k] = max_of(values[d][k], maxes[k]);
     }
   }
@@ -906,7 +1176,7 @@ void forward_registers(const T* x, T* y, int64_t stride, int64_t dim) {
   }
   for (int64_t d = 0; d < dim; ++d) {
     for (int k = 0; k < count; ++k) {
-      T* to = y + d * stride + k * V::kSize;
+      T* to = y + d * y_step + k * V::kSize;
       if constexpr (op == Op::kSoftmax) {
         store(to, All{}, formulas[k].of_exp(values[d][k]));
       } else {
@@ -919,52 +1189,58 @@ void forward_registers(const T* x, T* y, int64_t stride, int64_t dim) {
 template <Op op, class T>
 void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
-  const int64_t dim = args.shape.dim, inner = args.shape.inner, slice = dim * inner;
-  T* output = static_cast<T*>(args.output);
-  const Input<T> input(args);
-  const bool in_place = input.again(0) == output;
+  const int64_t dim = args.shape.dim, inner = args.shape.inner;
+  const Slices<T> output = output_of<T>(args);
+  const Input<T> input = input_of<T>(args);
+  const bool in_place = input.slices.data == output.data;
   for_each_few_slices<A>(args.shape, threads, [&](int64_t first, int64_t count) {
-    const T* x = input.at(first * slice, count * slice);
-    T* y = output + first * slice;
+    input.place_slices(first, count, args.shape);
     if (is_in_registers<T>(inner, in_place)) {
-      for (int64_t s = 0; s < count; ++s) {
+      const int64_t x_step = input.slices.step, y_step = output.step;
+      for (int64_t s = first; s < first + count; ++s) {
+        const T* x = input.slices[s];
+        T* y = output[s];
         for_each_register<A, 2>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-          forward_registers<op, count()>(x + s * slice + c, y + s * slice + c, inner, dim);
+          forward_registers<op, count()>(x + c, x_step, y + c, y_step, dim);
         });
       }
       return;
     }
     Gathered<T> tile(dim, count * inner);
-    tile.gather(x, count, dim, inner);
+    tile.gather(input.slices, first, count, args.shape);
     for_each_register<A, 2>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-      forward_registers<op, count()>(tile.data + c, tile.data + c, tile.stride, dim);
+      T* columns = tile.data + c;
+      forward_registers<op, count()>(columns, tile.stride, columns, tile.stride, dim);
     });
-    tile.scatter(y, count, dim, inner);
+    tile.scatter(output, first, count, args.shape);
   });
 }
 
 template <Op op, int count, class T>
-void backward_registers(const T* grad, const T* y, T* grad_input, int64_t stride, int64_t dim) {
+void backward_registers(const T* grad, int64_t grad_step, const T* y, int64_t y_step, T* grad_input,
+                        int64_t grad_input_step, int64_t dim) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  const auto at = [](const T* p, int64_t i, int k)
-                      SOFTMAX_EXT_LAMBDA { return load(p + i + k * V::kSize, All{}, A(0)); };
+  const auto at = [](const T* p, int k)
+                      SOFTMAX_EXT_LAMBDA { return load(p + k * V::kSize, All{}, A(0)); };
   ExactSum<V> sums[count];
   for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
     V block_sums[count];
     std::fill_n(block_sums, count, V(A(0)));
-    for (int64_t i = begin * stride; i < end * stride; i += stride) {
+    for (int64_t d = begin; d < end; ++d) {
       for (int k = 0; k < count; ++k) {
-        block_sums[k] = ColumnBackward<op, V>::add(block_sums[k], at(grad, i, k), at(y, i, k));
+        block_sums[k] = ColumnBackward<op, V>::add(block_sums[k], at(grad + d * grad_step, k),
+                                                   at(y + d * y_step, k));
       }
     }
     for (int k = 0; k < count; ++k) add_block(sums[k], block_sums[k], begin);
   });
   ColumnBackward<op, V> formulas[count];
   for (int k = 0; k < count; ++k) formulas[k].sum = sums[k].rounded();
-  for (int64_t i = 0; i < dim * stride; i += stride) {
+  for (int64_t d = 0; d < dim; ++d) {
     for (int k = 0; k < count; ++k) {
-      store(grad_input + i + k * V::kSize, All{}, formulas[k].of(at(grad, i, k), at(y, i, k)));
+      store(grad_input + d * grad_input_step + k * V::kSize, All{},
+            formulas[k].of(at(grad + d * grad_step, k), at(y + d * y_step, k)));
     }
   }
 }
@@ -972,32 +1248,35 @@ void backward_registers(const T* grad, const T* y, T* grad_input, int64_t stride
 template <Op op, class T>
 void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
-  const int64_t dim = args.shape.dim, inner = args.shape.inner, slice = dim * inner;
-  const T* grads = static_cast<const T*>(args.grad_output);
-  const T* outputs = static_cast<const T*>(args.output);
-  T* grad_inputs = static_cast<T*>(args.grad_input);
-  const bool in_place = grad_inputs == grads || grad_inputs == outputs;
-  for_each_few_slices<A>(args.shape, threads, [=](int64_t first, int64_t count) {
-    const T* grad = grads + first * slice;
-    const T* y = outputs + first * slice;
-    T* grad_input = grad_inputs + first * slice;
+  const int64_t dim = args.shape.dim, inner = args.shape.inner;
+  const Gradients<T, T> tensors(args);
+  const Slices<const T>&grads = tensors.grads.slices, &outputs = tensors.outputs;
+  const Slices<T>& grad_inputs = tensors.grad_inputs;
+  const bool in_place = grad_inputs.data == grads.data || grad_inputs.data == outputs.data;
+  for_each_few_slices<A>(args.shape, threads, [&](int64_t first, int64_t count) {
+    tensors.grads.place_slices(first, count, args.shape);
     if (is_in_registers<T>(inner, in_place)) {
-      for (int64_t s = 0; s < count; ++s) {
+      const int64_t grad_step = grads.step, y_step = outputs.step, to_step = grad_inputs.step;
+      for (int64_t s = first; s < first + count; ++s) {
+        const T* grad = grads[s];
+        const T* y = outputs[s];
+        T* grad_input = grad_inputs[s];
         for_each_register<A, 4>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-          const int64_t i = s * slice + c;
-          backward_registers<op, count()>(grad + i, y + i, grad_input + i, inner, dim);
+          backward_registers<op, count()>(grad + c, grad_step, y + c, y_step, grad_input + c,
+                                          to_step, dim);
         });
       }
       return;
     }
     Gathered<T> of_grads(dim, count * inner), of_outputs(dim, count * inner);
-    of_grads.gather(grad, count, dim, inner);
-    of_outputs.gather(y, count, dim, inner);
+    of_grads.gather(grads, first, count, args.shape);
+    of_outputs.gather(outputs, first, count, args.shape);
     for_each_register<A, 4>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-      backward_registers<op, count()>(of_grads.data + c, of_outputs.data + c, of_grads.data + c,
-                                      of_grads.stride, dim);
+      const int64_t step = of_grads.stride;
+      backward_registers<op, count()>(of_grads.data + c, step, of_outputs.data + c, step,
+                                      of_grads.data + c, step, dim);
     });
-    of_grads.scatter(grad_input, count, dim, inner);
+    of_grads.scatter(grad_inputs, first, count, args.shape);
   });
 }
 
@@ -1038,11 +1317,9 @@ struct Packing {
     columns = ceil_div(inner, kSize) * kSize;
   }
 
-  // Steps of a chunk, and where it begins among all slices.
+  // Steps of a chunk, and where it begins in its slice.
   int64_t steps_of(int64_t chunk) const { return std::min(steps, dim - chunk * steps); }
-  int64_t offset(int64_t slice, int64_t chunk) const {
-    return (slice * dim + chunk * steps) * inner;
-  }
+  int64_t offset(int64_t chunk) const { return chunk * steps * inner; }
 
   // step(offset, lanes) for the rows of a chunk of n steps, in the lanes from c on.
   template <class Step>
@@ -1176,8 +1453,8 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
   const Packing<A> packing(args.shape);
   const int64_t dim = packing.dim, inner = packing.inner, width = packing.width;
   const int64_t columns = packing.columns;
-  T* output = static_cast<T*>(args.output);
-  const Input<T> input(args);
+  const Slices<T> output = output_of<T>(args);
+  const Input<T> input = input_of<T>(args);
   // As in forward_rows. Where the output is narrower, the exps are kept behind the chunk's state, and
   // of longer slices: without AVX-512 a second exp costs more than the memory.
   constexpr bool kByChunk = op == Op::kSoftmax;
@@ -1185,9 +1462,9 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
   const bool by_chunk = kByChunk && dim * inner * static_cast<int64_t>(sizeof(A)) <=
                                         (kInOutput ? kKeptRow : 32 * kKeptRow);
   const int64_t size = 3 * columns + (by_chunk && !kInOutput ? packing.steps * inner : int64_t{0});
-  const auto kept_of = [=](int64_t offset, A* state) SOFTMAX_EXT_LAMBDA -> A* {
+  const auto kept_of = [=](T* y, A* state) SOFTMAX_EXT_LAMBDA -> A* {
     if constexpr (kInOutput) {
-      return output + offset;
+      return y;
     } else {
       return state + 3 * columns;
     }
@@ -1199,9 +1476,10 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
   reduce_and_store_packed<Formulas>(
       args.shape, packing, size, threads,
       [&](int64_t slice, int64_t chunk, A* state) {
-        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
-        const T* x = input.at(offset, n * inner);
-        A* kept = kept_of(offset, state);
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(chunk);
+        input.place_columns(slice, 0, inner, chunk * packing.steps, chunk * packing.steps + n);
+        const T* x = input.slices[slice] + offset;
+        A* kept = kept_of(output[slice] + offset, state);
         auto maxes = packing.template fold_rows<T>(
             n, kLowest<A>, [&](V max, int64_t i, int64_t, auto lanes) SOFTMAX_EXT_LAMBDA {
               return max_of(load(x + i, lanes, kLowest<A>), max);
@@ -1253,11 +1531,11 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
         }
       },
       [&](int64_t slice, int64_t chunk, A* state, const Formulas& formulas) {
-        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
-        T* y = output + offset;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(chunk);
+        T* y = output[slice] + offset;
         if constexpr (kByChunk) {
           if (by_chunk) {
-            const A* kept = kept_of(offset, state);
+            const A* kept = kept_of(y, state);
             LaneArray<A> weights;
             for (int64_t c = 0; c < inner; c += kSize) {
               weights.set(c, exp_of_nonpositive(load(state + c, All{}, A(0)) -
@@ -1272,7 +1550,7 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
             return;
           }
         }
-        const T* x = input.again(offset);
+        const T* x = input.slices[slice] + offset;
         packing.for_each_vector_of_rows(
             n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
               store(y + i, lanes, formulas.of_lanes[c / kSize].of(load(x + i, lanes, A(0))));
@@ -1287,15 +1565,15 @@ void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
   constexpr int kSize = V::kSize;
   const Packing<A> packing(args.shape);
   const int64_t inner = packing.inner, columns = packing.columns;
-  const T* grads = static_cast<const T*>(args.grad_output);
-  const T* outputs = static_cast<const T*>(args.output);
-  T* grad_inputs = static_cast<T*>(args.grad_input);
+  const Gradients<T, T> tensors(args);
   reduce_and_store_packed<LaneArray<A>>(
       args.shape, packing, 2 * columns, threads,
       [&](int64_t slice, int64_t chunk, A* state) {
-        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
-        const T* grad = grads + offset;
-        const T* y = outputs + offset;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(chunk);
+        tensors.grads.place_columns(slice, 0, inner, chunk * packing.steps,
+                                    chunk * packing.steps + n);
+        const T* grad = tensors.grads.slices[slice] + offset;
+        const T* y = tensors.outputs[slice] + offset;
         LaneArray<A> rests(A(0));
         auto sums = packing.template fold_rows<T>(
             n, A(0), [&](V sum, int64_t i, int64_t, auto lanes) SOFTMAX_EXT_LAMBDA {
@@ -1320,10 +1598,10 @@ void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
         spread(packing, sums);
       },
       [&](int64_t slice, int64_t chunk, const A*, const LaneArray<A>& sums) {
-        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
-        const T* grad = grads + offset;
-        const T* y = outputs + offset;
-        T* grad_input = grad_inputs + offset;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(chunk);
+        const T* grad = tensors.grads.slices[slice] + offset;
+        const T* y = tensors.outputs[slice] + offset;
+        T* grad_input = tensors.grad_inputs[slice] + offset;
         packing.for_each_vector_of_rows(
             n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
               const ColumnBackward<op, V> formula{{sums.at(c)}};
@@ -1353,13 +1631,15 @@ void visit(DType dtype, F f) {
 // Past the caches goes what is too large to be found there later: rows of whole lines, or of so many
 // that the two at their ends do not count; columns whose steps are whole lines. Memory that is new has
 // just been cleared by the system, in the caches; that of an input is there too.
-bool is_streamed(const Shape& shape, const void* output, DType dtype, bool is_new) {
+bool is_streamed(const Shape& shape, const Dims& dims, const Strides& strides, const void* output,
+                 DType dtype, bool is_new) {
   constexpr int64_t kBeyondCaches = int64_t{1} << 25, kLine = 64;
   const int64_t size = size_of(dtype);
   if (is_new || shape.numel() * size < kBeyondCaches) return false;
   const int64_t stretch = (shape.inner == 1 ? shape.dim : shape.inner) * size;
   const uintptr_t address = reinterpret_cast<uintptr_t>(output);
-  const bool whole_lines = stretch % kLine == 0;
+  bool whole_lines = stretch % kLine == 0 && (shape.inner == 1 || strides.dim * size % kLine == 0);
+  for (int k = 0; k < dims.outer; ++k) whole_lines &= strides.of[k] * size % kLine == 0;
   if (shape.inner > 1 && !(whole_lines && address % kLine == 0)) return false;
   // Memory from elsewhere may begin between two elements.
   return address % size == 0 && stretch >= (whole_lines ? 8 : 16) * kLine;
@@ -1374,14 +1654,15 @@ void visit(bool streamed, F f) {
 
 template <Op op>
 void launch_forward(const ForwardArgs& args, const Threads& threads) {
-  const bool streamed = args.output != args.input && args.input_dtype == args.output_dtype &&
-                        is_streamed(args.shape, args.output, args.output_dtype, args.output_is_new);
+  const bool streamed = args.output != args.input && !is_placed(args) &&
+                        is_streamed(args.shape, args.dims, args.output_strides, args.output,
+                                    args.output_dtype, args.output_is_new);
   visit(args.output_dtype, [&](auto element) {
     visit(streamed, [&](auto write) {
       using T = decltype(element);
       if (args.shape.inner == 1) {
         forward_rows<op, T, write()>(args, threads);
-      } else if (is_narrow<T>(args.shape.inner)) {
+      } else if (is_narrow(args.shape, args.output_dtype)) {
         if (args.shape.dim <= kShortDim) return forward_short_columns<op, T>(args, threads);
         forward_packed_columns<op, T>(args, threads);
       } else {
@@ -1398,10 +1679,10 @@ void launch_forward(const ForwardArgs& args, const Threads& threads) {
 
 template <Op op>
 void launch_backward(const BackwardArgs& args, const Threads& threads) {
-  const bool streamed =
-      args.grad_input != args.grad_output && args.grad_input != args.output &&
-      args.grad_input_dtype == args.output_dtype &&
-      is_streamed(args.shape, args.grad_input, args.grad_input_dtype, args.grad_input_is_new);
+  const bool streamed = args.grad_input != args.grad_output && args.grad_input != args.output &&
+                        !is_placed(args) && args.grad_input_dtype == args.output_dtype &&
+                        is_streamed(args.shape, args.dims, args.grad_input_strides, args.grad_input,
+                                    args.grad_input_dtype, args.grad_input_is_new);
   visit(args.output_dtype, [&](auto element) {
     visit(args.grad_input_dtype, [&](auto grad_element) {
       visit(streamed, [&](auto write) {
@@ -1418,7 +1699,7 @@ void launch_backward(const BackwardArgs& args, const Threads& threads) {
           const bool by_tiles =
               dim > kBlock && dim <= kShortDim && is_in_registers<T>(inner, /*in_place=*/true);
           const bool gathered = !is_in_registers<T>(inner, /*in_place=*/false);
-          if (is_narrow<T>(inner) && !by_tiles) {
+          if (is_narrow(args.shape, args.output_dtype) && !by_tiles) {
             if (dim > (gathered ? kBlock : kShortDim)) {
               return backward_packed_columns<op, T>(args, threads);
             }

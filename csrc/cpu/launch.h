@@ -17,7 +17,30 @@ struct Threads {
   void (*parallel_for)(int64_t size, int64_t grain, Body body, void* context);
 };
 
-// The kernels as compiled for one instruction set.
+// A step along dim of at most kNarrow bytes, as computed, does not fill registers, or fills few. Of a
+// longer dim than kShortDim, several steps then share a register: memory between steps has no place there.
+constexpr int64_t kNarrow = 512;
+constexpr int64_t kShortDim = 64;
+
+constexpr bool is_narrow(const Shape& shape, DType dtype) {
+  return shape.inner > 1 && shape.inner * (dtype == DType::kFloat64 ? 8 : 4) <= kNarrow;
+}
+
+// Whether the kernels read and write a tensor where it lies: what they compute with must, and what they
+// write; other input of the result's type or size is copied there first, a few rows at a time.
+constexpr bool is_direct(const Shape& shape, const Dims& dims, const Strides& strides,
+                         DType dtype) {
+  int64_t stretch = 1;
+  for (int k = dims.outer + dims.inner - 1; k >= dims.outer; --k) {
+    if (strides.of[k] != stretch) return false;
+    stretch *= dims.sizes[k];
+  }
+  if (strides.dim == stretch) return true;
+  return shape.inner > 1 && (shape.dim <= kShortDim || !is_narrow(shape, dtype));
+}
+
+// The kernels as compiled for one instruction set. Outputs (of a forward: that; of a backward: both) are
+// direct, and grad_output too if its type is not grad_input's.
 struct Kernels {
   const char* isa;  // "baseline", "avx2" or "avx512"
   void (*launch_forward)(const ForwardArgs& args, const Threads& threads);

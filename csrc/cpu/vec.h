@@ -656,6 +656,22 @@ SOFTMAX_EXT_INLINE auto combine_halves(Vec<T> a, Vec<T> b, Combine combine) {
   return combine(halves<kHalf, false>(a, b, Lanes{}), halves<kHalf, true>(a, b, Lanes{}));
 }
 
+// Exchanges rows and lanes. A step takes the even lanes of two neighbouring rows for one row, and the odd
+// ones for another: it moves the last bit of a lane's number to the front of its row's.
+template <class T>
+SOFTMAX_EXT_INLINE void transpose(Vec<T>* square) {
+  constexpr int kSize = Vec<T>::kSize;
+  using Lanes = std::make_integer_sequence<int, kSize>;
+  for (int size = kSize; size > 1; size /= 2) {
+    Vec<T> next[kSize];
+    for (int k = 0; k < kSize / 2; ++k) {
+      next[k] = halves<1, false>(square[2 * k], square[2 * k + 1], Lanes{});
+      next[k + kSize / 2] = halves<1, true>(square[2 * k], square[2 * k + 1], Lanes{});
+    }
+    for (int k = 0; k < kSize; ++k) square[k] = next[k];
+  }
+}
+
 struct Add {
   template <class V>
   SOFTMAX_EXT_INLINE V operator()(V a, V b) const {

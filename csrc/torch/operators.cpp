@@ -11,7 +11,11 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "../cpu/launch.h"
 #include "../cpu/memory.h"
@@ -122,31 +126,156 @@ bool needs_cast(at::Device device, at::ScalarType load, at::ScalarType store, in
   return !device.is_cpu() && !is_native(to_dtype(load), to_dtype(store), inputs);
 }
 
-// `output` is contiguous.
-void run_forward(const at::Tensor& input, const Shape& shape, Op op, const at::Tensor& output,
-                 bool output_is_new) {
-  if (input.numel() == 0) return;
-  if (needs_cast(input.device(), input.scalar_type(), output.scalar_type(), 1)) {
-    run_forward(input.to(output.scalar_type()), shape, op, output, output_is_new);
-    return;
+// A tensor of a call, and where its strides go.
+struct Argument {
+  const at::Tensor* tensor;
+  Strides* strides;
+};
+
+// Sets the dims of a call and the strides of its tensors, which are those of contiguous ones; false if
+// they are too many. dim is not negative.
+bool find_strides(std::initializer_list<Argument> tensors, int64_t dim, Dims& dims) {
+  const auto is_contiguous = [](const Argument& argument) {
+    return argument.tensor->is_contiguous();
+  };
+  if (std::all_of(tensors.begin(), tensors.end(), is_contiguous)) return true;
+  const at::IntArrayRef sizes = tensors.begin()->tensor->sizes();
+  int count = 0;
+  // Neighbours that are one dim in all tensors are one here.
+  const auto add = [&](int64_t begin, int64_t end) {
+    const int first = count;
+    for (int64_t k = begin; k < end; ++k) {
+      if (sizes[k] == 1) continue;
+      const auto goes_on = [&](const Argument& argument) {
+        return argument.strides->of[count - 1] == argument.tensor->stride(k) * sizes[k];
+      };
+      if (count > first && std::all_of(tensors.begin(), tensors.end(), goes_on)) {
+        dims.sizes[count - 1] *= sizes[k];
+      } else if (count < Dims::kMax) {
+        dims.sizes[count++] = sizes[k];
+      } else {
+        return false;
+      }
+      for (const Argument& argument : tensors)
+        argument.strides->of[count - 1] = argument.tensor->stride(k);
+    }
+    return true;
+  };
+  if (!add(0, dim)) return false;
+  if (count == 0) {
+    dims.sizes[count++] = 1;
+    for (const Argument& argument : tensors) argument.strides->of[0] = 0;
   }
-  const at::Tensor contiguous = input.contiguous();
-  launch(ForwardArgs{contiguous.const_data_ptr(), output.mutable_data_ptr(),
-                     to_dtype(input.scalar_type()), to_dtype(output.scalar_type()), shape, op,
-                     output_is_new},
-         input.device());
+  dims.outer = count;
+  if (!add(dim + 1, static_cast<int64_t>(sizes.size()))) return false;
+  dims.inner = count - dims.outer;
+  if (sizes[dim] > 1) {
+    for (const Argument& argument : tensors) argument.strides->dim = argument.tensor->stride(dim);
+  }
+  return true;
 }
 
-// `grad_input` is contiguous.
+// The address of the first element, and the first address behind the last one.
+std::pair<uintptr_t, uintptr_t> reach(const at::Tensor& tensor) {
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return {begin, begin + at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(),
+                                                          tensor.itemsize())};
+}
+
+// Whether `input` can be read where it lies while `output` is written: no two elements share memory,
+// or only each the same one's.
+bool can_be_read(const at::Tensor& input, const at::Tensor& output) {
+  const auto [begin, end] = reach(input);
+  const auto [output_begin, output_end] = reach(output);
+  if (end <= output_begin || output_end <= begin) return true;
+  return begin == output_begin && input.strides() == output.strides() &&
+         input.itemsize() == output.itemsize();
+}
+
+// Whether no two elements share memory; not of every such tensor.
+bool is_without_overlap(const at::Tensor& tensor) {
+  if (tensor.is_non_overlapping_and_dense()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // strides and sizes
+  for (int64_t k = 0; k < tensor.dim(); ++k) {
+    if (tensor.size(k) > 1) dims.emplace_back(tensor.stride(k), tensor.size(k));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t last = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= last) return false;
+    last += (size - 1) * stride;
+  }
+  return true;
+}
+
+// Whether the kernels write `output`, of the shape of `input`, where it lies. Otherwise a new result is
+// copied there.
+bool is_written_in_place(const at::Tensor& output, const Shape& shape, int64_t dim) {
+  if (output.is_contiguous() || output.numel() == 0) return true;
+  if (!output.device().is_cpu() || !is_without_overlap(output)) return false;
+  Dims dims = contiguous_dims(shape);
+  Strides strides = contiguous_strides(shape);
+  return find_strides({{&output, &strides}}, dim, dims) &&
+         cpu::is_direct(shape, dims, strides, to_dtype(output.scalar_type()));
+}
+
+// Whether a tensor of a call may be read where it lies. The GPU kernels read contiguous memory.
+bool is_read_in_place(const at::Tensor& tensor) {
+  return tensor.device().is_cpu() || tensor.is_contiguous();
+}
+
+void run_forward(const at::Tensor& input, const Shape& shape, int64_t dim, Op op,
+                 const at::Tensor& output, bool output_is_new) {
+  if (input.numel() == 0) return;
+  if (needs_cast(input.device(), input.scalar_type(), output.scalar_type(), 1)) {
+    run_forward(input.to(output.scalar_type()), shape, dim, op, output, output_is_new);
+    return;
+  }
+  ForwardArgs args{input.const_data_ptr(),
+                   output.mutable_data_ptr(),
+                   to_dtype(input.scalar_type()),
+                   to_dtype(output.scalar_type()),
+                   shape,
+                   op,
+                   output_is_new};
+  if (is_read_in_place(input) &&
+      find_strides({{&input, &args.input_strides}, {&output, &args.output_strides}}, dim,
+                   args.dims)) {
+    launch(args, input.device());
+  } else {
+    run_forward(input.contiguous(), shape, dim, op, output, output_is_new);
+  }
+}
+
 void run_backward(const at::Tensor& grad_output, const at::Tensor& output, const Shape& shape,
-                  Op op, const at::Tensor& grad_input, bool grad_input_is_new) {
+                  int64_t dim, Op op, const at::Tensor& grad_input, bool grad_input_is_new) {
   if (output.numel() == 0) return;
-  const at::Tensor grad_contiguous = grad_output.contiguous();
-  const at::Tensor contiguous = output.contiguous();
-  launch(BackwardArgs{grad_contiguous.const_data_ptr(), contiguous.const_data_ptr(),
-                      grad_input.mutable_data_ptr(), to_dtype(output.scalar_type()),
-                      to_dtype(grad_input.scalar_type()), shape, op, grad_input_is_new},
-         output.device());
+  BackwardArgs args{grad_output.const_data_ptr(),
+                    output.const_data_ptr(),
+                    grad_input.mutable_data_ptr(),
+                    to_dtype(output.scalar_type()),
+                    to_dtype(grad_input.scalar_type()),
+                    shape,
+                    op,
+                    grad_input_is_new};
+  const bool found = is_read_in_place(grad_output) && is_read_in_place(output) &&
+                     find_strides({{&grad_output, &args.grad_output_strides},
+                                   {&output, &args.output_strides},
+                                   {&grad_input, &args.grad_input_strides}},
+                                  dim, args.dims);
+  const auto is_direct = [&](const Strides& strides) {
+    return found && cpu::is_direct(shape, args.dims, strides, args.output_dtype);
+  };
+  // A gradient that is not direct goes through grad_input, if there is room.
+  const bool takes_gradient =
+      is_direct(args.grad_output_strides) ||
+      (found && args.output_dtype == args.grad_input_dtype && args.output != args.grad_input);
+  if (takes_gradient && is_direct(args.output_strides)) {
+    launch(args, output.device());
+  } else {
+    run_backward(takes_gradient ? grad_output : grad_output.contiguous(), output.contiguous(),
+                 shape, dim, op, grad_input, grad_input_is_new);
+  }
 }
 
 }  // namespace
@@ -270,7 +399,7 @@ at::Tensor cast(const at::Tensor& input, at::ScalarType dtype, Op op) {
 at::Tensor forward(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op op) {
   const Shape shape = check_forward(input, dim, op);
   const NewTensor output = empty(input.sizes(), dtype, input.device());
-  run_forward(input, shape, op, output.tensor, output.is_new);
+  run_forward(input, shape, at::maybe_wrap_dim(dim, input.dim()), op, output.tensor, output.is_new);
   return output.tensor;
 }
 
@@ -284,22 +413,23 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
   check_storage(op, "out", out);
   at::native::resize_output(out, input.sizes());
   at::assert_no_internal_overlap(out);
-  // What the kernel reads and writes must be the same elements or none of the same; memory that is
-  // copied first, or to, may lie anyhow.
-  if (!out.is_contiguous()) {
+  dim = at::maybe_wrap_dim(dim, input.dim());
+  if (input.is_contiguous() && out.is_contiguous()) {
+    at::assert_no_partial_overlap(out, input);
+  } else if (!is_written_in_place(out, shape, dim) || !can_be_read(input, out)) {
     out.copy_(forward(input, dim, dtype, op));
     return;
   }
-  const at::Tensor contiguous = input.contiguous();
-  at::assert_no_partial_overlap(out, contiguous);
   // First, since it refuses an inference tensor.
   out.unsafeGetTensorImpl()->bump_version();
-  run_forward(contiguous, shape, op, out, /*output_is_new=*/false);
+  run_forward(input, shape, dim, op, out, /*output_is_new=*/false);
 }
 
 void forward_in_place(const at::Tensor& input, int64_t dim, Op op) {
-  if (input.is_contiguous()) {
-    run_forward(input, check_forward(input, dim, op), op, input, /*output_is_new=*/false);
+  const Shape shape = check_forward(input, dim, op);
+  dim = at::maybe_wrap_dim(dim, input.dim());
+  if (is_written_in_place(input, shape, dim)) {
+    run_forward(input, shape, dim, op, input, /*output_is_new=*/false);
   } else {
     input.copy_(forward(input, dim, input.scalar_type(), op));
   }
@@ -317,7 +447,8 @@ at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int
     return backward(grad_output.to(wide), output.to(wide), dim, dtype, op);
   }
   const NewTensor grad_input = empty(output.sizes(), dtype, output.device());
-  run_backward(grad_output, output, shape, op, grad_input.tensor, grad_input.is_new);
+  run_backward(grad_output, output, shape, at::maybe_wrap_dim(dim, output.dim()), op,
+               grad_input.tensor, grad_input.is_new);
   return grad_input.tensor;
 }
 
@@ -330,12 +461,15 @@ void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64
               grad_input.device());
   check_storage(op, "grad_input", grad_input);
   at::native::resize_output(grad_input, output.sizes());
-  // Memory that is read may be written only element by element, as it is read.
-  if (grad_input.is_contiguous() && grad_output.is_contiguous() && output.is_contiguous() &&
-      !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
+  if (grad_input.is_contiguous() && grad_output.is_contiguous() && output.is_contiguous()) {
     at::assert_no_partial_overlap(grad_input, grad_output);
     at::assert_no_partial_overlap(grad_input, output);
-    run_backward(grad_output, output, shape, op, grad_input, /*grad_input_is_new=*/false);
+  }
+  dim = at::maybe_wrap_dim(dim, output.dim());
+  if (is_written_in_place(grad_input, shape, dim) && can_be_read(grad_output, grad_input) &&
+      can_be_read(output, grad_input) &&
+      !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
+    run_backward(grad_output, output, shape, dim, op, grad_input, /*grad_input_is_new=*/false);
   } else {
     grad_input.copy_(backward(grad_output, output, dim, dtype, op));
   }

@@ -47,8 +47,8 @@ constexpr int64_t size_of(DType dtype) {
   return 0;
 }
 
-// A contiguous tensor seen as (outer, dim, inner): element (o, d, i) is at (o * dim + d) * inner + i.
-// A row is the dim elements of one (o, i).
+// The tensors of a call seen as (outer, dim, inner). Of a contiguous one, element (o, d, i) is at
+// (o * dim + d) * inner + i. A row is the dim elements of one (o, i); a slice all rows of one o.
 struct Shape {
   int64_t outer;
   int64_t dim;
@@ -58,8 +58,53 @@ struct Shape {
   constexpr int64_t numel() const { return outer * dim * inner; }
 };
 
-// output = op(cast of input to output_dtype), over dim. input and output may be the same memory
-// if their types are the same.
+// The dims that `outer` and `inner` are the products of: neighbours are one dim where they are that in
+// every tensor of the call. The last of either varies fastest.
+struct Dims {
+  static constexpr int kMax = 8;
+
+  int outer;            // at least one
+  int inner;            // none where inner is 1
+  int64_t sizes[kMax];  // of the outer dims, then of the inner ones
+};
+
+// How far the elements of one tensor lie apart, in elements, along dim and each of the Dims. 0 where
+// one element is read for all.
+struct Strides {
+  int64_t dim;
+  int64_t of[Dims::kMax];
+};
+
+constexpr Dims contiguous_dims(const Shape& shape) {
+  return {1, shape.inner == 1 ? 0 : 1, {shape.outer, shape.inner}};
+}
+
+constexpr Strides contiguous_strides(const Shape& shape) {
+  return {shape.inner, {shape.dim * shape.inner, 1}};
+}
+
+// The element that index `i` of the first `count` outer dims begins with.
+constexpr int64_t outer_offset(const Dims& dims, const Strides& strides, int count, int64_t i) {
+  int64_t offset = 0;
+  for (int k = count - 1; k > 0; --k) {
+    offset += i % dims.sizes[k] * strides.of[k];
+    i /= dims.sizes[k];
+  }
+  return offset + i * strides.of[0];
+}
+
+// The same of an index of the inner dims, of which there are some.
+constexpr int64_t inner_offset(const Dims& dims, const Strides& strides, int64_t i) {
+  int64_t offset = 0;
+  for (int k = dims.outer + dims.inner - 1; k > dims.outer; --k) {
+    offset += i % dims.sizes[k] * strides.of[k];
+    i /= dims.sizes[k];
+  }
+  return offset + i * strides.of[dims.outer];
+}
+
+// output = op(cast of input to output_dtype), over dim. Each element of input may be the memory of the
+// same one of output, if these are of one size; otherwise they share none.
 struct ForwardArgs {
   const void* input;
   void* output;
@@ -68,10 +113,13 @@ struct ForwardArgs {
   Shape shape;
   Op op;
   bool output_is_new = true;  // its memory may not have been written yet
+  Dims dims = contiguous_dims(shape);
+  Strides input_strides = contiguous_strides(shape);
+  Strides output_strides = contiguous_strides(shape);
 };
 
-// grad_input = the gradient of op, given its output and the gradient of that. grad_input may be
-// the same memory as either if the types are the same.
+// grad_input = the gradient of op, given its output and the gradient of that. Each element of it may be
+// the memory of the same one of either, if the types are the same; otherwise they share none.
 struct BackwardArgs {
   const void* grad_output;
   const void* output;
@@ -81,6 +129,10 @@ struct BackwardArgs {
   Shape shape;
   Op op;
   bool grad_input_is_new = true;  // its memory may not have been written yet
+  Dims dims = contiguous_dims(shape);
+  Strides grad_output_strides = contiguous_strides(shape);
+  Strides output_strides = contiguous_strides(shape);
+  Strides grad_input_strides = contiguous_strides(shape);
 };
 
 }  // namespace softmax_ext
