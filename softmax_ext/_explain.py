@@ -140,26 +140,24 @@ _PACKED_SHORT_INSTRUCTIONS = {
     (True, 4): (60, 12),
 }
 _PACKED_SHORT_COPY = 20
-# Columns: for each step along dim, and for each of its columns; for each reduction, of as many
-# columns as a warp has lanes for; and where few threads have a column, instead of all reductions.
+# Columns: for each step along dim, and for each of its columns; to combine two states.
 _COLUMN_INSTRUCTIONS = {
-    (False, 2): (17, 12, 130, 330),
-    (False, 4): (17, 24, 130, 220),
-    (False, 8): (20, 85, 300, 0),
-    (True, 2): (28, 10, 80, 180),
-    (True, 4): (28, 10, 80, 130),
-    (True, 8): (30, 10, 110, 0),
+    (False, 2): (20, 11, 35),
+    (False, 4): (20, 22, 35),
+    (False, 8): (22, 60, 150),
+    (True, 2): (30, 8, 12),
+    (True, 4): (30, 6, 12),
+    (True, 8): (30, 6, 14),
 }
-_COLUMN_FIXED = 200
-_FEW_THREADS = 4
+_COLUMN_FIXED = 300
 _DOUBLES = {False: 39, True: 3}  # float64 instructions for an element; exp twice in forward
 
 # Of the 4 warp instructions that an SM can issue in a cycle, those that a good kernel does issue.
 _ISSUED = 3
 # What an SM alone moves in a cycle, to and from the L2.
 _PORT_BYTES = 64
-# Microseconds: a load from memory that is in use, a warp's reduction, the meeting of a block, and
-# what those of a cluster and a grid take more.
+# Microseconds: a load from memory that is in use, a warp's reduction (a level of a column's tree
+# takes as long), the meeting of a block, and what those of a cluster and a grid take more.
 _LOAD, _REDUCE, _BLOCK, _CLUSTER, _GRID = 0.8, 0.15, 0.3, 0.5, 1.5
 
 
@@ -175,7 +173,8 @@ class Explanation:
         kernel: the instance that runs, None if there is none.
         blocks, threads: of the launch; threads are those of a block.
         team: blocks that share a row.
-        vectors: of 16 bytes that a thread has of a row; with columns, its steps along dim.
+        vectors: of 16 bytes that a thread has of a row; with columns, the steps of a part of dim
+            (0 for packed ones).
         registers: of a thread, None if unknown.
         shared_bytes, scratch_bytes: dynamic shared memory of a block, and memory of the device.
         occupancy: resident warps of an SM over the most that it has.
@@ -302,7 +301,9 @@ def is_packed_short(plan: Plan) -> bool:
 
 def kernel_name(plan: Plan, work: Work) -> str:
     """As in cuda_budgets.txt."""
-    if is_packed_short(plan):
+    if plan.schedule == "packed" and work.inner > 1:
+        kernel, parameter = "packed_columns", ""
+    elif is_packed_short(plan):
         kernel, parameter = "packed_short", f" vectors={plan.vectors}"
     elif plan.schedule == "packed":
         kernel, parameter = "packed", f" one={str(plan.vectors == 1).lower()}"
@@ -366,33 +367,22 @@ def _chunk(plan: Plan, itemsize: int) -> int:
     return 32 * plan.width * (4 if itemsize == 8 else 8)
 
 
-def _reductions(plan: Plan, tile: int) -> int:
-    """Columns: of a warp one after another; a column has as many lanes as partial sums."""
-    partials = plan.group * max(1, plan.vectors // plan.width)
-    return math.ceil(tile * min(32, partials) / plan.threads)
+def _parts(plan: Plan, work: Work) -> int:
+    """Of a column, each of as many steps."""
+    return 1 << (math.ceil(work.dim / _steps(plan, work)) - 1).bit_length()
 
 
-def _is_few(plan: Plan, work: Work) -> bool:
-    """Columns: whether each thread combines what those of its column have."""
-    return (
-        work.read.itemsize < 8
-        and plan.group <= _FEW_THREADS
-        and plan.group * plan.vectors >= work.dim
-        and plan.group * plan.vectors <= 32 * plan.width
-    )
-
-
-def _pieces(plan: Plan, work: Work) -> int:
-    """Columns: parts of a chunk, one after another."""
-    length = min(work.dim, _chunk(plan, work.read.itemsize))
-    return math.ceil(length / (plan.group * plan.vectors))
+def _steps(plan: Plan, work: Work) -> int:
+    if plan.schedule == "columns":
+        return plan.vectors
+    return math.ceil(work.dim / plan.group)
 
 
 def kernel_bytes(plan: Plan, work: Work) -> int:
     """Read and written, by the kernel."""
     reads = 1
     if plan.hold == "none":
-        three = plan.schedule == "columns" and not work.backward and _pieces(plan, work) > 1
+        three = plan.schedule == "columns" and not work.backward
         reads = 3 if three else 2
     return work.elements * (reads * work.inputs * work.read.itemsize + work.written.itemsize)
 
@@ -403,7 +393,12 @@ def instructions(plan: Plan, work: Work) -> float:
     key = (work.backward, itemsize)
     if plan.schedule == "packed":
         turns = math.ceil(plan.items / (plan.threads // plan.group))
-        if is_packed_short(plan):
+        if work.inner > 1:
+            step, column, combined = _COLUMN_INSTRUCTIONS[key]
+            levels = math.log2(plan.group)
+            of_rows = turns * (_steps(plan, work) * (step + column) + levels * combined)
+            copy = _PACKED_COPY
+        elif is_packed_short(plan):
             row, element = _PACKED_SHORT_INSTRUCTIONS[key]
             of_rows = turns * (row + work.dim * element)
             copy = _PACKED_SHORT_COPY
@@ -418,16 +413,14 @@ def instructions(plan: Plan, work: Work) -> float:
         slabs = math.ceil(work.rows / plan.items)
         return slabs * plan.warps * (of_rows + copy * (read + written))
     if plan.schedule == "columns":
-        step, column, reduction, few = _COLUMN_INSTRUCTIONS[key]
+        step, column, combined = _COLUMN_INSTRUCTIONS[key]
         tile = plan.across * plan.columns
-        chunks = math.ceil(work.dim / _chunk(plan, itemsize))
-        pieces = _pieces(plan, work) * chunks  # of a column
-        # Warps side by side end where the column does.
-        steps = min(plan.vectors, work.dim / plan.group) if plan.across >= 32 else plan.vectors
-        of_piece = steps * (step + column * plan.columns)
-        of_piece += few if _is_few(plan, work) else reduction * _reductions(plan, tile)
         tiles = work.outer * math.ceil(work.inner / tile)
-        return tiles * plan.warps * (_COLUMN_FIXED * plan.team + pieces * of_piece)
+        parts = _parts(plan, work)
+        steps = math.ceil(work.dim / (plan.group * plan.team))  # of a thread
+        of_thread = _COLUMN_FIXED + steps * (step + column * plan.columns)
+        of_thread += combined * math.ceil(parts / plan.team * tile / plan.threads)
+        return tiles * plan.team * plan.warps * of_thread
     if is_short(plan, work):
         fixed, kept, vector, step = _SHORT_INSTRUCTIONS[key]
         of_vector = kept if plan.vectors * plan.width <= 32 else vector
@@ -449,7 +442,8 @@ def meeting_latency(plan: Plan) -> float:
     """Microseconds from a thread's elements to the row's state."""
     meeting = {"block": _BLOCK, "cluster": _BLOCK + _CLUSTER, "grid": _BLOCK + _GRID}
     if plan.schedule == "columns":
-        return _REDUCE + (_CLUSTER if plan.team > 1 else 0.0)
+        levels = math.log2(plan.group) + (plan.group > 1)
+        return _REDUCE * levels + (_CLUSTER if plan.team > 1 else 0.0)
     return _REDUCE + meeting.get(plan.schedule, 0.0)
 
 
@@ -462,11 +456,8 @@ def block_latency(plan: Plan, work: Work) -> float:
         loads = work.inputs * math.ceil(vectors / (4 * plan.threads))
         reductions = math.ceil(plan.items / (plan.threads // plan.group))
     elif plan.schedule == "columns":
-        chunks = math.ceil(work.dim / _chunk(plan, itemsize) / plan.team)
-        pieces = _pieces(plan, work) * chunks
-        loads = 1 if plan.hold == "registers" else kernel_reads(plan, work) * pieces
-        of_piece = 1 if _is_few(plan, work) else _reductions(plan, plan.across * plan.columns)
-        reductions = pieces * of_piece
+        steps = math.ceil(work.dim / (plan.group * plan.team))
+        loads = 1 if plan.hold == "shared" else kernel_reads(plan, work) * math.ceil(steps / 4)
     elif plan.schedule != "warp":
         reductions = math.ceil(work.dim / _chunk(plan, itemsize) / (plan.team * plan.warps))
         loads = 2 * reductions - 1 if plan.hold == "none" else reductions

@@ -107,10 +107,10 @@ def test_what_is_read_again_counts_again() -> None:
     assert (forward.hold, backward.hold) == ("none", "none")
     assert forward.bytes_moved == 3 * 4 * 16 << 24
     assert backward.bytes_moved == 5 * 4 * 16 << 24
-    # Columns of which not even a chunk fits: for the max, the sum and the result.
-    forward = explain((8, 4096, 33), BF16, 1, device="H100")
+    # Columns that no shared memory holds: for the max, the sum and the result.
+    forward = explain((8, 100000, 32), BF16, 1, device="H100")
     assert (forward.schedule, forward.hold) == ("columns", "none")
-    assert forward.bytes_moved == 4 * 2 * 8 * 4096 * 33
+    assert forward.bytes_moved == 4 * 2 * 8 * 100000 * 32
 
 
 @pytest.mark.parametrize(("shape", "dim", "dtype", "kernel"), [
@@ -120,7 +120,8 @@ def test_what_is_read_again_counts_again() -> None:
     ((4096, 7), -1, FP32, "packed_short_forward softmax float32 vectors=2"),
     ((4096, 777), -1, FP32, "registers_forward softmax float32 vectors=8"),
     ((32, 1000, 196), 1, BF16, "columns_forward softmax bfloat16 columns=4"),
-    ((8192, 8192), 0, BF16, "columns_forward softmax bfloat16 columns=4"),
+    ((8192, 8192), 0, BF16, "columns_forward softmax bfloat16 columns=8"),
+    ((512, 40, 3), 1, BF16, "packed_columns_forward softmax bfloat16"),
 ])  # fmt: skip
 def test_names_of_kernels(
     shape: tuple[int, ...], dim: int, dtype: torch.dtype, kernel: str

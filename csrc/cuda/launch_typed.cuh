@@ -39,6 +39,10 @@ inline Packing packing_of(const Shape& shape, const Plan& plan, int64_t element_
           static_cast<int>(slab_bytes(outer * shape.dim * shape.inner, element_bytes)), plan.group};
 }
 
+inline ColumnSplit split_of(const Shape& shape, const Plan& plan) {
+  return {column_parts(shape.dim), column_steps(shape.dim), plan.hold == Hold::kShared};
+}
+
 // Calls launch(number) with the number as a constant, the one of `numbers` that is wanted.
 template <int... numbers, class Launch>
 cudaError_t with_constant([[maybe_unused]] int wanted, std::integer_sequence<int, numbers...>,
@@ -51,11 +55,9 @@ cudaError_t with_constant([[maybe_unused]] int wanted, std::integer_sequence<int
 
 // Columns that a thread has.
 template <class T>
-using column_counts = std::integer_sequence<int, 1, column_packet(sizeof(T))>;
-template <class T>
-using backward_column_counts =
-    std::conditional_t<sizeof(T) == 2, std::integer_sequence<int, 1, column_packet(2), kWidth<T>>,
-                       column_counts<T>>;
+using column_counts =
+    std::conditional_t<sizeof(T) == 2, std::integer_sequence<int, 1, kWidth<T> / 2, kWidth<T>>,
+                       std::integer_sequence<int, 1, kWidth<T>>>;
 
 // Vectors of a packed row that a thread has, if it has one alone.
 template <class T>
@@ -80,11 +82,15 @@ cudaError_t launch_forward_op(const ForwardArgs& args, const Plan& plan, void* s
   if (plan.schedule == Schedule::kColumns) {
     return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
       return launch(columns_forward_kernel<op, columns(), In, Out>, plan, stream, input, output,
-                    args.shape, scratch);
+                    args.shape, split_of(args.shape, plan));
     });
   }
   if (plan.schedule == Schedule::kPacked) {
     const Packing packing = packing_of(args.shape, plan, sizeof(In));
+    if (args.shape.inner > 1) {
+      return launch(packed_columns_forward_kernel<op, In, Out>, plan, stream, input, output,
+                    args.shape, packing, split_of(args.shape, plan));
+    }
     if (plan.hold == Hold::kRegisters) {
       return with_constant(plan.vectors, packed_counts<In>(), [&](auto vectors) {
         return launch(packed_short_forward_kernel<op, vectors(), In, Out>, plan, stream, input,
@@ -118,13 +124,17 @@ cudaError_t launch_backward_op(const BackwardArgs& args, const Plan& plan, void*
   const auto* const output = static_cast<const In*>(args.output);
   auto* const grad_input = static_cast<Out*>(args.grad_input);
   if (plan.schedule == Schedule::kColumns) {
-    return with_constant(plan.columns, backward_column_counts<In>(), [&](auto columns) {
+    return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
       return launch(columns_backward_kernel<op, columns(), In, Out>, plan, stream, grad_output,
-                    output, grad_input, args.shape, scratch);
+                    output, grad_input, args.shape, split_of(args.shape, plan));
     });
   }
   if (plan.schedule == Schedule::kPacked) {
     const Packing packing = packing_of(args.shape, plan, sizeof(In));
+    if (args.shape.inner > 1) {
+      return launch(packed_columns_backward_kernel<op, In, Out>, plan, stream, grad_output, output,
+                    grad_input, args.shape, packing, split_of(args.shape, plan));
+    }
     if (plan.hold == Hold::kRegisters) {
       return with_constant(plan.vectors, packed_counts<In>(), [&](auto vectors) {
         return launch(packed_short_backward_kernel<op, vectors(), In, Out>, plan, stream,

@@ -7,13 +7,15 @@
 //
 //   kernel        between, a row is had by   limit on a row
 //   packed_short  a thread, in registers     inner size 1; 4 vectors
-//   packed        1 to 32 threads            a chunk
+//   packed        1 to 32 threads            inner size 1; a chunk
+//   packed_       1 to 32 threads, parts     inner sizes above 1; 2 parts a thread
+//   columns       each (column_tree.cuh)
 //
 // A block reads its slab before it writes it, and touches no other, so the memory written may be that
 // of an input.
 #pragma once
 
-#include "device.cuh"
+#include "column_kernels.cuh"
 
 namespace softmax_ext::cuda {
 
@@ -280,6 +282,99 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
               formula.of(from_element<A>(grad[place]), from_element<A>(y[place])));
         });
       }
+    });
+    __syncthreads();
+    out.copy_to(grad_input + offset);
+  });
+}
+
+// --- Columns -------------------------------------------------------------------------------------
+
+// Parts lane and, of more than a warp has lanes, lane + 32 of a column in slabs; `slabs` has one of
+// each input.
+template <class Pass, class Slabs, class Out>
+__device__ __forceinline__ void run_packed_column(const PackedRow& row, const ColumnSplit& split,
+                                                  const Slabs& slabs, const Out& out) {
+  using State = typename Pass::State;
+  using A = typename Pass::A;
+  const auto place = [&](int part, int s) {
+    return row.begin + (part * split.steps + s) * row.inner;
+  };
+  const auto size = [&](int part) {
+    const int left = row.dim - part * split.steps;
+    return left < 0 ? 0 : min(left, split.steps);
+  };
+  const auto loader = [&](int part) {
+    return [&, part](int s, typename Pass::Step& x) {
+#pragma unroll
+      for (int i = 0; i < Pass::kInputs; ++i) x[i].load(&slabs[i][place(part, s)]);
+    };
+  };
+  State state;
+  A maxima[limits::kPackedParts][1]{};
+#pragma unroll
+  for (int k = 0; k < limits::kPackedParts; ++k) {
+    const int part = k * row.group + row.lane;
+    if (part >= split.parts) break;
+    State states[1];
+    sum_part<Pass>(size(part), loader(part), [](int, const A(&)[1]) {}, states);
+    if constexpr (kHasMax<State>) maxima[k][0] = states[0].max;
+    state = k == 0 ? states[0] : combine(state, states[0]);
+  }
+  for (int offset = row.group / 2; offset > 0; offset /= 2) {
+    State other;
+    other.sum = __shfl_xor_sync(0xffffffffu, state.sum, offset);
+    if constexpr (kHasMax<State>) other.max = __shfl_xor_sync(0xffffffffu, state.max, offset);
+    state = combine(state, other);
+  }
+  const typename Pass::Formula formulas[1] = {Pass::formula(state)};
+#pragma unroll
+  for (int k = 0; k < limits::kPackedParts; ++k) {
+    const int part = k * row.group + row.lane;
+    if (part >= split.parts) break;
+    finish_part<Pass>(size(part), loader(part), false, maxima[k], formulas,
+                      [&](int s, const A(&values)[1]) {
+                        out[place(part, s)] = ToElement<typename Pass::Result>::of(values[0]);
+                      });
+  }
+}
+
+template <Op op, class In, class Out>
+__global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
+    packed_columns_forward_kernel(const In* input, Out* output, Shape shape, Packing packing,
+                                  ColumnSplit split) {
+  SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
+  const int64_t of_outer = shape.dim * shape.inner;
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+    const int elements = outer * static_cast<int>(of_outer);
+    const Slab<In, true> in[1] = {{memory, input + offset, elements}};
+    const Slab<Out, true> out(memory + packing.bytes, output + offset, elements);
+    in[0].copy_from(input + offset);
+    __syncthreads();
+    for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
+      run_packed_column<ForwardColumns<op, 1, In, Out>>(row, split, in, out);
+    });
+    __syncthreads();
+    out.copy_to(output + offset);
+  });
+}
+
+template <Op op, class In, class Out>
+__global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
+    packed_columns_backward_kernel(const In* grad_output, const In* output, Out* grad_input,
+                                   Shape shape, Packing packing, ColumnSplit split) {
+  SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
+  const int64_t of_outer = shape.dim * shape.inner;
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+    const int elements = outer * static_cast<int>(of_outer);
+    const Slab<In, true> in[2] = {{memory, grad_output + offset, elements},
+                                  {memory + packing.bytes, output + offset, elements}};
+    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset, elements);
+    in[0].copy_from(grad_output + offset);
+    in[1].copy_from(output + offset);
+    __syncthreads();
+    for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
+      run_packed_column<BackwardColumns<op, 1, In, Out>>(row, split, in, out);
     });
     __syncthreads();
     out.copy_to(grad_input + offset);

@@ -43,7 +43,8 @@ class Instance:
 
     @staticmethod
     def of_plan(plan: Plan) -> tuple[str, bool, int, int]:
-        return plan.kernel, plan.vectorized, plan.vectors, plan.columns
+        vectors = 0 if plan.schedule == "columns" else plan.vectors  # steps, which dim decides
+        return plan.kernel, plan.vectorized, vectors, plan.columns
 
 
 def word(value: object) -> str:

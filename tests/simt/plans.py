@@ -50,6 +50,8 @@ class Plan:
     @property
     def kernel(self) -> str:
         if self.schedule == "packed":
+            if self.vectors == 0:
+                return "packed_columns"
             return "packed_short" if self.hold == "registers" else "packed"
         if self.schedule == "columns":
             return "columns"

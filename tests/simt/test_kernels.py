@@ -45,6 +45,7 @@ MOST_WARPS, LONG_WARPS, ROW_WARPS = (LIMITS[f"{of}Warps"] for of in ("Most", "Lo
 CLUSTER_WARPS, RESIDENT_WARPS = LIMITS["ClusterWarps"], LIMITS["ResidentWarps"]
 CLUSTER, BLOCK_CHUNKS = LIMITS["ClusterBlocks"], LIMITS["BlockChunks"]
 SCHEDULES = ("packed", "warp", "block", "cluster", "grid", "columns")
+ROW_SCHEDULES, COLUMN_SCHEDULES = SCHEDULES[:-1], ("packed", "columns")
 # All blocks of a grid run at once, so it is run on devices of few SMs: with and without clusters.
 NEW, OLD = "4 SMs, 9.0", "4 SMs, 8.0"
 SMS = DEVICES[NEW].sm_count
@@ -57,6 +58,17 @@ def power_of_two_from(number: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def parts_of(dim: int) -> int:
+    """Of a column: what one thread has alone, or so many that each is short."""
+    if dim <= LIMITS["AloneSteps"]:
+        return 1
+    return min(LIMITS["MostParts"], max(2, power_of_two_from(ceil_div(dim, LIMITS["PartSteps"]))))
+
+
+def steps_of(dim: int) -> int:
+    return ceil_div(dim, parts_of(dim))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +99,6 @@ class Types:
     @property
     def width(self) -> int:
         return VECTOR_BYTES // self.load.itemsize
-
-    @property
-    def packet(self) -> int:
-        """Neighbouring columns of one access."""
-        return 2 if self.load == torch.float64 else 8 // self.load.itemsize
-
-    @property
-    def wide_packets(self) -> bool:
-        """Of long columns, a vector: too many threads have one to be side by side otherwise."""
-        return self.load in SIXTEEN_BIT and self.inputs == 2
 
     @property
     def chunk_vectors(self) -> int:
@@ -530,14 +532,12 @@ def places(types: Types, dim: int) -> Iterator[tuple[str, str, Place]]:
     """With the schedule and the device; all that a row of this size can be run by."""
     width, chunks = types.width, types.chunks(dim)
     if chunks > CLUSTER:  # fewer of them: these take longer
-        for schedule, device in itertools.product(SCHEDULES, (NEW, OLD)):
+        for schedule, device in itertools.product(ROW_SCHEDULES, (NEW, OLD)):
             yield schedule, device, Place()
             yield schedule, device, Place(outer=2, row=(1, 0), offset=1)
-        yield "columns", NEW, Place(inner=3, row=(0, 1))
-        yield "columns", NEW, Place(inner=width, row=(0, 1))
         return
     batch = SMS + 1 if chunks <= 3 else 2  # more rows than SMs, or fewer
-    for schedule in SCHEDULES:
+    for schedule in ROW_SCHEDULES:
         for device in (NEW, OLD, "A100", "H100"):
             # A grid of more blocks than run at once.
             if schedule != "grid" or DEVICES[device].sm_count == SMS or chunks <= 3:
@@ -549,10 +549,6 @@ def places(types: Types, dim: int) -> Iterator[tuple[str, str, Place]]:
     if dim % width == 0 and WARP * width <= dim <= types.chunk // 2:  # many short rows
         outer = SMS * LIMITS["FillingThreads"] // 4
         yield "warp", NEW, Place(outer=outer, row=(outer - 1, 0))
-    for schedule, device in itertools.product(("packed", "columns"), ("H100", "A100")):
-        for inner in (2, 3, width, width + 1, 3 * width // 2):
-            yield schedule, device, Place(2, inner, (1, inner // 2))
-        yield schedule, device, Place(1, width, (0, width - 1), offset=1)
 
 
 def sizes(types: Types) -> list[int]:
@@ -569,7 +565,7 @@ def sizes(types: Types) -> list[int]:
 @ops
 @all_types(NATIVE)
 def test_bits_do_not_depend_on_how_a_row_is_run(host: Host, types: Types, op: str) -> None:
-    """Whatever the schedule, the device, the batch, the alignment, and the dimension: the same."""
+    """Whatever the schedule, the device, the batch and the alignment: the same."""
     for dim in sizes(types):
         same_bits_everywhere(host, types, op, dim)
 
@@ -592,7 +588,7 @@ def same_bits_everywhere(host: Host, types: Types, op: str, dim: int) -> None:
         results[name] = result.tensor[place.row[0], :, place.row[1]]
         schedules.add(schedule)
     assert_same_bits(results)
-    expected = {schedule for schedule in SCHEDULES if not takes_no(schedule, NEW, chunks)}
+    expected = {schedule for schedule in ROW_SCHEDULES if not takes_no(schedule, NEW, chunks)}
     assert schedules == expected
     one = next(iter(results.values())).view(1, dim, 1)
     if types.direction == "forward":
@@ -608,6 +604,7 @@ def takes_no(schedule: str, device: str, chunks: int) -> bool:
         "warp": chunks > 1,
         "block": chunks > BLOCK_CHUNKS,
         "cluster": not 1 < chunks <= BLOCK_CHUNKS or DEVICES[device].compute_capability < 90,
+        "columns": True,
     }.get(schedule, False)
 
 
@@ -615,7 +612,7 @@ def takes_no(schedule: str, device: str, chunks: int) -> bool:
 @all_types(FLOAT64)
 @pytest.mark.parametrize("chunks", [3 * WARP, CLUSTER * MOST_WARPS + 1, BLOCK_CHUNKS + 1])
 def test_bits_of_long_rows(host: Host, chunks: int, types: Types, op: str) -> None:
-    """Several chunks a lane; several a warp of a cluster; more than but the grid and columns take.
+    """Several chunks a lane; several a warp of a cluster; more than but the grid takes.
     float64 has the shortest chunks."""
     same_bits_everywhere(host, types, op, chunks * types.chunk - 1)
 
@@ -631,18 +628,12 @@ def test_bits_of_special_rows(host: Host, types: Types, op: str) -> None:
         if types.direction == "backward":
             given = [torch.randn(x.shape).to(types.load), reference(op, x, 1).to(types.load)]
         results = {}
-        for schedule in SCHEDULES:
+        for schedule in ROW_SCHEDULES:
             if takes_no(schedule, NEW, chunks):
                 continue
             how = {"schedule": schedule, "device": NEW, "orders": host.orders[:1]}
             rows = launch(host, types, op, given, **how)
             results[f"{schedule}, {chunks} chunks"] = rows.tensor
-            if schedule in ("packed", "columns"):
-                turned = [x.transpose(0, 2).contiguous() for x in given]
-                columns = launch(host, types, op, turned, **how)
-                if columns.plan.blocks > 0:  # a slab fits shared memory
-                    name = f"{schedule}, {chunks} chunks, side by side"
-                    results[name] = columns.tensor.transpose(0, 2)
         assert_same_bits(results)
 
 
@@ -650,15 +641,70 @@ def test_bits_of_special_rows(host: Host, types: Types, op: str) -> None:
 
 
 def columns_of(types: Types, inner: int, aligned: bool = True) -> int:
-    """Neighbouring columns that a thread has, if they are not long: 8 bytes, two, or one."""
-    return types.packet if aligned and inner % types.packet == 0 else 1
+    """Neighbouring columns that a thread has: 16 bytes, 8 of a 16-bit type, or one."""
+    counts = [types.width, *([types.width // 2] if types.load in SIXTEEN_BIT else [])]
+    return next((count for count in counts if aligned and inner % count == 0), 1)
 
 
-def steps_of(types: Types, columns: int) -> int:
-    """Along dim, of a thread: as many as fit its registers, and a vector's width at least."""
-    words = LIMITS["ColumnWordsFloat64" if types.load == torch.float64 else "ColumnWords"]
-    steps = words // (max(1, columns * types.load.itemsize // 4) * types.inputs)
-    return max(types.width, min(LIMITS["MostColumnSteps"], steps))
+# Around what a thread has alone; two parts, a last one that is shorter, and ones without a step; as
+# many as packed slabs have; the most, and longer ones.
+DIMS = [1, 2, 31, 32, 33, 64, 65, 97, 512, 513, 1000, 1024, 1025, 4097, 8192, 8193, 20000]
+
+
+@ops
+@all_types(NATIVE)
+def test_bits_of_a_column_depend_on_dim_alone(host: Host, types: Types, op: str) -> None:
+    """Not on the inner size, on the schedule and the device, on how many blocks share it, on what
+    lies beside it, nor on alignment."""
+    for dim in DIMS:
+        given = [torch.cat([x, x.flip(0)], 2) for x in sensitive_inputs(types, op, 2, dim)]
+        results = {}
+        holds = set()
+        inners = (2, 3, types.width // 2, types.width, 2 * types.width, 33)
+        devices = ("H100", "A100") if dim < 4000 else ("H100", OLD)
+        for schedule, device, inner in itertools.product(COLUMN_SCHEDULES, devices, set(inners)):
+            if inner < 2 or (dim > 4000 and inner > types.width and device != "H100"):
+                continue
+            for offset in (0, 1) if inner <= types.width else (0,):
+                wide = [torch.randn(2, dim, inner).to(types.load) for _ in given]
+                for x, y in zip(wide, given, strict=True):
+                    x[:, :, -2:] = y
+                bytes = offset * types.load.itemsize
+                how = {"schedule": schedule, "device": device, "load_offset": bytes}
+                result = launch(host, types, op, wide, orders=host.orders[-1:], **how)
+                if result.plan.blocks > 0:
+                    name = f"{schedule}, {device}, {inner} columns, offset {offset}, of {dim}"
+                    results[name] = result.tensor[:, :, -2:]
+                    holds.add((schedule, result.plan.hold, result.plan.team > 1))
+        assert_same_bits(results)
+        assert {schedule for schedule, _, _ in holds} == (
+            {"packed", "columns"} if parts_of(dim) <= 2 * WARP else {"columns"}
+        )
+        one = next(iter(results.values()))
+        if types.direction == "forward":
+            assert_close_to_reference(one, op, given[0], 1, types.store)
+        else:
+            assert_gradient_close(one, op, *given, 1)
+
+
+@ops
+@all_types(NATIVE)
+@pytest.mark.parametrize("dim", [31, 200, 1100])
+def test_bits_of_special_columns(host: Host, dim: int, types: Types, op: str) -> None:
+    """Infinities, NaN, and parts of -inf: the same elements are NaN, and the others' bits."""
+    x = torch.stack([make(torch.randn(dim)) for make in ROWS.values()], 1)[None]
+    given = [x.to(types.load)]
+    if types.direction == "backward":
+        given = [torch.randn(x.shape).to(types.load), reference(op, x, 1).to(types.load)]
+    results = {}
+    for schedule, offset in itertools.product(COLUMN_SCHEDULES, (0, 1)):
+        how = {"schedule": schedule, "load_offset": offset * types.load.itemsize}
+        for doubled in (given, [torch.cat([x, x, x, x, x, x, x, x], 2) for x in given]):
+            result = launch(host, types, op, doubled, **how, orders=host.orders[-1:])
+            if result.plan.blocks > 0:
+                name = f"{schedule}, offset {offset}, {doubled[0].shape}"
+                results[name] = result.tensor[:, :, : x.shape[2]]
+    assert_same_bits(results)
 
 
 @ops
@@ -666,22 +712,20 @@ def steps_of(types: Types, columns: int) -> int:
 @pytest.mark.parametrize("inner", [2, 3, 12, 32, 50])
 @pytest.mark.parametrize("offset", [0, 8], ids=["", "unaligned"])
 def test_inner(host: Host, offset: int, inner: int, types: Types, op: str) -> None:
-    """Around one thread along dim, two, a few, and all of a chunk; then two chunks."""
+    """Around one thread along dim, two, and a few; and where a cluster shares a column."""
     columns = columns_of(types, inner, offset == 0)
-    steps = steps_of(types, columns)
-    ends = [steps * group for group in (1, 2, 8)] + [types.chunk] * (inner < 32)
-    for dim in [1, 2, 3, *itertools.chain.from_iterable((end, end + 1) for end in ends)]:
-        few = dim > 8 * steps + 1
+    for dim in (1, 2, 3, 32, 33, 100, 257, 1000) + ((6000,) if inner in (3, 32) else ()):
+        few = dim > 300
         how = {"load_offset": offset, "schedule": "columns"}
         how["orders"] = host.orders[-1:] if few else host.orders
         plan = run(host, types, op, (1 if few else 2, dim, inner), **how)
         assert (plan.schedule, plan.vectorized) == ("columns", columns > 1)
-        assert (plan.columns, plan.vectors) == (columns, steps)
-        along = power_of_two_from(ceil_div(min(dim, types.chunk), steps))
-        assert plan.group == min(along, LIMITS["MostColumnThreads"] // plan.across), dim
+        assert (plan.columns, plan.vectors) == (columns, steps_of(dim))
+        of_block = parts_of(dim) // plan.team
+        assert plan.group <= of_block
+        assert plan.group == of_block or 2 * plan.threads > LIMITS["MostColumnThreads"]
         assert plan.threads % WARP == 0
-        chunks = types.chunks(dim)
-        assert plan.team in (1, chunks)
+        assert plan.hold == "shared"
 
 
 @ops
@@ -692,7 +736,7 @@ def test_dim_of_columns(host: Host, dim: int, types: Types, op: str) -> None:
     for inner in (3, 2 * types.width, 50):
         plan = run(host, types, op, (3, dim, inner))
         small = dim * inner * types.load.itemsize <= LIMITS["SlabBytes"]
-        narrow = inner * types.load.itemsize < LIMITS["SectorBytes"] and dim <= types.chunk
+        narrow = inner * types.load.itemsize < LIMITS["SectorBytes"]
         assert plan.schedule == ("packed" if small or narrow else "columns")
 
 
@@ -700,76 +744,45 @@ def test_dim_of_columns(host: Host, dim: int, types: Types, op: str) -> None:
 @pytest.mark.parametrize("tail", [0, 1])
 def test_a_tile_that_is_wider_than_the_inner_size(host: Host, tail: int, types: Types) -> None:
     """Threads without a column come along; of the last tile of several, and of the only one."""
-    dim = 2 * steps_of(types, columns_of(types, types.width - tail))
     for vectors in (1, 3, 5):
         inner = vectors * types.width - tail
-        plan = run(host, types, "softmax", (3, dim, inner), schedule="columns")
+        if inner == 1:
+            continue
+        plan = run(host, types, "softmax", (3, 40, inner), schedule="columns")
         tile = plan.across * plan.columns
-        assert tile > inner or (inner % tile > 0 and plan.columns == columns_of(types, inner))
+        assert plan.columns == columns_of(types, inner)
+        assert tile > inner or inner % tile > 0
 
 
 @all_types(SAME)
 def test_many_columns_side_by_side(host: Host, types: Types) -> None:
-    """Where there are blocks enough, a block is as wide as there are threads."""
-    outer, columns = 2 * DEVICES["AGX Orin"].sm_count, types.packet
-    dim = steps_of(types, columns)
-    inner = LIMITS["FewColumnThreads"] * columns
-    shape = (outer, dim, inner)
+    """Where there are blocks enough, a block is wider."""
+    outer, inner = 4 * DEVICES["AGX Orin"].sm_count, 64 * types.width
     how = {"device": "AGX Orin", "schedule": "columns", "orders": host.orders[-1:]}
-    plan = run(host, types, "softmax", shape, **how)
-    assert (plan.schedule, plan.columns) == ("columns", columns)
-    assert (plan.across, plan.group) == (LIMITS["FewColumnThreads"], 1)
-
-
-@ops
-@all_types([types for types in NATIVE if types.load in SIXTEEN_BIT])
-@pytest.mark.parametrize("inner", [9, 17, 31])
-def test_chunks_of_columns_in_pieces(host: Host, inner: int, types: Types, op: str) -> None:
-    """A block whose threads do not hold a chunk, since their accesses are narrow: it reads it two
-    or three times."""
-    for dim in (types.chunk - 1, types.chunk, types.chunk + 1, 2 * types.chunk + 700):
-        how: dict[str, object] = {"schedule": "columns", "orders": host.orders[-2:]}
-        plan = run(host, types, op, (1, dim, inner), **how)
-        assert plan.columns == 1
-        assert plan.group * plan.vectors < types.chunk - 1
-        assert (plan.hold, plan.team) == ("none", 1)
+    plan = run(host, types, "softmax", (outer, 4, inner), **how)
+    assert (plan.columns, plan.across, plan.group) == (types.width, 64, 1)
 
 
 @ops
 @all_types(SAME)
-@pytest.mark.parametrize(("device", "chunks", "by_cluster"), [
-    ("A100", 2, False),
-    ("A100", CLUSTER, False),
-    ("H100", 2, True),
-    ("H100", CLUSTER, True),       # as many blocks as a cluster has
-    ("H100", CLUSTER + 1, False),
+@pytest.mark.parametrize(("device", "dim", "inner", "team", "hold"), [
+    ("H100", 3000, 32, 2, "shared"),    # of float32; others have more or fewer
+    ("H100", 16384, 32, 8, "shared"),
+    ("H100", 70000, 16, 8, "none"),
+    ("A100", 9000, 16, 1, "none"),
+    (OLD, 5000, 33, 1, "none"),
 ])  # fmt: skip
-def test_chunks_of_columns(
-    host: Host, device: str, chunks: int, by_cluster: bool, types: Types, op: str
+def test_long_columns(
+    host: Host, device: str, dim: int, inner: int, team: int, hold: str, types: Types, op: str
 ) -> None:
-    """A block of a cluster for each, or a block for all."""
-    inner = 2 if types.load in SIXTEEN_BIT else 3
-    shape = (3, chunks * types.chunk - 1, inner)
+    """A cluster's, and what no shared memory holds. Several tiles a block, or a cluster."""
     how: dict[str, object] = {"device": device, "schedule": "columns", "most_blocks": CLUSTER + 1}
-    plan = run(host, types, op, shape, **how, orders=host.orders[-2:])
-    assert plan.team == (chunks if by_cluster else 1)
-    assert plan.hold == ("registers" if by_cluster else "none")
-
-
-@ops
-@all_types(FLOAT64)
-@pytest.mark.parametrize("more", [0, 1, 64])
-def test_more_chunks_of_columns_than_shared_memory_has_states_of(
-    host: Host, more: int, types: Types, op: str
-) -> None:
-    """Then scratch memory has them. Two blocks and each two tiles, which use it again."""
-    chunks = LIMITS["ColumnChunks"] + more
-    for inner in (3, 2 * types.width):
-        shape = (4, chunks * types.chunk, inner)
-        how: dict[str, object] = {"most_blocks": 2, "resident": 2, "orders": host.orders[-2:]}
-        plan = run(host, types, op, shape, schedule="columns", **how)
-        assert (plan.blocks, plan.team, plan.hold) == (2, 1, "none")
-        assert (plan.scratch_bytes > 0) == (more > 0)
+    plan = run(host, types, op, (3, dim, inner), **how, orders=host.orders[-1:])
+    if types.load == torch.float32:
+        forward = types.inputs == 1
+        assert plan.hold == hold or (device == "H100" and not forward)
+        assert plan.team == team or not forward
+    assert plan.team == 1 or DEVICES[device].compute_capability >= 90
 
 
 # --- Slabs ---------------------------------------------------------------------------------------
@@ -798,7 +811,7 @@ def test_slabs(host: Host, inner: int, types: Types, op: str) -> None:
         # Rows of a slab that are more than there are threads for, too.
         alone = types.load != torch.float64 and inner == 1 and dim <= 4 * types.width
         assert plan.hold == ("registers" if alone else "shared")
-        assert alone or plan.vectors == 1 or dim > WARP * types.width
+        assert alone or inner > 1 or plan.vectors == 1 or dim > WARP * types.width
 
 
 @ops
@@ -809,7 +822,7 @@ def test_large_slabs(host: Host, offset: int, types: Types, op: str) -> None:
     and many short ones."""
     size = types.load.itemsize
     least = LIMITS["LargeSlabBytes"]
-    for dim in (types.chunk - 1, 33 * types.width, 5):
+    for dim in (1023, 33 * types.width, 5):
         inner = least // (dim * size) + 1
         offsets = {"load_offset": offset * size, "store_offset": offset * types.store.itemsize}
         how = {"schedule": "packed", "orders": host.orders[-1:], **offsets}
@@ -876,13 +889,11 @@ class Way:
     def takes(self, types: Types) -> bool:
         """Whether there is one, and rows for it are not too long to be run often. Of the long
         kernel in a cluster, shared memory holds all that float64 can have there."""
-        if self.name == "columns: pieces":
+        if self.name == "columns: packets":
             return types.load in SIXTEEN_BIT
-        if self.name == "columns: vectors":
-            return types.wide_packets
         if self.name == "packed: a thread":
             return types.load != torch.float64
-        if self.name in ("cluster: shared", "columns: many chunks"):
+        if self.name == "cluster: shared":
             return types.load == torch.float64
         if self.name == "cluster: none":
             return types.load == torch.float32
@@ -894,7 +905,7 @@ class Way:
     def device(self) -> str:
         if self.name == "cluster: none":
             return "RTX 5090"  # the least shared memory
-        if self.name in ("columns: chunks", "block: none", "grid: none"):
+        if self.name in ("columns: none", "block: none", "grid: none"):
             return OLD
         return NEW if self.schedule in ("block", "cluster", "grid") else "H100"
 
@@ -918,16 +929,15 @@ class Way:
                 "packed: a thread": 4 * width,
                 "packed: one vector": 7 * width,
                 "packed: many vectors": 33 * width,
-                "packed: columns": 5 * width,
+                "packed: columns": 50,
                 "warp: a part": 4 * width,
                 "warp: all": chunk,
-                "columns: single": 7 * width,
-                "columns: packets": 7 * width,
-                "columns: vectors": chunk,
-                "columns: pieces": chunk,
-                "columns: chunks": 3 * chunk,
-                "columns: cluster": 3 * chunk,
-                "columns: many chunks": (LIMITS["ColumnChunks"] + 2) * chunk,
+                "columns: single": 40,
+                "columns: packets": 40,
+                "columns: alone": 20,
+                "columns: vectors": 1000,
+                "columns: none": 6000,
+                "columns: cluster": 5000 * 4 // max(4, types.load.itemsize) * 2 // types.inputs,
             }[self.name]
         return dim - (not self.whole)
 
@@ -939,7 +949,7 @@ class Way:
         if self.schedule != "columns":
             return (rows, dim, 1)
         inner = ceil_div(rows, types.width) * types.width
-        more = {"packets": 0, "vectors": 0, "cluster": 0}.get(self.part, 1)
+        more = {"single": 1, "packets": types.width // 2}.get(self.part, 0)
         return (1, dim, inner + more)
 
     def how(self, types: Types) -> dict[str, object]:
@@ -951,6 +961,7 @@ class Way:
             assert (plan.hold, plan.vectors) == {
                 "a thread": ("registers", 4),
                 "many vectors": ("shared", types.chunk_vectors),
+                "columns": ("shared", 0),
             }.get(self.part, ("shared", 1))
             assert not plan.vectorized
             return
@@ -958,14 +969,10 @@ class Way:
             assert plan.vectorized == (self.whole and aligned)
             assert plan.hold == (self.part if self.schedule != "warp" else "registers")
             return
-        long = types.width if types.wide_packets else types.packet
-        columns = {"packets": types.packet, "vectors": long, "cluster": long}.get(self.part, 1)
+        columns = {"single": 1, "packets": types.width // 2}.get(self.part, types.width)
         assert plan.columns == (columns if aligned else 1)
-        if aligned:
-            team = 3 if self.part == "cluster" else 1
-            more_than_once = self.part in ("pieces", "chunks", "many chunks")
-            assert plan.team == team
-            assert plan.hold == ("none" if more_than_once else "registers")
+        assert plan.hold == ("none" if self.part == "none" else "shared")
+        assert (plan.team > 1) == (self.part == "cluster")
 
 
 NAMES = [
@@ -986,11 +993,10 @@ NAMES = [
     "grid: none",
     "columns: single",
     "columns: packets",
+    "columns: alone",
     "columns: vectors",
-    "columns: pieces",
-    "columns: chunks",
+    "columns: none",
     "columns: cluster",
-    "columns: many chunks",
 ]
 WAYS = [Way(name, whole) for name in NAMES for whole in (True, False)]
 
@@ -1163,15 +1169,23 @@ def test_special_rows(host: Host, types: Types, op: str, way: Way) -> None:
 
 def shares(plan: Plan, types: Types, dim: int) -> Iterator[torch.Tensor]:
     """For each kind of share of a row, the number of that which an element belongs to: a lane's, a
-    chunk, a warp's chunks, and those of a block."""
+    chunk, a warp's chunks, and those of a block; of a column a part, a thread's, a block's,
+    and every other step."""
     element = torch.arange(dim)
+    if plan.schedule == "columns" or plan.vectors == 0:
+        part = element // steps_of(dim)
+        yield part
+        yield part % plan.team
+        yield part // plan.team % plan.group
+        yield element % 2
+        return
     vector, chunk = element // types.width, element // types.chunk
     yield vector % WARP
     yield vector % plan.group
     if plan.schedule in ("packed", "warp"):
         return
     yield chunk
-    warps = plan.group // WARP if plan.schedule != "columns" else 1
+    warps = plan.group // WARP
     yield chunk % (plan.team * warps)
     yield chunk % (plan.team * warps) // warps
     yield chunk % WARP
@@ -1209,7 +1223,7 @@ def test_tiles_of_minus_infinity(host: Host, tail: int, types: Types, op: str) -
     how = {"schedule": "columns"}
     plan = host.plan(types.direction, shape, types.load, types.store, **how)
     tile = torch.arange(inner) // (plan.across * plan.columns)
-    assert tile.max() > 0 and plan.columns == (1 if tail else types.packet)
+    assert tile.max() > 0 and plan.columns == columns_of(types, inner)
     block = torch.arange(4)[:, None] * (int(tile.max()) + 1) + tile
     for mask in (block == 1, block != 1):
         x = torch.randn(shape).masked_fill(mask[:, None], -INF)
@@ -1288,7 +1302,7 @@ def test_any_case(host: Host, case: tuple[Types, str, Shape, dict[str, object]])
     if types.direction == "backward":
         inputs = [values(shape, types.load), reference(op, x, 1).to(types.load)]
     results = {}
-    for schedule in ("columns", *SCHEDULES[:-1]):
+    for schedule in SCHEDULES:
         device = NEW if schedule == "grid" else how.get("device", NEW)
         other = how | {"schedule": schedule, "device": device, "orders": host.orders[-1:]}
         result = launch(host, types, op, inputs, **other)
@@ -1339,11 +1353,13 @@ def test_an_output_of_integers_is_refused(
 
 
 def kernels_of(types: Types) -> int:
-    """Of each op: of rows in registers, of longer ones, of short ones, of slabs, and of columns."""
+    """Of each op: of rows in registers, of longer ones, of short ones, of slabs, of columns, and
+    of slabs of those."""
     registers = types.chunk_vectors.bit_length() - 1
     short = registers + 1 - types.inputs
     packed = 2 if types.load == torch.float64 else 5
-    return registers + 1 + short + packed + (3 if types.wide_packets else 2)
+    columns = 3 if types.load in SIXTEEN_BIT else 2
+    return registers + 1 + short + packed + 1 + columns
 
 
 def test_every_kernel_that_a_plan_can_ask_for_has_run(host: Host, whole_module: bool) -> None:
@@ -1363,7 +1379,15 @@ def test_every_kernel_that_a_plan_can_ask_for_has_run(host: Host, whole_module: 
             if host.lane not in SANITIZERS or not has_the_accesses_of_another(op, types):
                 wanted.add(Instance(types.direction, op, *read))
     kernels = {instance.kernel for instance in wanted}
-    assert kernels == {"registers", "long", "short", "packed_short", "packed", "columns"}
+    assert kernels == {
+        "registers",
+        "long",
+        "short",
+        "packed_short",
+        "packed",
+        "packed_columns",
+        "columns",
+    }
     assert not wanted - host.instances
 
 

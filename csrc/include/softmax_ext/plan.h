@@ -4,7 +4,8 @@
 //
 // No choice changes a result. A row is always summed in the same tree, which its length and the type
 // that is read decide: neighbours that fill 16 bytes (a vector), then the vectors 32 apart, then the
-// 32 lanes, which is a chunk; then the chunks 32 apart, and their 32 sums. device.cuh has it.
+// 32 lanes, which is a chunk; then the chunks 32 apart, and their 32 sums. device.cuh has it. So is a
+// column (inner > 1), in a tree of its own: column_parts, column_tree.cuh.
 #pragma once
 
 #include <algorithm>
@@ -58,7 +59,7 @@ struct Plan {
   Hold hold;
   bool vectorized;  // rows: each vector is whole and aligned; columns: several in one access
   int width;        // elements in a vector
-  int vectors;      // vectors that a thread holds of each input; columns: steps along dim
+  int vectors;      // vectors that a thread holds of each input; columns: steps of a part, packed 0
   int columns;      // columns: neighbouring columns that a thread has; otherwise 1
   int group;        // threads of a block that share a row
   int across;       // columns: threads side by side across the inner size; otherwise 1
@@ -84,10 +85,11 @@ constexpr int kWarp = 32;
 // two inputs; the rest is for exp, addresses and what is stored. In float64, exp takes more.
 constexpr int kChunkVectors = 8;
 constexpr int kChunkVectorsFloat64 = 4;
-// In the columns schedule, whose accesses may be narrow: words of all inputs, and steps along dim.
-constexpr int kColumnWords = 32;
-constexpr int kColumnWordsFloat64 = 16;
-constexpr int kMostColumnSteps = 32;
+// A column: steps along dim that one thread sums, where there are no more; of a part of a longer one,
+// as long as there are no more parts than that.
+constexpr int kAloneSteps = 32;
+constexpr int kPartSteps = 16;
+constexpr int kMostParts = 512;
 // Threads of a block that shares a row. 512 fill the registers of an SM; with 256, two blocks fit,
 // and one loads while the other stores.
 constexpr int kMostWarps = 16;
@@ -113,19 +115,21 @@ constexpr int kPackedVectors = 4;
 // A slab of more than that has as many threads as a block may have.
 constexpr int kLargeSlabBytes = 32768;
 constexpr int kLargePackedThreads = 512;
-// Columns: the least bytes side by side (a sector), and threads; those that are wanted; and the
-// threads up to which a tile is made wider than that.
+// Parts of a packed column that a lane has.
+constexpr int kPackedParts = 2;
+// Columns: the least bytes side by side (a sector), those that are wanted, and the most threads.
 constexpr int kSectorBytes = 32;
-constexpr int kMostColumnThreads = 512;
 constexpr int kTileBytes = 128;
-constexpr int kColumnThreads = 256;
+constexpr int kMostColumnThreads = 256;
+// Blocks that an SM is to have at a time, of which some load or store while others compute, and with
+// fewer of them in all than that of each SM a tile is not made wider.
+constexpr int kColumnBlocks = 3;
+// Threads up to which a tile is made wider than is wanted.
 constexpr int kFewColumnThreads = 128;
 // Chunks of a row whose states a block keeps in shared memory; with more of them the grid shares it.
 constexpr int kBlockChunks = 1024;
 // Of a row that a grid shares, numbers that a block has in shared memory while it sums the chunks.
 constexpr int kGridTerms = 4096;
-// Chunks of a column whose states a block keeps in shared memory; more are in scratch memory.
-constexpr int kColumnChunks = 32;
 // Fewer chunks than that are a block's even where there are few rows.
 constexpr int kFewChunks = 4;
 // Left free of rows: the states, and what a kernel has of its own.
@@ -148,18 +152,16 @@ constexpr bool Plan::short_rows() const {
          group * vectors <= short_vectors(limits::kVectorBytes / width);
 }
 
-// Steps along dim of a thread in the columns schedule, of `columns` elements each: a vector's width at
-// least, since that many neighbours are summed in a thread.
-constexpr int column_steps(int columns, int64_t element_bytes, int inputs) {
-  const int words = std::max(1, columns * static_cast<int>(element_bytes) / 4) * inputs;
-  const int most = element_bytes == 8 ? limits::kColumnWordsFloat64 : limits::kColumnWords;
-  const int width = limits::kVectorBytes / static_cast<int>(element_bytes);
-  return std::clamp(most / words, width, std::max(width, limits::kMostColumnSteps));
+// Parts of a column, a power of two, and the steps along dim of each but the last that have any: of
+// dim alone, so that all ways to share a column give the same bits.
+constexpr int column_parts(int64_t dim) {
+  if (dim <= limits::kAloneSteps) return 1;
+  int parts = 2;
+  while (parts < limits::kMostParts && int64_t{parts} * limits::kPartSteps < dim) parts *= 2;
+  return parts;
 }
-
-// Neighbouring columns that one access has: 8 bytes, or two.
-constexpr int column_packet(int64_t element_bytes) {
-  return element_bytes == 8 ? 2 : static_cast<int>(8 / element_bytes);
+constexpr int column_steps(int64_t dim) {
+  return static_cast<int>((dim + column_parts(dim) - 1) / column_parts(dim));
 }
 
 // What the plan depends on.
@@ -244,11 +246,14 @@ constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device)
   const Shape& shape = work.shape;
   Plan plan = start(Schedule::kPacked, sizes);
   plan.vectorized = false;
-  if (sizes.chunks > 1) return plan;
-  const int64_t needed = power_of_two_from(sizes.vectors);
-  const bool one_thread = shape.inner == 1 && sizes.load < 8 && needed <= limits::kPackedVectors;
+  const int parts = column_parts(shape.dim);
+  const bool columns = shape.inner > 1;
+  if (columns ? parts > limits::kPackedParts * limits::kWarp : sizes.chunks > 1) return plan;
+  const int64_t needed = columns ? parts : power_of_two_from(sizes.vectors);
+  const bool one_thread = !columns && sizes.load < 8 && needed <= limits::kPackedVectors;
   plan.hold = one_thread ? Hold::kRegisters : Hold::kShared;
-  plan.vectors = one_thread                       ? static_cast<int>(needed)
+  plan.vectors = columns                          ? 0
+                 : one_thread                     ? static_cast<int>(needed)
                  : sizes.vectors <= limits::kWarp ? 1
                                                   : chunk_vectors(sizes.load);
   plan.group = one_thread ? 1 : static_cast<int>(std::min<int64_t>(limits::kWarp, needed));
@@ -395,62 +400,73 @@ constexpr Plan plan_grid(const Workload& work, const DeviceProperties& device) {
   return plan_shared_row(Schedule::kGrid, work, device, team, warps, teams);
 }
 
-constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device) {
+// Columns by `team` blocks, each with `across` threads side by side.
+constexpr Plan columns_plan(const Workload& work, const DeviceProperties& device, int columns,
+                            int64_t across, int64_t team) {
   const Sizes sizes(work);
   const Shape& shape = work.shape;
   Plan plan = start(Schedule::kColumns, sizes);
-  const auto fits = [&](int columns) { return work.aligned && shape.inner % columns == 0; };
-  // Threads along dim that hold all of it, or a chunk.
-  const int64_t of_chunk = int64_t{limits::kWarp} * chunk_vectors(sizes.load) * sizes.width;
-  const auto along_with = [&](int columns) {
-    const int64_t steps = column_steps(columns, sizes.load, work.inputs);
-    return power_of_two_from(ceil_div(std::min(shape.dim, of_chunk), steps));
-  };
-  // 8 bytes take the fewest registers, and in long columns too many threads for a sector.
-  const int few = column_packet(sizes.load);
-  const bool too_many =
-      along_with(few) * limits::kSectorBytes > limits::kMostColumnThreads * few * sizes.load;
-  plan.columns = too_many && fits(sizes.width) ? sizes.width : fits(few) ? few : 1;
-  plan.vectorized = plan.columns > 1;
-  plan.vectors = column_steps(plan.columns, sizes.load, work.inputs);
+  const int64_t parts = column_parts(shape.dim) / team;  // of a block
+  const int64_t group = std::min(parts, limits::kMostColumnThreads / across);
+  across = std::max(across, limits::kWarp / group);  // a warp, though some have no column
+  plan.vectorized = columns > 1;
+  plan.vectors = column_steps(shape.dim);
+  plan.columns = columns;
+  plan.group = static_cast<int>(group);
+  plan.across = static_cast<int>(across);
+  plan.team = static_cast<int>(team);
+  // Shared memory: the parts' maxima, where exp has room to be kept; the states of the parts and of
+  // the team's blocks; and the elements.
+  const int64_t tile = across * columns;
+  const bool keeps = work.inputs == 1 && sizes.load >= 4;
+  const int64_t maxima = keeps ? parts * tile * sizes.load : 0;
+  const int64_t states = (parts + team) * tile * sizes.state_bytes;
+  const int64_t others = (maxima + 15) / 16 * 16 + (states + 15) / 16 * 16;
+  const int64_t elements = parts * plan.vectors * tile * sizes.load * work.inputs;
+  const int64_t most = device.max_shared_memory_per_block - limits::kReservedShared;
+  plan.hold = others + elements <= most ? Hold::kShared : Hold::kNone;
+  plan.shared_bytes = static_cast<size_t>(others + (plan.hold == Hold::kShared ? elements : 0));
+  plan.blocks =
+      std::min(shape.outer * ceil_div(shape.inner, tile), limits::kMaxBlocks / team) * team;
+  return plan;
+}
 
-  // Across the inner size a sector at least.
-  const int64_t access = plan.columns * sizes.load;
-  const int64_t needed = power_of_two_from(ceil_div(shape.inner, plan.columns));
-  const int64_t least = std::min(needed, std::max<int64_t>(1, limits::kSectorBytes / access));
-  const int64_t wanted = std::min(needed, std::max<int64_t>(1, limits::kTileBytes / access));
-  const int64_t along = along_with(plan.columns);
-  // A cluster takes a chunk a block.
-  const bool cluster = sizes.chunks > 1 && sizes.chunks <= limits::kClusterBlocks &&
-                       device.has_clusters() && along * least <= limits::kMostColumnThreads;
-  plan.team = cluster ? static_cast<int>(sizes.chunks) : 1;
-  int64_t across = least;
-  while (across < wanted && 2 * across * along <= limits::kColumnThreads) across *= 2;
-  while (across < needed && 2 * across * along <= limits::kFewColumnThreads &&
-         shape.outer * ceil_div(needed, 2 * across) >= 2 * device.sm_count) {
+constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device) {
+  const Sizes sizes(work);
+  const Shape& shape = work.shape;
+  if (shape.inner == 1) return start(Schedule::kColumns, sizes);
+  const auto fits = [&](int columns) { return work.aligned && shape.inner % columns == 0; };
+  const int half = sizes.width / 2;
+  const int columns = fits(sizes.width) ? sizes.width : sizes.load == 2 && fits(half) ? half : 1;
+  const int64_t access = columns * sizes.load;
+  const int64_t needed = power_of_two_from(ceil_div(shape.inner, columns));
+  const auto with = [&](int64_t across, int64_t team) {
+    return columns_plan(work, device, columns, across, team);
+  };
+  // A few blocks are to fit an SM.
+  const int64_t wanted =
+      (device.max_shared_memory_per_block - limits::kReservedShared) / limits::kColumnBlocks;
+  const auto is_small = [&](const Plan& plan) {
+    return plan.hold == Hold::kShared && static_cast<int64_t>(plan.shared_bytes) <= wanted;
+  };
+  int64_t across = std::min(needed, std::max<int64_t>(1, limits::kSectorBytes / access));
+  Plan plan = with(across, 1);
+  const int most_team = device.has_clusters() ? limits::kClusterBlocks : 1;
+  for (int team = 2; team <= std::min(most_team, column_parts(shape.dim) / 2); team *= 2) {
+    if (!is_small(plan)) plan = with(across, team);
+  }
+  // Wider, while that leaves an SM a few blocks, and those a few threads.
+  while (2 * across <= needed) {
+    const Plan wider = with(2 * across, plan.team);
+    const bool is_wide = 2 * across * access > limits::kTileBytes;
+    const int threads = is_wide ? limits::kFewColumnThreads : limits::kMostColumnThreads;
+    if (!is_small(wider) || wider.group < plan.group || wider.threads() > threads ||
+        wider.blocks < int64_t{limits::kColumnBlocks} * device.sm_count) {
+      break;
+    }
+    plan = wider;
     across *= 2;
   }
-  across = std::max(across, limits::kWarp / along);  // a warp, though some have no column
-  plan.across = static_cast<int>(across);
-  plan.group = static_cast<int>(std::min(along, limits::kMostColumnThreads / across));
-  plan.hold = int64_t{plan.group} * plan.vectors >= std::min(shape.dim, of_chunk) &&
-                      (sizes.chunks == 1 || cluster)
-                  ? Hold::kRegisters
-                  : Hold::kNone;
-  // Sums of `width` neighbours along dim, for each column of the tile, or the threads' maxima; the
-  // columns' maxima and states; and those of their chunks.
-  const int64_t tile = across * plan.columns;
-  const int64_t computed = sizes.load == 8 ? 8 : 4;
-  const int64_t partials = std::max<int64_t>(plan.group * plan.vectors / sizes.width, plan.group);
-  const bool in_shared = sizes.chunks <= limits::kColumnChunks;
-  const int64_t of_chunks = 2 * tile * sizes.chunks;
-  const int64_t states = 2 * tile + (sizes.chunks > 1 && in_shared ? of_chunks : 0);
-  const int64_t running = shape.dim > int64_t{plan.group} * plan.vectors ? tile * limits::kWarp : 0;
-  const int64_t first = (partials * (tile + 1) + tile + 3) / 4 * 4;
-  plan.shared_bytes = static_cast<size_t>(computed * (first + states + running) + 15) / 16 * 16;
-  const int64_t tiles = shape.outer * ceil_div(shape.inner, tile);
-  plan.blocks = std::min(tiles, limits::kMaxBlocks / plan.team) * plan.team;
-  plan.scratch_bytes = in_shared ? 0 : static_cast<size_t>(plan.blocks * of_chunks * computed);
   return plan;
 }
 

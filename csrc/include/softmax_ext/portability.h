@@ -113,6 +113,30 @@ __device__ __forceinline__ void store_word(void* to, Word word) {
   }
 }
 
+// From global to shared memory, where the thread that copied finds it after wait_for_copies().
+template <class Word>
+__device__ __forceinline__ void copy_word(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(Word) == 16) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    return;
+  } else if constexpr (sizeof(Word) >= 4) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global),
+                 "n"(sizeof(Word))
+                 : "memory");
+    return;
+  }
+#endif
+  store_word<false>(shared, load_word<Word>(global));
+}
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // All threads of the cluster, or of the cooperative launch, meet; what each wrote before, all may
 // read afterwards.
 __device__ __forceinline__ void sync_cluster() {
