@@ -108,9 +108,9 @@ def test_what_is_read_again_counts_again() -> None:
     assert forward.bytes_moved == 3 * 4 * 16 << 24
     assert backward.bytes_moved == 5 * 4 * 16 << 24
     # Columns that no shared memory holds: for the max, the sum and the result.
-    forward = explain((8, 100000, 32), BF16, 1, device="H100")
+    forward = explain((8, 200000, 32), BF16, 1, device="H100")
     assert (forward.schedule, forward.hold) == ("columns", "none")
-    assert forward.bytes_moved == 4 * 2 * 8 * 100000 * 32
+    assert forward.bytes_moved == 4 * 2 * 8 * 200000 * 32
 
 
 @pytest.mark.parametrize(("shape", "dim", "dtype", "kernel"), [

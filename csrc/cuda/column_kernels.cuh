@@ -4,7 +4,7 @@
 //   a tile                               blocks                reads   writes
 //   that the shared memory of a block    1                     1       1
 //   holds
-//   of 2 to 8 blocks, sm_90 and later    a cluster             1       1
+//   of 2 to 16 blocks, sm_90 and later   a cluster             1       1
 //   longer                               1, or a cluster       2 or 3  1
 //
 // An SM has several blocks, of which some load or store while others compute. A thread copies its own

@@ -58,6 +58,11 @@ void launch_plan(const Args& args, c10::Device device, Launch launch) {
     // Blocks that have to run together may not all find room where a part of the device is given to
     // others. Fewer of them give the same bits.
     const bool together = plan.team > 1 || plan.schedule == Schedule::kGrid;
+    if (error != cudaSuccess && plan.team > limits::kClusterBlocks &&
+        plan.schedule == Schedule::kColumns) {
+      available.gives_large_clusters = false;
+      continue;
+    }
     if (error != cudaSuccess && together && available.sm_count > 1) {
       available.sm_count /= 2;
       available.compute_capability = std::min(available.compute_capability, 80);

@@ -766,9 +766,10 @@ def test_many_columns_side_by_side(host: Host, types: Types) -> None:
 @ops
 @all_types(SAME)
 @pytest.mark.parametrize(("device", "dim", "inner", "team", "hold"), [
-    ("H100", 3000, 32, 2, "shared"),    # of float32; others have more or fewer
-    ("H100", 16384, 32, 8, "shared"),
-    ("H100", 70000, 16, 8, "none"),
+    ("H100", 3000, 32, 8, "shared"),    # of float32; others have more or fewer
+    ("H100", 16384, 32, 16, "shared"),
+    ("H100", 70000, 16, 16, "none"),
+    ("RTX 5090", 5000, 32, 8, "shared"),
     ("A100", 9000, 16, 1, "none"),
     (OLD, 5000, 33, 1, "none"),
 ])  # fmt: skip

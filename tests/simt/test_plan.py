@@ -249,7 +249,8 @@ def check_limits(plan: Plan, shape: Shape, load: torch.dtype, device: str, align
         # All blocks are to run at once, one on an SM.
         assert plan.blocks <= DEVICES[device].sm_count
     elif plan.schedule == "columns":
-        assert plan.team == 1 or plan.team <= 8
+        large = 90 <= DEVICES[device].compute_capability < 110
+        assert plan.team <= (16 if large else 8)
     else:
         assert plan.team == 1
     if plan.team > 1 and plan.schedule != "grid":
@@ -396,12 +397,39 @@ def test_small_inner_sizes_leave_neighbouring_threads_on_neighbouring_memory() -
 
 @all_dtypes
 @backward_too
-def test_an_sm_has_several_blocks_of_columns(dtype: torch.dtype, backward: bool) -> None:
-    """Some load or store while others compute."""
-    for shape in [(1, 8192, 8192), (32, 1000, 196), (8, 19, 512 * 512)]:
-        plan = make_plan(shape, dtype, backward=backward)
-        assert plan and plan.hold == "shared"
-        assert 3 * (plan.shared_bytes + KIB) <= 228 * KIB
+@pytest.mark.parametrize(("shape", "bytes", "team"), [
+    ((64, 512, 1024), 128, 2),
+    ((32, 1000, 196), 128, 4),
+    ((1, 4096, 4096), 64, 8),   # of 128 bytes, 8 blocks would be too large
+    ((1, 8192, 8192), 64, 16),
+])  # fmt: skip
+def test_an_sm_has_several_blocks_of_columns(
+    shape: Shape, bytes: int, team: int, dtype: torch.dtype, backward: bool
+) -> None:
+    """Some load or store while others compute. The smallest cluster that holds a wide tile so."""
+    plan = make_plan(shape, dtype, backward=backward)
+    assert plan and plan.hold == "shared"
+    assert 3 * (plan.shared_bytes + KIB) <= 228 * KIB
+    assert (plan.across * plan.columns * dtype.itemsize, plan.team) == (bytes, team)
+    assert plan.threads >= 128
+
+
+@all_dtypes
+@backward_too
+def test_short_columns_are_side_by_side(dtype: torch.dtype, backward: bool) -> None:
+    """No thread shares one, and several blocks fit an SM."""
+    plan = make_plan((8, 19, 512 * 512), dtype, backward=backward)
+    assert plan and plan.hold == "shared" and plan.group == plan.team == 1
+    assert plan.threads >= 64 and 3 * (plan.shared_bytes + KIB) <= 228 * KIB
+
+
+@all_dtypes
+@backward_too
+def test_columns_that_no_cluster_holds_are_read_again(dtype: torch.dtype, backward: bool) -> None:
+    """By wide tiles."""
+    plan = make_plan((1, 200000, 4096), dtype, backward=backward)
+    assert plan and (plan.hold, plan.team) == ("none", 16)
+    assert plan.across * plan.columns * dtype.itemsize == 128
 
 
 # --- Sizes of 64 bits, and none ------------------------------------------------------------------

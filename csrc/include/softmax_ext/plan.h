@@ -18,10 +18,15 @@ namespace softmax_ext {
 
 struct DeviceProperties {
   int sm_count;
-  int max_shared_memory_per_block;  // bytes a block can have when it asks for them (opt-in)
-  int compute_capability;           // 90 for 9.0
+  int max_shared_memory_per_block;   // bytes a block can have when it asks for them (opt-in)
+  int compute_capability;            // 90 for 9.0
+  bool gives_large_clusters = true;  // as far as is known
 
   constexpr bool has_clusters() const { return compute_capability >= 90; }
+  // Of data centers (9.0, 10.x): more blocks than every device with clusters has room for.
+  constexpr bool has_large_clusters() const {
+    return has_clusters() && compute_capability < 110 && gives_large_clusters;
+  }
 };
 
 enum class Schedule : int {
@@ -106,6 +111,8 @@ constexpr int kShortRowThreads = 128;
 constexpr int kFillingThreads = 512;
 // What every device with clusters has room for (CUDA programming guide).
 constexpr int kClusterBlocks = 8;
+// What those of data centers have room for, which a kernel has to ask for.
+constexpr int kLargeClusterBlocks = 16;
 // Of a packed block: a few such slabs, with their output, fill the threads and the shared memory of
 // an SM alike.
 constexpr int kSlabBytes = 8192;
@@ -117,14 +124,22 @@ constexpr int kLargeSlabBytes = 32768;
 constexpr int kLargePackedThreads = 512;
 // Parts of a packed column that a lane has.
 constexpr int kPackedParts = 2;
-// Columns: the least bytes side by side (a sector), those that are wanted, and the most threads.
+// Columns: bytes side by side in a tile, the most blocks of a cluster that shares it, and how many of
+// such blocks an SM is to have room for, so that some load or store while others compute. The first
+// that holds a tile is taken, with the smallest cluster that does: wide tiles are read as fast as
+// in a copy, 64 bytes almost, and a sector, which is half of what memory gives, at half the speed.
+struct ColumnTile {
+  int bytes;
+  int most_team;
+  int blocks;
+};
 constexpr int kSectorBytes = 32;
-constexpr int kTileBytes = 128;
-constexpr int kMostColumnThreads = 256;
-// Blocks that an SM is to have at a time, of which some load or store while others compute, and with
-// fewer of them in all than that of each SM a tile is not made wider.
 constexpr int kColumnBlocks = 3;
-// Threads up to which a tile is made wider than is wanted.
+constexpr ColumnTile kColumnTiles[] = {
+    {128, 8, kColumnBlocks}, {64, 16, kColumnBlocks}, {64, 16, 2}, {64, 16, 1},
+    {kSectorBytes, 16, 2},   {kSectorBytes, 16, 1}};
+constexpr int kMostColumnThreads = 256;
+// A cluster's block has as many, and a tile with fewer of them is made wider.
 constexpr int kFewColumnThreads = 128;
 // Chunks of a row whose states a block keeps in shared memory; with more of them the grid shares it.
 constexpr int kBlockChunks = 1024;
@@ -435,37 +450,52 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   const Sizes sizes(work);
   const Shape& shape = work.shape;
   if (shape.inner == 1) return start(Schedule::kColumns, sizes);
-  const auto fits = [&](int columns) { return work.aligned && shape.inner % columns == 0; };
+  const auto divides = [&](int columns) { return work.aligned && shape.inner % columns == 0; };
   const int half = sizes.width / 2;
-  const int columns = fits(sizes.width) ? sizes.width : sizes.load == 2 && fits(half) ? half : 1;
+  const int columns = divides(sizes.width)               ? sizes.width
+                      : sizes.load == 2 && divides(half) ? half
+                                                         : 1;
   const int64_t access = columns * sizes.load;
   const int64_t needed = power_of_two_from(ceil_div(shape.inner, columns));
+  const int of_cluster = device.has_large_clusters() ? limits::kLargeClusterBlocks
+                         : device.has_clusters()     ? limits::kClusterBlocks
+                                                     : 1;
+  const int most_team = std::clamp(column_parts(shape.dim) / 2, 1, of_cluster);
   const auto with = [&](int64_t across, int64_t team) {
     return columns_plan(work, device, columns, across, team);
   };
-  // A few blocks are to fit an SM.
-  const int64_t wanted =
-      (device.max_shared_memory_per_block - limits::kReservedShared) / limits::kColumnBlocks;
-  const auto is_small = [&](const Plan& plan) {
-    return plan.hold == Hold::kShared && static_cast<int64_t>(plan.shared_bytes) <= wanted;
+  const auto across_of = [&](int64_t bytes) {
+    return std::min(needed, std::max<int64_t>(1, bytes / access));
   };
-  int64_t across = std::min(needed, std::max<int64_t>(1, limits::kSectorBytes / access));
-  Plan plan = with(across, 1);
-  const int most_team = device.has_clusters() ? limits::kClusterBlocks : 1;
-  for (int team = 2; team <= std::min(most_team, column_parts(shape.dim) / 2); team *= 2) {
-    if (!is_small(plan)) plan = with(across, team);
-  }
-  // Wider, while that leaves an SM a few blocks, and those a few threads.
-  while (2 * across <= needed) {
-    const Plan wider = with(2 * across, plan.team);
-    const bool is_wide = 2 * across * access > limits::kTileBytes;
-    const int threads = is_wide ? limits::kFewColumnThreads : limits::kMostColumnThreads;
-    if (!is_small(wider) || wider.group < plan.group || wider.threads() > threads ||
-        wider.blocks < int64_t{limits::kColumnBlocks} * device.sm_count) {
-      break;
+  const int64_t most = device.max_shared_memory_per_block - limits::kReservedShared;
+  const auto fits = [&](const Plan& plan, int blocks) {
+    return static_cast<int64_t>(plan.shared_bytes) <= most / blocks;
+  };
+  const auto fills = [&](const Plan& plan) {
+    return plan.blocks >= int64_t{limits::kColumnBlocks} * device.sm_count;
+  };
+  // The first that fills the device; if none does, the one of most blocks.
+  Plan plan{};
+  for (const limits::ColumnTile& tile : limits::kColumnTiles) {
+    for (int team = 1; team <= std::min(most_team, tile.most_team) && !fills(plan); team *= 2) {
+      const Plan next = with(across_of(tile.bytes), team);
+      if (team > 1 && next.threads() < limits::kFewColumnThreads) break;
+      const bool holds = next.hold == Hold::kShared && fits(next, tile.blocks);
+      if (holds && next.blocks > plan.blocks) plan = next;
     }
+  }
+  if (plan.blocks == 0) {  // read again, by tiles as wide as the states of their parts allow
+    int64_t across = across_of(limits::kColumnTiles[0].bytes);
+    do {
+      plan = with(across, most_team);
+      across /= 2;
+    } while (!fits(plan, 1));
+  }
+  while (plan.threads() < limits::kFewColumnThreads && 2 * plan.across <= needed) {
+    const Plan wider = with(2 * plan.across, plan.team);
+    const bool holds = wider.hold == Hold::kShared && fits(wider, limits::kColumnBlocks);
+    if (!holds || !fills(wider) || wider.group < plan.group) break;
     plan = wider;
-    across *= 2;
   }
   return plan;
 }
