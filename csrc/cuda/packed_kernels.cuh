@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
 
 // --- Columns -------------------------------------------------------------------------------------
 
-// Parts lane and, of more than a warp has lanes, lane + 32 of a column in slabs; `slabs` has one of
+// Parts lane and, of more than a warp has lanes, lane + 32, ... of a column in slabs; `slabs` has one of
 // each input.
 template <class Pass, class Slabs, class Out>
 __device__ __forceinline__ void run_packed_column(const PackedRow& row, const ColumnSplit& split,
@@ -310,17 +310,22 @@ __device__ __forceinline__ void run_packed_column(const PackedRow& row, const Co
       for (int i = 0; i < Pass::kInputs; ++i) x[i].load(&slabs[i][place(part, s)]);
     };
   };
-  State state;
+  State states[limits::kPackedParts][1];
   A maxima[limits::kPackedParts][1]{};
 #pragma unroll
   for (int k = 0; k < limits::kPackedParts; ++k) {
     const int part = k * row.group + row.lane;
     if (part >= split.parts) break;
-    State states[1];
-    sum_part<Pass>(size(part), loader(part), [](int, const A(&)[1]) {}, states);
-    if constexpr (kHasMax<State>) maxima[k][0] = states[0].max;
-    state = k == 0 ? states[0] : combine(state, states[0]);
+    sum_part<Pass>(size(part), loader(part), [](int, const A(&)[1]) {}, states[k]);
+    if constexpr (kHasMax<State>) maxima[k][0] = states[k][0].max;
   }
+#pragma unroll
+  for (int half = limits::kPackedParts / 2; half > 0; half /= 2) {
+    if (half * row.group >= split.parts) continue;
+#pragma unroll
+    for (int k = 0; k < half; ++k) states[k][0] = combine(states[k][0], states[k + half][0]);
+  }
+  State state = states[0][0];
   for (int offset = row.group / 2; offset > 0; offset /= 2) {
     State other;
     other.sum = __shfl_xor_sync(0xffffffffu, state.sum, offset);

@@ -289,7 +289,7 @@ def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> No
         assert plan.hold == "registers" and plan.group * plan.vectors * plan.width >= dim
         assert WARP % plan.group == 0
     elif plan.schedule == "columns":
-        parts = 1 if dim <= 32 else min(512, max(2, 2 ** (-(-dim // 16) - 1).bit_length()))
+        parts = 1 if dim <= 32 else min(512, max(2, 2 ** (-(-dim // 8) - 1).bit_length()))
         assert plan.vectors == -(-dim // parts)
         assert parts % (plan.team * plan.group) == 0
         tile = plan.across * plan.columns
@@ -399,7 +399,7 @@ def test_small_inner_sizes_leave_neighbouring_threads_on_neighbouring_memory() -
 @backward_too
 @pytest.mark.parametrize(("shape", "bytes", "team"), [
     ((64, 512, 1024), 128, 2),
-    ((32, 1000, 196), 128, 4),
+    ((32, 1000, 200), 128, 4),
     ((1, 4096, 4096), 64, 8),   # of 128 bytes, 8 blocks would be too large
     ((1, 8192, 8192), 64, 16),
 ])  # fmt: skip
@@ -412,6 +412,12 @@ def test_an_sm_has_several_blocks_of_columns(
     assert 3 * (plan.shared_bytes + KIB) <= 228 * KIB
     assert (plan.across * plan.columns * dtype.itemsize, plan.team) == (bytes, team)
     assert plan.threads >= 128
+
+
+def test_narrow_accesses_make_a_narrower_tile() -> None:
+    """16-bit types by 8 bytes: 64 bytes are 8 threads side by side."""
+    plan = make_plan((32, 1000, 196), BFLOAT16)
+    assert plan and (plan.columns, plan.across, plan.team) == (4, 8, 4)
 
 
 @all_dtypes

@@ -93,7 +93,7 @@ constexpr int kChunkVectorsFloat64 = 4;
 // A column: steps along dim that one thread sums, where there are no more; of a part of a longer one,
 // as long as there are no more parts than that.
 constexpr int kAloneSteps = 32;
-constexpr int kPartSteps = 16;
+constexpr int kPartSteps = 8;
 constexpr int kMostParts = 512;
 // Threads of a block that shares a row. 512 fill the registers of an SM; with 256, two blocks fit,
 // and one loads while the other stores.
@@ -123,21 +123,26 @@ constexpr int kPackedVectors = 4;
 constexpr int kLargeSlabBytes = 32768;
 constexpr int kLargePackedThreads = 512;
 // Parts of a packed column that a lane has.
-constexpr int kPackedParts = 2;
-// Columns: bytes side by side in a tile, the most blocks of a cluster that shares it, and how many of
-// such blocks an SM is to have room for, so that some load or store while others compute. The first
-// that holds a tile is taken, with the smallest cluster that does: wide tiles are read as fast as
-// in a copy, 64 bytes almost, and a sector, which is half of what memory gives, at half the speed.
+constexpr int kPackedParts = 4;
+// Columns: bytes side by side in a tile, by accesses of at least so many; the most blocks of a cluster
+// that shares it, and how many of such blocks an SM is to have room for, of which some load or
+// store while others compute. The first that holds a tile is taken, with the smallest cluster
+// that does: wide tiles are read as fast as in a copy, 64 bytes almost, and a sector, which is half
+// of what memory gives at a time, at half the speed.
 struct ColumnTile {
   int bytes;
+  int least_access;
   int most_team;
   int blocks;
 };
 constexpr int kSectorBytes = 32;
 constexpr int kColumnBlocks = 3;
-constexpr ColumnTile kColumnTiles[] = {
-    {128, 8, kColumnBlocks}, {64, 16, kColumnBlocks}, {64, 16, 2}, {64, 16, 1},
-    {kSectorBytes, 16, 2},   {kSectorBytes, 16, 1}};
+constexpr ColumnTile kColumnTiles[] = {{128, kVectorBytes, 8, kColumnBlocks},
+                                       {64, 1, 16, kColumnBlocks},
+                                       {64, 1, 16, 2},
+                                       {64, 1, 16, 1},
+                                       {kSectorBytes, 1, 16, 2},
+                                       {kSectorBytes, 1, 16, 1}};
 constexpr int kMostColumnThreads = 256;
 // A cluster's block has as many, and a tile with fewer of them is made wider.
 constexpr int kFewColumnThreads = 128;
@@ -467,8 +472,8 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   const auto across_of = [&](int64_t bytes) {
     return std::min(needed, std::max<int64_t>(1, bytes / access));
   };
-  const int64_t most = device.max_shared_memory_per_block - limits::kReservedShared;
   const auto fits = [&](const Plan& plan, int blocks) {
+    const int64_t most = device.max_shared_memory_per_block - limits::kReservedShared;
     return static_cast<int64_t>(plan.shared_bytes) <= most / blocks;
   };
   const auto fills = [&](const Plan& plan) {
@@ -477,9 +482,13 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   // The first that fills the device; if none does, the one of most blocks.
   Plan plan{};
   for (const limits::ColumnTile& tile : limits::kColumnTiles) {
-    for (int team = 1; team <= std::min(most_team, tile.most_team) && !fills(plan); team *= 2) {
+    if (tile.least_access > access) continue;
+    const int most = std::min(most_team, tile.most_team);
+    for (int team = 1; team <= most && !fills(plan); team *= 2) {
       const Plan next = with(across_of(tile.bytes), team);
       if (team > 1 && next.threads() < limits::kFewColumnThreads) break;
+      const bool one_each = next.group * team == column_parts(shape.dim);  // part a thread
+      if (!one_each && 2 * team <= most) continue;
       const bool holds = next.hold == Hold::kShared && fits(next, tile.blocks);
       if (holds && next.blocks > plan.blocks) plan = next;
     }
