@@ -189,6 +189,13 @@ def max_jobs(cores: int, memory: int | None) -> int:
     return max(1, min(cores, by_memory))
 
 
+def wanted_jobs(default: int) -> int:
+    jobs = os.environ.setdefault("MAX_JOBS", str(default))
+    if not jobs.isdecimal() or int(jobs) < 1:
+        sys.exit(f"softmax_ext: MAX_JOBS is {jobs!r}, and has to be a number of 1 or more")
+    return int(jobs)
+
+
 def compiler(variable: str, default: str, language: str) -> list[str]:
     """The words of the compiler that the variable names. Exits if it does not run."""
     if not os.environ.get(variable):
@@ -248,12 +255,12 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         self.check_compilers()
         has_affinity = hasattr(os, "sched_getaffinity")
         cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-        os.environ.setdefault("MAX_JOBS", str(max_jobs(cores, available_memory())))
+        jobs = wanted_jobs(max_jobs(cores, available_memory()))
         if WITH_CUDA:
             os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
             say(f"GPU architectures: {os.environ['TORCH_CUDA_ARCH_LIST']}")
-        say(f"CPU instruction sets: {', '.join(ISAS)}; MAX_JOBS={os.environ['MAX_JOBS']}")
-        with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+        say(f"CPU instruction sets: {', '.join(ISAS)}; MAX_JOBS={jobs}")
+        with ThreadPoolExecutor(jobs) as pool:
             commands = list(pool.map(self.compile_kernels, ISAS))
         self.extensions[0].extra_objects += [command["output"] for command in commands]
         super().build_extensions()

@@ -332,6 +332,16 @@ def test_out_overlapping_the_input_is_never_silently_wrong(
 
 
 @pytest.mark.parametrize("op", WITH_OUT)
+def test_out_of_inference_mode(op: str, device: str) -> None:
+    input = torch.randn(9, 37, device=device)
+    with torch.inference_mode():
+        out = torch.zeros(9, 37, device=device)
+    with pytest.raises(RuntimeError, match="inference tensor outside InferenceMode"):
+        OURS[op](input, 1, out=out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("op", WITH_OUT)
 def test_out_with_elements_that_share_memory(op: str, device: str) -> None:
     input = torch.randn(9, 37, device=device)
     for functions in (TORCH_OUT, OURS):

@@ -142,6 +142,13 @@ def test_jobs_by_cores_and_memory(setup, cores, memory, jobs):
     assert setup.max_jobs(cores, memory) == jobs
 
 
+@pytest.mark.parametrize("jobs", ["many", "0", "-1", ""])
+def test_jobs_that_are_no_number_are_named(setup, monkeypatch, jobs):
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    with pytest.raises(SystemExit, match=f"MAX_JOBS is {jobs!r}"):
+        setup.wanted_jobs(2)
+
+
 MEMINFO = "MemTotal:  24000000 kB\nMemFree:  700000 kB\nMemAvailable:  20971520 kB\n"
 
 

@@ -10,8 +10,8 @@
 //                chunks of up to 16 rows of several steps each, which threads share if slices are few.
 //
 // A row is always reduced by the same chunks (blocks) in the same order, so its result depends
-// neither on the batch it is in nor on the number of threads. A column's may depend on inner. Input of another type is first
-// rounded to the output's, in the output's memory, one row or tile at a time.
+// neither on the batch it is in nor on the number of threads. A column's may depend on inner. Input of
+// another type is first rounded to the output's, in the output's memory, one row or tile at a time.
 #include <algorithm>
 #include <cstdlib>
 #include <new>
@@ -100,15 +100,20 @@ SOFTMAX_EXT_INLINE V fold(int64_t n, V identity, Step step, Merge merge) {
 template <class A>
 constexpr A kLowest = -static_cast<A>(INFINITY);
 
+template <class T>
+constexpr bool kDivides = sizeof(T) == 8 && !kFusedMultiplyAdd;
+
 // The policy of Forward: no element is above its row's max. What is rounded to 16 bits afterwards
-// can do with the reciprocal alone.
+// can do with the reciprocal alone, and doubles without a fused multiply-add are divided.
 template <class T, class V>
 struct Share : Full<V> {
   static SOFTMAX_EXT_INLINE V exp(V x) { return exp_of_nonpositive(x); }
-  // e / sum is e times the reciprocal and what that is rounded off, rounded once.
-  static SOFTMAX_EXT_INLINE V quotient(V e, V rest, V reciprocal) {
+  // e / sum is e times the reciprocal and what that is rounded off, rounded once; `correction` is that, or
+  // the sum where one divides by it.
+  static SOFTMAX_EXT_INLINE V quotient(V e, V correction, V reciprocal) {
     if constexpr (sizeof(T) == 2) return e * reciprocal;
-    return fma_of(e, reciprocal, e * rest);
+    if constexpr (kDivides<T>) return e / correction;
+    return fma_of(e, reciprocal, e * correction);
   }
 };
 
@@ -125,25 +130,26 @@ struct ExactLogSoftmax : Forward<Op::kLogSoftmax, V> {
 };
 
 template <Op op, class T, class V = Vec<compute_t<T>>>
-using forward_t =
-    std::conditional_t<op == Op::kSoftmax, Forward<op, V, Share<T, V>>, ExactLogSoftmax<V>>;
+using forward_t = std::conditional_t<op == Op::kSoftmax || sizeof(T) == 2,
+                                     Forward<op, V, Share<T, V>>, ExactLogSoftmax<V>>;
 
-// The formula for a row's max and its sum + rest, where rest is an ulp of the sum or so. In each lane
-// for another row, or the same.
+// The formula for a row's max and its sum + rest, where rest is an ulp of the sum or so, which 16 bits
+// do without. In each lane for another row, or the same.
 template <Op op, class T, class V = Vec<compute_t<T>>>
 SOFTMAX_EXT_INLINE forward_t<op, T> formula_of(V max, V sum, V rest) {
   forward_t<op, T> formula;
+  formula.max = max;
   if constexpr (op == Op::kSoftmax) {
     const V one(1);
-    formula.max = max;
     formula.reciprocal = one / sum;
     const V off = fma_of(-formula.reciprocal, sum, one);
-    formula.correction = fma_of(-formula.reciprocal, rest, off) * formula.reciprocal;
-  } else {
+    formula.correction =
+        kDivides<T> ? sum : fma_of(-formula.reciprocal, rest, off) * formula.reciprocal;
+  } else if constexpr (sizeof(T) == 2) {
     V rest_of_log;
-    formula.max = max;
-    formula.log_sum = log_of(sum, &rest_of_log);
-    formula.rest = rest_of_log + rest / sum;
+    formula.log_sum = log_of(sum, V(0), &rest_of_log);
+  } else {
+    formula.log_sum = log_of(sum, rest, &formula.rest);
   }
   return formula;
 }
@@ -580,14 +586,30 @@ SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
   for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(d + kBlock, dim));
 }
 
-// Adds e(d) for each step of [0, n): four at a time, but of a few steps along dim the sum may be close
-// to 1, and then its log has as many digits as what is added to that.
-template <class V, class Exp>
-SOFTMAX_EXT_INLINE void sum_steps(int64_t n, int64_t dim, ExactSum<V>& sum, Exp e) {
-  int64_t d = 0;
-  for (; dim > kBlock && d + 4 <= n; d += 4) sum.add((e(d) + e(d + 1)) + (e(d + 2) + e(d + 3)));
-  for (; d < n; ++d) sum.add(e(d));
-}
+// The gradient of a column, with as few roundings as fused multiply-adds allow; a column has the time.
+template <Op op, class V>
+struct ColumnBackward : Backward<op, V> {
+  static constexpr bool kFused = op == Op::kSoftmax && kFusedMultiplyAdd;
+
+  static SOFTMAX_EXT_INLINE V add(V sum, V grad, V output) {
+    if constexpr (kFused) return fma_of(grad, output, sum);
+    return sum + Backward<op, V>::term(grad, output);
+  }
+  // Of doubles the difference of the products, one of which is exact. Where grad is the sum, that would be
+  // what the other was rounded off.
+  SOFTMAX_EXT_INLINE V of(V grad, V output) const {
+    if constexpr (kFused && std::is_same_v<V, VecD>) {
+      const V difference = fma_of(output, grad, -(output * this->sum));
+      const typename V::Raw zero{};
+      return (grad - this->sum).raw == zero ? zero : difference.raw;
+    }
+    return Backward<op, V>::of(grad, output);
+  }
+};
+
+// Exps of more steps along dim than that are summed four at a time. The sum of a few may be close to 1,
+// and then its log has as many digits as what is added to that.
+constexpr int64_t kFewSteps = kBlock;
 
 // y = value. Streamed, y is aligned to what a register of results has.
 template <Write write, class T, class Lanes, class A>
@@ -628,9 +650,7 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
         shifts[v] = shift_of(maxes[v]);
         sums[v].scale(exp_of_nonpositive(old - shifts[v]));
       }
-      // Four steps at a time; but of a few steps the sum may be close to 1, and then its log has as many
-      // digits as what is added to that.
-      const auto sum_steps = [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
+      const auto add_steps = [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
         const T* x[4] = {};
         for (int64_t k = 0; k < steps(); ++k) x[k] = input.again(offset + (d + k) * inner);
         for_each_vector<kSize>(
@@ -644,8 +664,10 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
             });
       };
       int64_t d = begin;
-      for (; dim > kBlock && d + 4 <= end; d += 4) sum_steps(d, std::integral_constant<int, 4>{});
-      for (; d < end; ++d) sum_steps(d, std::integral_constant<int, 1>{});
+      for (; dim > kFewSteps && d + 4 <= end; d += 4) {
+        add_steps(d, std::integral_constant<int, 4>{});
+      }
+      for (; d < end; ++d) add_steps(d, std::integral_constant<int, 1>{});
     });
     forward_t<op, T> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
@@ -672,6 +694,8 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   G* grad_inputs = static_cast<G*>(args.grad_input);
   constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
   const bool ahead = kAhead && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
+  // The processor does not foresee the first lines of a step that lies in another page.
+  const bool far = inner * static_cast<int64_t>(sizeof(T)) >= 4096;
   for_each_tile<A>(args.shape, threads, [=](int64_t offset, int64_t width) {
     ExactSum<V> sums[kTile<A> / kSize];
     std::fill_n(sums, ceil_div(width, kSize), ExactSum<V>{V(A(0)), V(A(0))});
@@ -686,13 +710,18 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
           if constexpr (kAhead) {
             if (ahead) __builtin_prefetch(y + c);  // as in backward_rows
           }
-          sum = sum + Backward<op, V>::term(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0)));
+          if (far) {
+            __builtin_prefetch(grad + inner + c);
+            __builtin_prefetch(y + inner + c);
+          }
+          sum = ColumnBackward<op, V>::add(sum, load(grad + c, lanes, A(0)),
+                                           load(y + c, lanes, A(0)));
         });
       }
       for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);
     });
-    Backward<op, V> formulas[kTile<A> / kSize];
-    for (int64_t v = 0; v < ceil_div(width, kSize); ++v) formulas[v] = {sums[v].rounded()};
+    ColumnBackward<op, V> formulas[kTile<A> / kSize];
+    for (int64_t v = 0; v < ceil_div(width, kSize); ++v) formulas[v].sum = sums[v].rounded();
     for (int64_t d = 0; d < dim; ++d) {
       const T* grad = grads + offset + d * inner;
       const T* y = outputs + offset + d * inner;
@@ -794,37 +823,65 @@ bool is_in_registers(int64_t inner, bool in_place) {
   return inner % kSize == 0 || (inner > 3 * kSize && !in_place);
 }
 
-// step(c) for each register of `width` columns.
-template <class A, class Step>
+// step(c, count) for each register of `width` columns: for `kTogether` at a time, from c on, or for one.
+template <class A, int kTogether, class Step>
 SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
   constexpr int64_t kSize = Vec<A>::kSize;
-  for (int64_t c = 0; c < width; c += kSize) step(std::min(c, width - kSize));
+  int64_t c = 0;
+  for (; c + kTogether * kSize <= width; c += kTogether * kSize) {
+    step(c, std::integral_constant<int, kTogether>{});
+  }
+  for (; c < width; c += kSize) {
+    step(std::min(c, width - kSize), std::integral_constant<int, 1>{});
+  }
 }
 
-// A register of columns, over a short dim.
-template <Op op, class T>
-void forward_register(const T* x, T* y, int64_t stride, int64_t dim) {
+// Registers of columns side by side: the steps of one hide the latency of those of another.
+constexpr int kTogether = 2;
+
+// `count` registers of columns, over a short dim.
+template <Op op, int count, class T>
+void forward_registers(const T* x, T* y, int64_t stride, int64_t dim) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  V values[kShortDim];
-  V max(kLowest<A>);
+  V values[kShortDim][count];
+  V maxes[count], shifts[count];
+  std::fill_n(maxes, count, V(kLowest<A>));
   for (int64_t d = 0; d < dim; ++d) {
-    values[d] = load(x + d * stride, All{}, A(0));
-    max = max_of(values[d], max);
+    for (int k = 0; k < count; ++k) {
+      values[d][k] = load(x + d * stride + k * V::kSize, All{}, A(0));
+      maxes[k] = max_of(values[d][k], maxes[k]);
+    }
   }
-  const V shift = shift_of(max);
-  ExactSum<V> sum{V(A(0)), V(A(0))};
-  sum_steps(dim, dim, sum, [&](int64_t d) SOFTMAX_EXT_LAMBDA {
-    const V e = exp_of_nonpositive(values[d] - shift);
-    if constexpr (op == Op::kSoftmax) values[d] = e;
+  for (int k = 0; k < count; ++k) shifts[k] = shift_of(maxes[k]);
+  const auto exp_at = [&](int64_t d, int k) SOFTMAX_EXT_LAMBDA {
+    const V e = exp_of_nonpositive(values[d][k] - shifts[k]);
+    if constexpr (op == Op::kSoftmax) values[d][k] = e;
     return e;
-  });
-  const auto formula = formula_of<op, T>(max, sum.sum, sum.rest);
+  };
+  ExactSum<V> sums[count];
+  for (int k = 0; k < count; ++k) sums[k] = ExactSum<V>(exp_at(0, k));
+  int64_t d = 1;
+  for (; dim > kFewSteps && d + 4 <= dim; d += 4) {
+    for (int k = 0; k < count; ++k) {
+      sums[k].add((exp_at(d, k) + exp_at(d + 1, k)) + (exp_at(d + 2, k) + exp_at(d + 3, k)));
+    }
+  }
+  for (; d < dim; ++d) {
+    for (int k = 0; k < count; ++k) sums[k].add(exp_at(d, k));
+  }
+  forward_t<op, T> formulas[count];
+  for (int k = 0; k < count; ++k) {
+    formulas[k] = formula_of<op, T>(maxes[k], sums[k].sum, sums[k].rest);
+  }
   for (int64_t d = 0; d < dim; ++d) {
-    if constexpr (op == Op::kSoftmax) {
-      store(y + d * stride, All{}, formula.of_exp(values[d]));
-    } else {
-      store(y + d * stride, All{}, formula.of(values[d]));
+    for (int k = 0; k < count; ++k) {
+      T* to = y + d * stride + k * V::kSize;
+      if constexpr (op == Op::kSoftmax) {
+        store(to, All{}, formulas[k].of_exp(values[d][k]));
+      } else {
+        store(to, All{}, formulas[k].of(values[d][k]));
+      }
     }
   }
 }
@@ -841,42 +898,51 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
     T* y = output + first * slice;
     if (is_in_registers<T>(inner, in_place)) {
       for (int64_t s = 0; s < count; ++s) {
-        for_each_register<A>(inner, [=](int64_t c) SOFTMAX_EXT_LAMBDA {
-          forward_register<op>(x + s * slice + c, y + s * slice + c, inner, dim);
+        for_each_register<A, kTogether>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+          forward_registers<op, count()>(x + s * slice + c, y + s * slice + c, inner, dim);
         });
       }
       return;
     }
     Gathered<T> tile(dim, count * inner);
     tile.gather(x, count, dim, inner);
-    for_each_register<A>(tile.width, [&](int64_t c) SOFTMAX_EXT_LAMBDA {
-      forward_register<op>(tile.data + c, tile.data + c, tile.stride, dim);
+    for_each_register<A, kTogether>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+      forward_registers<op, count()>(tile.data + c, tile.data + c, tile.stride, dim);
     });
     tile.scatter(y, count, dim, inner);
   });
 }
 
-template <Op op, class T>
-void backward_register(const T* grad, const T* y, T* grad_input, int64_t stride, int64_t dim) {
+template <Op op, int count, class T>
+void backward_registers(const T* grad, const T* y, T* grad_input, int64_t stride, int64_t dim) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  ExactSum<V> sum{V(A(0)), V(A(0))};
+  const auto at = [](const T* p, int64_t i, int k)
+                      SOFTMAX_EXT_LAMBDA { return load(p + i + k * V::kSize, All{}, A(0)); };
+  ExactSum<V> sums[count];
+  std::fill_n(sums, count, ExactSum<V>(V(A(0))));
   for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
-    V block_sum(A(0));
-    for (int64_t d = begin; d < end; ++d) {
-      block_sum = block_sum + Backward<op, V>::term(load(grad + d * stride, All{}, A(0)),
-                                                    load(y + d * stride, All{}, A(0)));
+    V block_sums[count];
+    std::fill_n(block_sums, count, V(A(0)));
+    for (int64_t i = begin * stride; i < end * stride; i += stride) {
+      for (int k = 0; k < count; ++k) {
+        block_sums[k] = ColumnBackward<op, V>::add(block_sums[k], at(grad, i, k), at(y, i, k));
+      }
     }
-    if (dim <= kBlock) {
-      sum.sum = block_sum;
-    } else {
-      sum.add(block_sum);
+    for (int k = 0; k < count; ++k) {
+      if (dim <= kBlock) {
+        sums[k].sum = block_sums[k];
+      } else {
+        sums[k].add(block_sums[k]);
+      }
     }
   });
-  const Backward<op, V> formula{sum.rounded()};
-  for (int64_t d = 0; d < dim; ++d) {
-    store(grad_input + d * stride, All{},
-          formula.of(load(grad + d * stride, All{}, A(0)), load(y + d * stride, All{}, A(0))));
+  ColumnBackward<op, V> formulas[count];
+  for (int k = 0; k < count; ++k) formulas[k].sum = sums[k].rounded();
+  for (int64_t i = 0; i < dim * stride; i += stride) {
+    for (int k = 0; k < count; ++k) {
+      store(grad_input + i + k * V::kSize, All{}, formulas[k].of(at(grad, i, k), at(y, i, k)));
+    }
   }
 }
 
@@ -894,9 +960,9 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
     T* grad_input = grad_inputs + first * slice;
     if (is_in_registers<T>(inner, in_place)) {
       for (int64_t s = 0; s < count; ++s) {
-        for_each_register<A>(inner, [=](int64_t c) SOFTMAX_EXT_LAMBDA {
+        for_each_register<A, kTogether>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
           const int64_t i = s * slice + c;
-          backward_register<op>(grad + i, y + i, grad_input + i, inner, dim);
+          backward_registers<op, count()>(grad + i, y + i, grad_input + i, inner, dim);
         });
       }
       return;
@@ -904,13 +970,30 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
     Gathered<T> of_grads(dim, count * inner), of_outputs(dim, count * inner);
     of_grads.gather(grad, count, dim, inner);
     of_outputs.gather(y, count, dim, inner);
-    for_each_register<A>(of_grads.width, [&](int64_t c) SOFTMAX_EXT_LAMBDA {
-      backward_register<op>(of_grads.data + c, of_outputs.data + c, of_grads.data + c,
-                            of_grads.stride, dim);
+    for_each_register<A, kTogether>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+      backward_registers<op, count()>(of_grads.data + c, of_outputs.data + c, of_grads.data + c,
+                                      of_grads.stride, dim);
     });
     of_grads.scatter(grad_input, count, dim, inner);
   });
 }
+
+// States of lanes, with room for a register beyond them.
+template <class A>
+struct LaneArray {
+  alignas(64) A data[kLanes<A> + Vec<A>::kSize];
+
+  LaneArray() = default;
+  explicit LaneArray(A value) { std::fill_n(data, kLanes<A> + Vec<A>::kSize, value); }
+
+  SOFTMAX_EXT_INLINE Vec<A> at(int64_t c) const { return load(data + c, All{}, A(0)); }
+  SOFTMAX_EXT_INLINE void set(int64_t c, Vec<A> value) { store(data + c, All{}, value); }
+
+  // Of the lanes from c on, the first n; `fill` beyond.
+  SOFTMAX_EXT_INLINE Vec<A> at(int64_t c, int64_t n, A fill) const {
+    return n >= Vec<A>::kSize ? at(c) : load(data + c, First{n}, fill);
+  }
+};
 
 // How a slice of many narrow steps is seen: `groups` steps are a row of lanes, and `steps` of them, at
 // most kBlock rows, a chunk.
@@ -932,6 +1015,12 @@ struct Packing {
     columns = ceil_div(inner, kSize) * kSize;
   }
 
+  // Steps of a chunk, and where it begins among all slices.
+  int64_t steps_of(int64_t chunk) const { return std::min(steps, dim - chunk * steps); }
+  int64_t offset(int64_t slice, int64_t chunk) const {
+    return (slice * dim + chunk * steps) * inner;
+  }
+
   // step(offset, lanes) for the rows of a chunk of n steps, in the lanes from c on.
   template <class Step>
   SOFTMAX_EXT_INLINE void for_each_row(int64_t n, int64_t c, Step step) const {
@@ -942,19 +1031,38 @@ struct Packing {
     }
     for (; i < end; i += width) step(i, First{std::min(width - c, end - i)});
   }
-};
 
-// States of lanes, with room for a register beyond them.
-template <class A>
-struct LaneArray {
-  alignas(64) A data[kLanes<A> + Vec<A>::kSize];
+  // step(offset, lane, lanes) for a chunk of n steps, in the order of memory.
+  template <class Step>
+  SOFTMAX_EXT_INLINE void for_each_vector_of_rows(int64_t n, Step step) const {
+    const int64_t end = n * inner;
+    for (int64_t row = 0; row < end; row += width) {
+      for_each_vector<kSize>(std::min(width, end - row),
+                             [=](int64_t c, auto lanes)
+                                 SOFTMAX_EXT_LAMBDA { step(row + c, c, lanes); });
+    }
+  }
 
-  SOFTMAX_EXT_INLINE Vec<A> at(int64_t c) const { return load(data + c, All{}, A(0)); }
-  SOFTMAX_EXT_INLINE void set(int64_t c, Vec<A> value) { store(data + c, All{}, value); }
-
-  // Of the lanes from c on, the first n; `fill` beyond.
-  SOFTMAX_EXT_INLINE Vec<A> at(int64_t c, int64_t n, A fill) const {
-    return n >= Vec<A>::kSize ? at(c) : load(data + c, First{n}, fill);
+  // Lane by lane step(... step(step(start, row 0), row 1) ...) over the rows of a chunk of n steps, where
+  // step is given (value, offset, lane, lanes). In the order of memory, where a load of T has less than
+  // a line; otherwise values stay in registers.
+  template <class T, class Step>
+  SOFTMAX_EXT_INLINE LaneArray<A> fold_rows(int64_t n, A start, Step step) const {
+    LaneArray<A> values(start);
+    if constexpr (kSize * sizeof(T) < 64) {
+      for_each_vector_of_rows(n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+        values.set(c, step(values.at(c), i, c, lanes));
+      });
+    } else {
+      for (int64_t c = 0; c < width; c += kSize) {
+        Vec<A> value(start);
+        for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+          value = step(value, i, c, lanes);
+        });
+        values.set(c, value);
+      }
+    }
+    return values;
   }
 };
 
@@ -1068,34 +1176,26 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
   reduce_and_store_packed<Formulas>(
       args.shape, packing, size, threads,
       [&](int64_t slice, int64_t chunk, A* state) {
-        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
-        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
         const T* x = input.at(offset, n * inner);
         A* kept = kept_of(offset, state);
-        LaneArray<A> maxes, sums, rests;
-        for (int64_t c = 0; c < width; c += kSize) {
-          V max(kLowest<A>);
-          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            max = max_of(load(x + i, lanes, kLowest<A>), max);
-          });
-          maxes.set(c, max);
-        }
+        auto maxes = packing.template fold_rows<T>(
+            n, kLowest<A>, [&](V max, int64_t i, int64_t, auto lanes) SOFTMAX_EXT_LAMBDA {
+              return max_of(load(x + i, lanes, kLowest<A>), max);
+            });
         fold_max(packing, maxes);
         for (int64_t c = 0; c < inner; c += kSize) store(state + c, All{}, maxes.at(c));
         spread(packing, maxes);
-        for (int64_t c = 0; c < width; c += kSize) {
-          const V shift = shift_of(maxes.at(c));
-          V sum(A(0));
-          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            const V e = exp_of_nonpositive(load(x + i, lanes, kLowest<A>) - shift);
-            if constexpr (kByChunk) {
-              if (by_chunk) store(kept + i, lanes, e);
-            }
-            sum = sum + e;
-          });
-          sums.set(c, sum);
-          rests.set(c, V(A(0)));
-        }
+        LaneArray<A> shifts, rests(A(0));
+        for (int64_t c = 0; c < width; c += kSize) shifts.set(c, shift_of(maxes.at(c)));
+        auto sums = packing.template fold_rows<T>(
+            n, A(0), [&](V sum, int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+              const V e = exp_of_nonpositive(load(x + i, lanes, kLowest<A>) - shifts.at(c));
+              if constexpr (kByChunk) {
+                if (by_chunk) store(kept + i, lanes, e);
+              }
+              return sum + e;
+            });
         fold_sums(packing, sums, rests);
         for (int64_t c = 0; c < inner; c += kSize) {
           store(state + columns + c, All{}, sums.at(c));
@@ -1103,7 +1203,8 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
         }
       },
       [&](const A* states, int64_t size, Formulas& formulas) {
-        LaneArray<A> maxes, sums, rests;
+        // The formulas are of whole registers: lanes beyond the width have what a logarithm takes.
+        LaneArray<A> maxes(A(0)), sums(A(1)), rests(A(0));
         for (int64_t c = 0; c < inner; c += kSize) {
           V max(kLowest<A>);
           for (int64_t k = 0; k < packing.chunks; ++k) {
@@ -1129,8 +1230,7 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
         }
       },
       [&](int64_t slice, int64_t chunk, A* state, const Formulas& formulas) {
-        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
-        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
         T* y = output + offset;
         if constexpr (kByChunk) {
           if (by_chunk) {
@@ -1141,23 +1241,19 @@ void forward_packed_columns(const ForwardArgs& args, const Threads& threads) {
                                                 shift_of(formulas.maxes[c / kSize])));
             }
             spread(packing, weights);
-            for (int64_t c = 0; c < width; c += kSize) {
-              const auto formula = formulas.of_lanes[c / kSize];
-              const V weight = weights.at(c);
-              packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-                store(y + i, lanes, formula.of_exp(load(kept + i, lanes, A(0)) * weight));
-              });
-            }
+            packing.for_each_vector_of_rows(
+                n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+                  const V e = load(kept + i, lanes, A(0)) * weights.at(c);
+                  store(y + i, lanes, formulas.of_lanes[c / kSize].of_exp(e));
+                });
             return;
           }
         }
         const T* x = input.again(offset);
-        for (int64_t c = 0; c < width; c += kSize) {
-          const auto formula = formulas.of_lanes[c / kSize];
-          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            store(y + i, lanes, formula.of(load(x + i, lanes, A(0))));
-          });
-        }
+        packing.for_each_vector_of_rows(
+            n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+              store(y + i, lanes, formulas.of_lanes[c / kSize].of(load(x + i, lanes, A(0))));
+            });
       });
 }
 
@@ -1167,28 +1263,22 @@ void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
   using V = Vec<A>;
   constexpr int kSize = V::kSize;
   const Packing<A> packing(args.shape);
-  const int64_t dim = packing.dim, inner = packing.inner, width = packing.width;
-  const int64_t columns = packing.columns;
+  const int64_t inner = packing.inner, columns = packing.columns;
   const T* grads = static_cast<const T*>(args.grad_output);
   const T* outputs = static_cast<const T*>(args.output);
   T* grad_inputs = static_cast<T*>(args.grad_input);
   reduce_and_store_packed<LaneArray<A>>(
       args.shape, packing, 2 * columns, threads,
       [&](int64_t slice, int64_t chunk, A* state) {
-        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
-        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
         const T* grad = grads + offset;
         const T* y = outputs + offset;
-        LaneArray<A> sums, rests;
-        for (int64_t c = 0; c < width; c += kSize) {
-          V sum(A(0));
-          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            sum =
-                sum + Backward<op, V>::term(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0)));
-          });
-          sums.set(c, sum);
-          rests.set(c, V(A(0)));
-        }
+        LaneArray<A> rests(A(0));
+        auto sums = packing.template fold_rows<T>(
+            n, A(0), [&](V sum, int64_t i, int64_t, auto lanes) SOFTMAX_EXT_LAMBDA {
+              return ColumnBackward<op, V>::add(sum, load(grad + i, lanes, A(0)),
+                                                load(y + i, lanes, A(0)));
+            });
         fold_sums(packing, sums, rests);
         for (int64_t c = 0; c < inner; c += kSize) {
           store(state + c, All{}, sums.at(c));
@@ -1207,18 +1297,16 @@ void backward_packed_columns(const BackwardArgs& args, const Threads& threads) {
         spread(packing, sums);
       },
       [&](int64_t slice, int64_t chunk, const A*, const LaneArray<A>& sums) {
-        const int64_t n = std::min(packing.steps, dim - chunk * packing.steps);
-        const int64_t offset = (slice * dim + chunk * packing.steps) * inner;
+        const int64_t n = packing.steps_of(chunk), offset = packing.offset(slice, chunk);
         const T* grad = grads + offset;
         const T* y = outputs + offset;
         T* grad_input = grad_inputs + offset;
-        for (int64_t c = 0; c < width; c += kSize) {
-          const Backward<op, V> formula{sums.at(c)};
-          packing.for_each_row(n, c, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            store(grad_input + i, lanes,
-                  formula.of(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0))));
-          });
-        }
+        packing.for_each_vector_of_rows(
+            n, [&](int64_t i, int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+              const ColumnBackward<op, V> formula{{sums.at(c)}};
+              store(grad_input + i, lanes,
+                    formula.of(load(grad + i, lanes, A(0)), load(y + i, lanes, A(0))));
+            });
       });
 }
 

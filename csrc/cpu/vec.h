@@ -560,20 +560,25 @@ SOFTMAX_EXT_INLINE VecD small_of_log(VecD f, VecD add) {
   return fma_of(s, fma_of(square, p, half), add) - half;
 }
 
-// log(x), and what it is rounded off, of a row's sum: 1 or more, or NaN, or 0 where the row is all -inf
-// and its output NaN whatever the logarithm is. x is 2^n * (1 + f).
+// log(x + more), and what it is rounded off, of a row's sum: x is 1 or more, or NaN, or 0 where the row is
+// all -inf and its output NaN whatever the logarithm is; `more` is an ulp of it or so. x is 2^n * (1 + f).
 template <class T>
-SOFTMAX_EXT_INLINE Vec<T> log_of(Vec<T> x, Vec<T>* rest) {
+SOFTMAX_EXT_INLINE Vec<T> log_of(Vec<T> x, Vec<T> more, Vec<T>* rest) {
   using C = ExpConstants<T>;
   using Raw = typename Vec<T>::Raw;
   using RawInt = typename Vec<T>::RawInt;
+  const Vec<T> one(T(1));
   const auto bits = bit_cast<RawInt>(x);
   const RawInt exponent = (bits - LogConstants<T>::kSqrtHalf) >> C::kMantissaBits;
   // The integer in the low bits of kRound.
   const Vec<T> n =
       Vec<T>(bit_cast<Raw>(exponent + bit_cast<RawInt>(Vec<T>(C::kRound)))) - Vec<T>(C::kRound);
-  const Vec<T> f = Vec<T>(bit_cast<Raw>(bits - (exponent << C::kMantissaBits))) - Vec<T>(T(1));
-  const Vec<T> small = small_of_log(f, n * Vec<T>(C::kLn2Low));
+  const RawInt scale = exponent << C::kMantissaBits;
+  const Vec<T> f = Vec<T>(bit_cast<Raw>(bits - scale)) - one;
+  // What `more` adds: more / x, to a few percent, with 1 - f + f^2 for 1 / (1 + f).
+  const Vec<T> inverse = Vec<T>(bit_cast<Raw>(bit_cast<RawInt>(one) - scale));
+  const Vec<T> of_more = (more * inverse) * fma_of(f, f, one - f);
+  const Vec<T> small = small_of_log(f, fma_of(n, Vec<T>(C::kLn2Low), of_more));
   // The product is exact. Of two summands the first is the larger, or 0 (Dekker, "A floating-point
   // technique for extending the available precision", 1971), or both are far below an ulp of n ln 2.
   const Vec<T> of_n = n * Vec<T>(C::kLn2High), of_f = f + small, log = of_n + of_f;

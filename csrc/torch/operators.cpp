@@ -292,8 +292,9 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
   }
   const at::Tensor contiguous = input.contiguous();
   at::assert_no_partial_overlap(out, contiguous);
-  run_forward(contiguous, shape, op, out, /*output_is_new=*/false);
+  // First, since it refuses an inference tensor.
   out.unsafeGetTensorImpl()->bump_version();
+  run_forward(contiguous, shape, op, out, /*output_is_new=*/false);
 }
 
 void forward_in_place(const at::Tensor& input, int64_t dim, Op op) {
