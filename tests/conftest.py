@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-cuda-budgets",
         action="store_true",
-        help="with --cuda-code: write softmax_ext/cuda_budgets.txt anew",
+        help="with --cuda-code: write benchmarks/cuda_budgets.txt anew",
     )
     parser.addoption(
         "--fuzz-calls", type=int, default=2000, help="random calls of all entries (tests/fuzz.py)"

@@ -1,7 +1,7 @@
 """The CUDA kernels' machine code, from nvcc alone, without a GPU: with --cuda-code.
 
 No instance has local memory or spills registers to it, the vectorised ones access 16 bytes at a
-time, and each keeps to its line of cuda_budgets.txt.
+time, and each keeps to its line of benchmarks/cuda_budgets.txt.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-TABLE = ROOT / "softmax_ext" / "cuda_budgets.txt"
+TABLE = ROOT / "benchmarks" / "cuda_budgets.txt"
 # A100, H100, B200 and RTX 50.
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 FLAGS = ["-std=c++17", "-cubin", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]

@@ -23,7 +23,7 @@ from host import Host, Instance, Result
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pairwise import all_pairs
-from plans import DEVICES, Plan
+from plans import DEVICES
 from special_rows import INF, ROWS, is_nan_for_torch_too
 from tolerances import (
     FLOATING,
@@ -37,14 +37,13 @@ from tolerances import (
     ulp,
 )
 
+from softmax_ext._C import LIMITS, SCHEDULES, Plan
+
 CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
-PLAN_H = (CSRC / "include" / "softmax_ext" / "plan.h").read_text()
-LIMITS = {name: int(value) for name, value in re.findall(r"constexpr int k(\w+) = (\d+);", PLAN_H)}
 VECTOR_BYTES, WARP = LIMITS["VectorBytes"], LIMITS["Warp"]
 MOST_WARPS, LONG_WARPS, ROW_WARPS = (LIMITS[f"{of}Warps"] for of in ("Most", "Long", "Row"))
 CLUSTER_WARPS, RESIDENT_WARPS = LIMITS["ClusterWarps"], LIMITS["ResidentWarps"]
 CLUSTER, BLOCK_CHUNKS = LIMITS["ClusterBlocks"], LIMITS["BlockChunks"]
-SCHEDULES = ("packed", "warp", "block", "cluster", "grid", "columns")
 ROW_SCHEDULES, COLUMN_SCHEDULES = SCHEDULES[:-1], ("packed", "columns")
 # All blocks of a grid run at once, so it is run on devices of few SMs: with and without clusters.
 NEW, OLD = "4 SMs, 9.0", "4 SMs, 8.0"
@@ -1089,7 +1088,7 @@ def test_more_than_one_wave_of_blocks(host: Host, schedule: str, direction: str)
     blocks = SMS if schedule == "grid" else wave + many.team
     if schedule == "columns":
         blocks = outer * ceil_div(inner, plan.across)
-    assert plan == dataclasses.replace(many, blocks=blocks)
+    assert plan == Plan(**many.members() | {"blocks": blocks})
     assert plan.schedule == schedule
 
 

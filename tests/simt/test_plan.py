@@ -1,23 +1,22 @@
 """The choice of CUDA schedule and launch (plan.h), for any device, without a GPU."""
 
+import ast
 import itertools
-from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
-from plans import DEVICES, Plan
+from plans import DEVICES
 
 from softmax_ext import _C
+from softmax_ext._C import LIMITS, SCHEDULES, Plan
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)
 # What has kernels, of a forward: (load, store). A backward has the reverse.
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)]
-SCHEDULES = ("packed", "warp", "block", "cluster", "grid", "columns")
 KIB = 1024
-VECTOR = 16  # bytes
-WARP = 32
-MOST_BLOCKS = 2**31 - 1
+VECTOR, WARP = LIMITS["VectorBytes"], LIMITS["Warp"]
 
 Shape = tuple[int, int, int]  # outer, dim, inner
 
@@ -36,11 +35,7 @@ def make_plan(
     where the schedule cannot."""
     inputs, properties = 1 + backward, DEVICES[device]
     known = (properties.sm_count, properties.shared_bytes, properties.compute_capability)
-    made = _C.plan(*shape, load, store or load, inputs, aligned, *known, schedule)
-    if not made:
-        return None
-    assert list(made) == [field.name for field in fields(Plan)]
-    return Plan(**made)  # type: ignore[arg-type]
+    return _C.plan(*shape, load, store or load, inputs, aligned, *known, schedule)
 
 
 def schedule_of(shape: Shape, *arguments: torch.dtype, **how: object) -> str:
@@ -51,7 +46,8 @@ def schedule_of(shape: Shape, *arguments: torch.dtype, **how: object) -> str:
 
 def chunk(dtype: torch.dtype) -> int:
     """Elements of a row that a warp has in registers: 4 KB, and 2 KB in float64."""
-    return (2 if dtype == FLOAT64 else 4) * KIB // dtype.itemsize
+    vectors = LIMITS["ChunkVectorsFloat64" if dtype == FLOAT64 else "ChunkVectors"]
+    return WARP * vectors * VECTOR // dtype.itemsize
 
 
 backward_too = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -198,7 +194,8 @@ def test_what_a_schedule_cannot_take() -> None:
             assert all(plan.schedule == name for name, plan in plans.items() if plan)
             actual = {name for name, plan in plans.items() if plan}
             assert actual == (can if device == "H100" else can - {"cluster"})
-    assert make_plan((3, 5, 1), schedule="no such schedule") is None
+    with pytest.raises(TypeError):
+        make_plan((3, 5, 1), schedule="no such schedule")
 
 
 # --- Within the limits ---------------------------------------------------------------------------
@@ -233,9 +230,10 @@ def check_limits(plan: Plan, shape: Shape, load: torch.dtype, device: str, align
     width = VECTOR // load.itemsize
     assert plan.width == width
     # The launch bounds of the kernels; those of a warp's rows are of 128 threads, as they are.
-    assert plan.threads % WARP == 0 and plan.threads <= (128 if plan.schedule == "warp" else 512)
+    most = LIMITS["ShortRowThreads"] if plan.schedule == "warp" else LIMITS["MostWarps"] * WARP
+    assert plan.threads % WARP == 0 and plan.threads <= most
     assert 0 <= plan.shared_bytes <= DEVICES[device].shared_bytes
-    assert 1 <= plan.blocks <= MOST_BLOCKS and plan.blocks % plan.team == 0
+    assert 1 <= plan.blocks <= LIMITS["MaxBlocks"] and plan.blocks % plan.team == 0
     # Vector accesses need whole vectors of aligned tensors.
     if plan.schedule == "columns":
         whole = plan.columns > 1
@@ -244,13 +242,13 @@ def check_limits(plan: Plan, shape: Shape, load: torch.dtype, device: str, align
         whole = aligned and dim % width == 0 and plan.schedule != "packed"
     assert plan.vectorized == whole
     if plan.schedule == "cluster":
-        assert 2 <= plan.team <= 8
+        assert 2 <= plan.team <= LIMITS["ClusterBlocks"]
     elif plan.schedule == "grid":
         # All blocks are to run at once, one on an SM.
         assert plan.blocks <= DEVICES[device].sm_count
     elif plan.schedule == "columns":
         large = 90 <= DEVICES[device].compute_capability < 110
-        assert plan.team <= (16 if large else 8)
+        assert plan.team <= LIMITS["LargeClusterBlocks" if large else "ClusterBlocks"]
     else:
         assert plan.team == 1
     if plan.team > 1 and plan.schedule != "grid":
@@ -262,14 +260,14 @@ def check_limits(plan: Plan, shape: Shape, load: torch.dtype, device: str, align
     teams = plan.blocks // plan.team
     if plan.schedule == "columns":
         tile = plan.across * plan.columns
-        assert teams == min(outer * -(-inner // tile), MOST_BLOCKS // plan.team)
+        assert teams == min(outer * -(-inner // tile), LIMITS["MaxBlocks"] // plan.team)
     elif plan.schedule == "packed":
         assert plan.items % inner == 0
-        assert teams == min(-(-outer // (plan.items // inner)), MOST_BLOCKS)
+        assert teams == min(-(-outer // (plan.items // inner)), LIMITS["MaxBlocks"])
     elif plan.schedule == "grid":
         assert 1 <= teams <= min(outer, DEVICES[device].sm_count)
     else:
-        assert teams == min(-(-outer // plan.items), MOST_BLOCKS // plan.team)
+        assert teams == min(-(-outer // plan.items), LIMITS["MaxBlocks"] // plan.team)
 
 
 def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> None:
@@ -278,7 +276,7 @@ def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> No
     inputs, chunks = 1 + backward, -(-dim // of)
     state = number if backward else 2 * number
     if plan.schedule == "packed" and plan.vectors == 0:
-        assert dim <= 1024 and plan.hold == "shared"
+        assert dim <= LIMITS["PackedParts"] * WARP * LIMITS["PartSteps"] and plan.hold == "shared"
         assert plan.shared_bytes >= plan.items * dim * load.itemsize * inputs
     elif plan.schedule == "packed":
         assert chunks == 1
@@ -289,7 +287,8 @@ def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> No
         assert plan.hold == "registers" and plan.group * plan.vectors * plan.width >= dim
         assert WARP % plan.group == 0
     elif plan.schedule == "columns":
-        parts = 1 if dim <= 32 else min(512, max(2, 2 ** (-(-dim // 8) - 1).bit_length()))
+        short = 2 ** (-(-dim // LIMITS["PartSteps"]) - 1).bit_length()
+        parts = min(LIMITS["MostParts"], max(2, short)) if dim > LIMITS["AloneSteps"] else 1
         assert plan.vectors == -(-dim // parts)
         assert parts % (plan.team * plan.group) == 0
         tile = plan.across * plan.columns
@@ -477,3 +476,32 @@ def test_sizes_beyond_32_bits(
 def test_nothing_is_launched_for_an_empty_tensor(shape: Shape) -> None:
     for schedule in (None, *SCHEDULES):
         assert make_plan(shape, schedule=schedule) is None
+
+
+# --- In Python -----------------------------------------------------------------------------------
+
+
+def test_a_plan_is_its_members() -> None:
+    plan = make_plan((4096, 1024, 1))
+    assert plan is not None
+    members = plan.members()
+    assert members == {name: getattr(plan, name) for name in members}
+    assert plan == Plan(**members) != Plan(**members | {"blocks": 7})
+    assert (
+        repr(plan) == f"Plan({', '.join(f'{name}={value!r}' for name, value in members.items())})"
+    )
+    for wrong in (members | {"x": 1}, {"blocks": 7}):
+        with pytest.raises(TypeError):
+            Plan(**wrong)
+
+
+def test_the_stub_has_the_members_of_a_plan() -> None:
+    stub = ast.parse(Path(_C.__file__).with_name("_C.pyi").read_text())
+    (of_plan,) = (
+        node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "Plan"
+    )
+    declared = [
+        ast.unparse(node.target) for node in of_plan.body if isinstance(node, ast.AnnAssign)
+    ]
+    plan = make_plan((4096, 1024, 1))
+    assert plan and declared == list(plan.members())

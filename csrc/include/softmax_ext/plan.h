@@ -79,6 +79,26 @@ struct Plan {
   }
   // Rows of whole vectors, at most as many as limits::short_vectors, which few lanes share.
   constexpr bool short_rows() const;
+  // Of which an instance runs (launch_typed.cuh): KERNEL_forward_kernel, KERNEL_backward_kernel.
+  constexpr const char* kernel() const;
+
+  // visit(name, pointer to the member), of each.
+  template <class Visit>
+  static constexpr void each_member(Visit visit) {
+    visit("schedule", &Plan::schedule);
+    visit("hold", &Plan::hold);
+    visit("vectorized", &Plan::vectorized);
+    visit("width", &Plan::width);
+    visit("vectors", &Plan::vectors);
+    visit("columns", &Plan::columns);
+    visit("group", &Plan::group);
+    visit("across", &Plan::across);
+    visit("items", &Plan::items);
+    visit("team", &Plan::team);
+    visit("blocks", &Plan::blocks);
+    visit("shared_bytes", &Plan::shared_bytes);
+    visit("scratch_bytes", &Plan::scratch_bytes);
+  }
 };
 
 // Every limit and threshold that the plan and the kernels use.
@@ -170,6 +190,16 @@ constexpr int64_t short_vectors(int64_t element_bytes) {
 constexpr bool Plan::short_rows() const {
   return schedule == Schedule::kWarp && vectorized &&
          group * vectors <= short_vectors(limits::kVectorBytes / width);
+}
+
+constexpr const char* Plan::kernel() const {
+  if (schedule == Schedule::kColumns) return "columns";
+  if (schedule == Schedule::kPacked) {
+    if (vectors == 0) return "packed_columns";
+    return hold == Hold::kRegisters ? "packed_short" : "packed";
+  }
+  if (short_rows()) return "short";
+  return hold == Hold::kRegisters ? "registers" : "long";
 }
 
 // Parts of a column, a power of two, and the steps along dim of each but the last that have any: of
