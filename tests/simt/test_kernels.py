@@ -907,6 +907,8 @@ class Way:
             return "RTX 5090"  # the least shared memory
         if self.name in ("columns: none", "block: none", "grid: none"):
             return OLD
+        if self.schedule == "columns" and self.part != "cluster":
+            return "A100"  # where there are clusters, few columns are shared by one
         return NEW if self.schedule in ("block", "cluster", "grid") else "H100"
 
     def dim(self, types: Types) -> int:
@@ -937,7 +939,7 @@ class Way:
                 "columns: alone": 20,
                 "columns: vectors": 1000,
                 "columns: none": 6000,
-                "columns: cluster": 5000 * 4 // max(4, types.load.itemsize) * 2 // types.inputs,
+                "columns: cluster": 2000,
             }[self.name]
         return dim - (not self.whole)
 

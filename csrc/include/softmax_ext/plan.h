@@ -18,15 +18,13 @@ namespace softmax_ext {
 
 struct DeviceProperties {
   int sm_count;
-  int max_shared_memory_per_block;   // bytes a block can have when it asks for them (opt-in)
-  int compute_capability;            // 90 for 9.0
-  bool gives_large_clusters = true;  // as far as is known
+  int max_shared_memory_per_block;  // bytes a block can have when it asks for them (opt-in)
+  int compute_capability;           // 90 for 9.0
+  int most_cluster_blocks = 16;     // fewer where a launch of so many was refused
 
-  constexpr bool has_clusters() const { return compute_capability >= 90; }
-  // Of data centers (9.0, 10.x): more blocks than every device with clusters has room for.
-  constexpr bool has_large_clusters() const {
-    return has_clusters() && compute_capability < 110 && gives_large_clusters;
-  }
+  // That a cluster may have; 1 where there are no clusters.
+  constexpr int cluster_blocks() const;
+  constexpr bool has_clusters() const { return cluster_blocks() > 1; }
 };
 
 enum class Schedule : int {
@@ -131,7 +129,7 @@ constexpr int kShortRowThreads = 128;
 constexpr int kFillingThreads = 512;
 // What every device with clusters has room for (CUDA programming guide).
 constexpr int kClusterBlocks = 8;
-// What those of data centers have room for, which a kernel has to ask for.
+// What those of data centers (9.0, 10.x) have room for, which a kernel has to ask for.
 constexpr int kLargeClusterBlocks = 16;
 // Of a packed block: a few such slabs, with their output, fill the threads and the shared memory of
 // an SM alike.
@@ -176,6 +174,13 @@ constexpr int kFewChunks = 4;
 constexpr int kReservedShared = 1024;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 }  // namespace limits
+
+constexpr int DeviceProperties::cluster_blocks() const {
+  const int most = compute_capability < 90    ? 1
+                   : compute_capability < 110 ? limits::kLargeClusterBlocks
+                                              : limits::kClusterBlocks;
+  return std::min(most, most_cluster_blocks);
+}
 
 // Vectors of a lane in a chunk, which is 4 KB of a row (2 KB in float64).
 constexpr int chunk_vectors(int64_t element_bytes) {
@@ -492,19 +497,17 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
                                                          : 1;
   const int64_t access = columns * sizes.load;
   const int64_t needed = power_of_two_from(ceil_div(shape.inner, columns));
-  const int of_cluster = device.has_large_clusters() ? limits::kLargeClusterBlocks
-                         : device.has_clusters()     ? limits::kClusterBlocks
-                                                     : 1;
-  const int most_team = std::clamp(column_parts(shape.dim) / 2, 1, of_cluster);
+  const int most_team = std::clamp(column_parts(shape.dim) / 2, 1, device.cluster_blocks());
   const auto with = [&](int64_t across, int64_t team) {
     return columns_plan(work, device, columns, across, team);
   };
   const auto across_of = [&](int64_t bytes) {
     return std::min(needed, std::max<int64_t>(1, bytes / access));
   };
-  const auto fits = [&](const Plan& plan, int blocks) {
-    const int64_t most = device.max_shared_memory_per_block - limits::kReservedShared;
-    return static_cast<int64_t>(plan.shared_bytes) <= most / blocks;
+  // So many blocks an SM, which has 1 KB more than one of them can have, and takes 1 KB for each.
+  const auto fits = [&](const Plan& plan, int64_t blocks) {
+    const auto bytes = static_cast<int64_t>(plan.shared_bytes) + limits::kReservedShared;
+    return blocks * bytes <= device.max_shared_memory_per_block;
   };
   const auto fills = [&](const Plan& plan) {
     return plan.blocks >= int64_t{limits::kColumnBlocks} * device.sm_count;

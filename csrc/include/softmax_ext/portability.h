@@ -94,7 +94,8 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
     config.numAttrs = together.cooperative || blocks > 1 ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   }
-  return error == cudaSuccess ? cudaSuccess : cudaGetLastError();
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
 }
 
 // One access of sizeof(Word) bytes at a multiple of that.
