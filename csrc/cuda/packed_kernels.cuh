@@ -15,7 +15,7 @@
 // of an input.
 #pragma once
 
-#include "column_kernels.cuh"
+#include "column_tree.cuh"
 
 namespace softmax_ext::cuda {
 

@@ -189,6 +189,25 @@ constexpr int column_steps(int64_t dim) {
   return static_cast<int>((dim + column_parts(dim) - 1) / column_parts(dim));
 }
 
+// The shared memory of a block of the columns schedule, `tile` columns wide: the maxima of its parts,
+// where exp has room to be kept, and in bytes from there on the states of its parts and of the team's
+// blocks, the elements, the end.
+struct ColumnMemory {
+  int64_t states;
+  int64_t elements;
+  int64_t end;
+};
+constexpr ColumnMemory column_memory(int64_t dim, int team, int64_t tile, int64_t element_bytes,
+                                     int inputs) {
+  const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+  const int64_t number = element_bytes == 8 ? 8 : 4;
+  const int64_t parts = column_parts(dim) / team;
+  const bool has_maxima = inputs == 1 && element_bytes == number;
+  const int64_t states = has_maxima ? aligned(parts * tile * number) : 0;
+  const int64_t elements = states + aligned((parts + team) * tile * number * (3 - inputs));
+  return {states, elements, elements + parts * column_steps(dim) * tile * element_bytes * inputs};
+}
+
 // What the plan depends on.
 struct Workload {
   Shape shape;
@@ -440,17 +459,11 @@ constexpr Plan columns_plan(const Workload& work, const DeviceProperties& device
   plan.group = static_cast<int>(group);
   plan.across = static_cast<int>(across);
   plan.team = static_cast<int>(team);
-  // Shared memory: the parts' maxima, where exp has room to be kept; the states of the parts and of
-  // the team's blocks; and the elements.
   const int64_t tile = across * columns;
-  const bool keeps = work.inputs == 1 && sizes.load >= 4;
-  const int64_t maxima = keeps ? parts * tile * sizes.load : 0;
-  const int64_t states = (parts + team) * tile * sizes.state_bytes;
-  const int64_t others = (maxima + 15) / 16 * 16 + (states + 15) / 16 * 16;
-  const int64_t elements = parts * plan.vectors * tile * sizes.load * work.inputs;
-  const int64_t most = device.max_shared_memory_per_block - limits::kReservedShared;
-  plan.hold = others + elements <= most ? Hold::kShared : Hold::kNone;
-  plan.shared_bytes = static_cast<size_t>(others + (plan.hold == Hold::kShared ? elements : 0));
+  const ColumnMemory memory = column_memory(shape.dim, plan.team, tile, sizes.load, work.inputs);
+  const bool fits = memory.end <= device.max_shared_memory_per_block - limits::kReservedShared;
+  plan.hold = fits ? Hold::kShared : Hold::kNone;
+  plan.shared_bytes = static_cast<size_t>(fits ? memory.end : memory.elements);
   plan.blocks =
       std::min(shape.outer * ceil_div(shape.inner, tile), limits::kMaxBlocks / team) * team;
   return plan;
