@@ -16,14 +16,6 @@
 
 namespace softmax_ext::cuda {
 
-// In dynamic shared memory, in bytes from its beginning, where the parts' maxima are (column_memory in
-// plan.h).
-struct ColumnPlaces {
-  int states;
-  int elements;
-  bool held;  // whether the elements are
-};
-
 // A block, and the tile that it has at the moment.
 template <class Pass>
 class ColumnBlock {
@@ -36,10 +28,11 @@ class ColumnBlock {
   using Inputs = const Element* const (&)[Pass::kInputs];
 
   __device__ __forceinline__ ColumnBlock(const Shape& shape, const ColumnSplit& split,
-                                         const ColumnPlaces& places, unsigned char* memory)
+                                         const ColumnMemory& places, bool is_held,
+                                         unsigned char* memory)
       : shape_(shape),
         split_(split),
-        is_held_(places.held),
+        is_held_(is_held),
         maxima_(reinterpret_cast<A*>(memory)),
         states_(reinterpret_cast<State*>(memory + places.states)),
         held_(reinterpret_cast<Held*>(memory + places.elements)) {}
@@ -204,12 +197,12 @@ class ColumnBlock {
 template <class Pass>
 __device__ __forceinline__ void run_columns(
     const typename Pass::Element* const (&inputs)[Pass::kInputs], typename Pass::Result* output,
-    const Shape& shape, const ColumnSplit& split, const ColumnPlaces& places) {
+    const Shape& shape, const ColumnSplit& split, const ColumnMemory& places, bool is_held) {
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   SOFTMAX_EXT_STATIC_SHARED(uint64_t, barrier, 1);
   const Mail mail(barrier);
   if (gridDim.y > 1) mail.open();
-  ColumnBlock<Pass> block(shape, split, places, memory);
+  ColumnBlock<Pass> block(shape, split, places, is_held, memory);
   const int64_t tiles = shape.outer * block.tiles_of_outer();
   int64_t done = 0;
 #pragma unroll 1
@@ -232,16 +225,16 @@ constexpr int column_blocks = sizeof(In) == 8                                ? 2
 template <Op op, int columns, class In, class Out>
 __global__ void __launch_bounds__(limits::kMostColumnThreads, column_blocks<columns, In>)
     columns_forward_kernel(const In* input, Out* output, Shape shape, ColumnSplit split,
-                           ColumnPlaces places) {
-  run_columns<ForwardColumns<op, columns, In, Out>>({input}, output, shape, split, places);
+                           ColumnMemory places, bool is_held) {
+  run_columns<ForwardColumns<op, columns, In, Out>>({input}, output, shape, split, places, is_held);
 }
 
 template <Op op, int columns, class In, class Out>
 __global__ void __launch_bounds__(limits::kMostColumnThreads, column_blocks<columns, In>)
     columns_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Shape shape,
-                            ColumnSplit split, ColumnPlaces places) {
+                            ColumnSplit split, ColumnMemory places, bool is_held) {
   run_columns<BackwardColumns<op, columns, In, Out>>({grad_output, output}, grad_input, shape,
-                                                     split, places);
+                                                     split, places, is_held);
 }
 
 }  // namespace softmax_ext::cuda

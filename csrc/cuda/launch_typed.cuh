@@ -1,5 +1,5 @@
-// From a plan to the kernel instance. Each .cu file but launch.cu instantiates the function at the end
-// for one direction and type, so that they compile side by side.
+// From a plan to the kernel instance. Each .cu file but launch.cu instantiates the function at the
+// end for one direction and type, so that they compile side by side.
 #pragma once
 
 #include <type_traits>
@@ -43,12 +43,10 @@ inline ColumnSplit split_of(const Shape& shape) {
   return {column_parts(shape.dim), column_steps(shape.dim)};
 }
 
-inline ColumnPlaces places_of(const Shape& shape, const Plan& plan, int64_t element_bytes,
-                              int inputs) {
-  const ColumnMemory memory = column_memory(
-      shape.dim, plan.team, int64_t{plan.across} * plan.columns, element_bytes, inputs);
-  return {static_cast<int>(memory.states), static_cast<int>(memory.elements),
-          plan.hold == Hold::kShared};
+inline ColumnMemory column_memory_of(const Shape& shape, const Plan& plan, int64_t element_bytes,
+                                     int inputs) {
+  return column_memory(shape.dim, plan.team, int64_t{plan.across} * plan.columns, element_bytes,
+                       inputs);
 }
 
 // Calls launch(number) with the number as a constant, the one of `numbers` that is wanted.
@@ -155,7 +153,8 @@ cudaError_t launch_plan(const Shape& shape, const Plan& plan, void* scratch, cud
   if (plan.schedule == Schedule::kColumns) {
     return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
       return run(Kernels::template columns_of<columns()>(), shape, split_of(shape),
-                 places_of(shape, plan, sizeof(In), sizeof...(Tensors) - 1));
+                 column_memory_of(shape, plan, sizeof(In), sizeof...(Tensors) - 1),
+                 plan.hold == Hold::kShared);
     });
   }
   if (plan.schedule == Schedule::kPacked) {

@@ -88,8 +88,8 @@ constexpr int kWarp = 32;
 // two inputs; the rest is for exp, addresses and what is stored. In float64, exp takes more.
 constexpr int kChunkVectors = 8;
 constexpr int kChunkVectorsFloat64 = 4;
-// A column: steps along dim that one thread sums, where there are no more; of a part of a longer one,
-// as long as there are no more parts than that.
+// Steps along dim of a column that one thread sums alone; those of a part of a longer one, until there
+// are so many parts.
 constexpr int kAloneSteps = 32;
 constexpr int kPartSteps = 8;
 constexpr int kMostParts = 512;
@@ -189,14 +189,14 @@ constexpr int column_steps(int64_t dim) {
   return static_cast<int>((dim + column_parts(dim) - 1) / column_parts(dim));
 }
 
-// The shared memory of a block of the columns schedule, `tile` columns wide: the maxima of its parts,
-// where exp has room to be kept, and in bytes from there on the states of its parts and of the team's
-// blocks, the elements, the end.
+// The shared memory of a block of the columns schedule, in bytes from its beginning, where the maxima
+// of its parts are if exp has room to be kept.
 struct ColumnMemory {
-  int64_t states;
+  int64_t states;  // of its parts, and of the team's blocks
   int64_t elements;
   int64_t end;
 };
+// Of a tile of so many columns.
 constexpr ColumnMemory column_memory(int64_t dim, int team, int64_t tile, int64_t element_bytes,
                                      int inputs) {
   const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
@@ -445,8 +445,8 @@ constexpr Plan plan_grid(const Workload& work, const DeviceProperties& device) {
 }
 
 // Columns by `team` blocks, each with `across` threads side by side.
-constexpr Plan columns_plan(const Workload& work, const DeviceProperties& device, int columns,
-                            int64_t across, int64_t team) {
+constexpr Plan plan_column_tile(const Workload& work, const DeviceProperties& device, int columns,
+                                int64_t across, int64_t team) {
   const Sizes sizes(work);
   const Shape& shape = work.shape;
   Plan plan = start(Schedule::kColumns, sizes);
@@ -482,7 +482,7 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   const int64_t needed = power_of_two_from(ceil_div(shape.inner, columns));
   const int most_team = std::clamp(column_parts(shape.dim) / 2, 1, device.cluster_blocks());
   const auto with = [&](int64_t across, int64_t team) {
-    return columns_plan(work, device, columns, across, team);
+    return plan_column_tile(work, device, columns, across, team);
   };
   const auto across_of = [&](int64_t bytes) {
     return std::min(needed, std::max<int64_t>(1, bytes / access));
