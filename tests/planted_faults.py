@@ -35,7 +35,7 @@ VALUES = "tests/test_forward.py tests/test_extremes.py"
 GRADIENTS = "tests/test_backward.py"
 BITS = "tests/test_batch_invariance.py"
 LAYOUT = "tests/test_layout.py"
-HOST = "tests/simt/test_kernels.py"
+HOST = "tests/simt/kernels"
 
 
 @dataclass(frozen=True)
@@ -340,8 +340,16 @@ FAULTS = [
         "the last element of a slab stays where it is",
         "cuda packed",
         PACKED,
-        "if (byte >= shift_ && byte < end_) body(byte);",
-        "if (byte >= shift_ && byte + kSize < end_) body(byte);",
+        "last + byte < end_) body(last + byte);",
+        "last + byte + kSize < end_) body(last + byte);",
+        HOST,
+    ),
+    Fault(
+        "of a packed column's parts a thread adds one half",
+        "cuda packed",
+        PACKED,
+        "if (half * row.group >= split.parts) continue;",
+        "if (2 * half * row.group >= split.parts) continue;",
         HOST,
     ),
     Fault(

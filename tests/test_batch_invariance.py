@@ -64,9 +64,7 @@ def test_columns_alone_and_in_a_batch(
     assert same(function(x, 1, out=x), y)
 
 
-@pytest.mark.parametrize(
-    "device", ["cuda"], indirect=True
-)  # the CPU's inner size decides its order
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)  # on the CPU inner decides the order
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("size", [2, 33, 1000, 1025, 8192, 40000])

@@ -16,12 +16,6 @@
 
 namespace softmax_ext::cuda {
 
-struct ColumnSplit {
-  int parts;  // of a column
-  int steps;  // of a part
-  bool held;  // the tile, in shared memory
-};
-
 // A block, and the tile that it has at the moment.
 template <class Pass>
 class ColumnBlock {
@@ -34,16 +28,14 @@ class ColumnBlock {
   using Inputs = const Element* const (&)[Pass::kInputs];
 
   __device__ __forceinline__ ColumnBlock(const Shape& shape, const ColumnSplit& split,
+                                         const ColumnMemory& places, bool is_held,
                                          unsigned char* memory)
-      : shape_(shape), split_(split) {
-    // Each array begins at a multiple of 16 bytes (plan_columns in plan.h).
-    constexpr bool kMaxima = kHasMax<State> && sizeof(Element) == sizeof(A);
-    const int maxima = kMaxima ? parts() * width() * static_cast<int>(sizeof(A)) : 0;
-    const int states = (parts() + team()) * width() * static_cast<int>(sizeof(State));
-    maxima_ = reinterpret_cast<A*>(memory);
-    states_ = reinterpret_cast<State*>(memory + (maxima + 15) / 16 * 16);
-    held_ = reinterpret_cast<Held*>(memory + (maxima + 15) / 16 * 16 + (states + 15) / 16 * 16);
-  }
+      : shape_(shape),
+        split_(split),
+        is_held_(is_held),
+        maxima_(reinterpret_cast<A*>(memory)),
+        states_(reinterpret_cast<State*>(memory + places.states)),
+        held_(reinterpret_cast<Held*>(memory + places.elements)) {}
 
   __device__ __forceinline__ int64_t tiles_of_outer() const {
     return (shape_.inner + width() - 1) / width();
@@ -58,7 +50,7 @@ class ColumnBlock {
   }
 
   __device__ __forceinline__ void fetch(Inputs inputs) const {
-    if (!split_.held) return;
+    if (!is_held_) return;
     for_each_part([&](const Part& part) {
 #pragma unroll 8
       for (int s = 0; s < part.size; ++s) {
@@ -77,7 +69,7 @@ class ColumnBlock {
       State states[kColumns];
       const auto keep = [&](int s, const A(&terms)[kColumns]) {
         if constexpr (Pass::kKeepsExp) {
-          if (split_.held) *held(part, s, 0) = Held::of(terms);
+          if (is_held_) *held(part, s, 0) = Held::of(terms);
         }
       };
       sum_part<Pass>(part.size, loader(part, inputs), keep, states);
@@ -115,7 +107,7 @@ class ColumnBlock {
         for (int c = 0; c < kColumns; ++c) maxima[c] = maxima_[part.number * width() + slot(c)];
       }
       finish_part<Pass>(
-          part.size, loader(part, inputs), split_.held, maxima, formulas,
+          part.size, loader(part, inputs), is_held_, maxima, formulas,
           [&](int s, const A(&values)[kColumns]) {
             Packet<Result, kColumns>::of(values).store(output + part.offset + s * shape_.inner);
           });
@@ -171,7 +163,7 @@ class ColumnBlock {
     return [this, part, &inputs](int s, typename Pass::Step& x) {
 #pragma unroll
       for (int i = 0; i < Pass::kInputs; ++i) {
-        if (split_.held) {
+        if (is_held_) {
           x[i] = held(part, s, i)->read();
         } else {
           x[i].load(inputs[i] + part.offset + s * shape_.inner);
@@ -194,6 +186,7 @@ class ColumnBlock {
 
   Shape shape_;
   ColumnSplit split_;
+  bool is_held_;
   A* maxima_;      // [part][column]
   State* states_;  // [part][column], and behind them [block of the team][column]
   Held* held_;     // [step][input][thread]
@@ -204,12 +197,12 @@ class ColumnBlock {
 template <class Pass>
 __device__ __forceinline__ void run_columns(
     const typename Pass::Element* const (&inputs)[Pass::kInputs], typename Pass::Result* output,
-    const Shape& shape, const ColumnSplit& split) {
+    const Shape& shape, const ColumnSplit& split, const ColumnMemory& places, bool is_held) {
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   SOFTMAX_EXT_STATIC_SHARED(uint64_t, barrier, 1);
   const Mail mail(barrier);
   if (gridDim.y > 1) mail.open();
-  ColumnBlock<Pass> block(shape, split, memory);
+  ColumnBlock<Pass> block(shape, split, places, is_held, memory);
   const int64_t tiles = shape.outer * block.tiles_of_outer();
   int64_t done = 0;
 #pragma unroll 1
@@ -231,16 +224,17 @@ constexpr int column_blocks = sizeof(In) == 8                                ? 2
 
 template <Op op, int columns, class In, class Out>
 __global__ void __launch_bounds__(limits::kMostColumnThreads, column_blocks<columns, In>)
-    columns_forward_kernel(const In* input, Out* output, Shape shape, ColumnSplit split) {
-  run_columns<ForwardColumns<op, columns, In, Out>>({input}, output, shape, split);
+    columns_forward_kernel(const In* input, Out* output, Shape shape, ColumnSplit split,
+                           ColumnMemory places, bool is_held) {
+  run_columns<ForwardColumns<op, columns, In, Out>>({input}, output, shape, split, places, is_held);
 }
 
 template <Op op, int columns, class In, class Out>
 __global__ void __launch_bounds__(limits::kMostColumnThreads, column_blocks<columns, In>)
     columns_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Shape shape,
-                            ColumnSplit split) {
+                            ColumnSplit split, ColumnMemory places, bool is_held) {
   run_columns<BackwardColumns<op, columns, In, Out>>({grad_output, output}, grad_input, shape,
-                                                     split);
+                                                     split, places, is_held);
 }
 
 }  // namespace softmax_ext::cuda

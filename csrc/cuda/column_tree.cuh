@@ -11,6 +11,11 @@
 
 namespace softmax_ext::cuda {
 
+struct ColumnSplit {
+  int parts;  // of a column
+  int steps;  // of a part
+};
+
 // `bytes` bytes that one access reads or writes.
 template <int bytes>
 using packet_t = std::conditional_t<

@@ -1,5 +1,5 @@
-// From a plan to the kernel instance. Each .cu file but launch.cu instantiates the function at the end
-// for one direction and type, so that they compile side by side.
+// From a plan to the kernel instance. Each .cu file but launch.cu instantiates the function at the
+// end for one direction and type, so that they compile side by side.
 #pragma once
 
 #include <type_traits>
@@ -39,8 +39,14 @@ inline Packing packing_of(const Shape& shape, const Plan& plan, int64_t element_
           static_cast<int>(slab_bytes(outer * shape.dim * shape.inner, element_bytes)), plan.group};
 }
 
-inline ColumnSplit split_of(const Shape& shape, const Plan& plan) {
-  return {column_parts(shape.dim), column_steps(shape.dim), plan.hold == Hold::kShared};
+inline ColumnSplit split_of(const Shape& shape) {
+  return {column_parts(shape.dim), column_steps(shape.dim)};
+}
+
+inline ColumnMemory column_memory_of(const Shape& shape, const Plan& plan, int64_t element_bytes,
+                                     int inputs) {
+  return column_memory(shape.dim, plan.team, int64_t{plan.across} * plan.columns, element_bytes,
+                       inputs);
 }
 
 // Calls launch(number) with the number as a constant, the one of `numbers` that is wanted.
@@ -146,13 +152,15 @@ cudaError_t launch_plan(const Shape& shape, const Plan& plan, void* scratch, cud
   };
   if (plan.schedule == Schedule::kColumns) {
     return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
-      return run(Kernels::template columns_of<columns()>(), shape, split_of(shape, plan));
+      return run(Kernels::template columns_of<columns()>(), shape, split_of(shape),
+                 column_memory_of(shape, plan, sizeof(In), sizeof...(Tensors) - 1),
+                 plan.hold == Hold::kShared);
     });
   }
   if (plan.schedule == Schedule::kPacked) {
     const Packing packing = packing_of(shape, plan, sizeof(In));
     if (shape.inner > 1) {
-      return run(Kernels::packed_columns(), shape, packing, split_of(shape, plan));
+      return run(Kernels::packed_columns(), shape, packing, split_of(shape));
     }
     if (plan.hold == Hold::kRegisters) {
       return with_constant(plan.vectors, packed_counts<In>(), [&](auto vectors) {

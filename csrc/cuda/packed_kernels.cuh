@@ -15,7 +15,7 @@
 // of an input.
 #pragma once
 
-#include "column_kernels.cuh"
+#include "column_tree.cuh"
 
 namespace softmax_ext::cuda {
 
@@ -84,8 +84,8 @@ class Slab {
   __device__ __forceinline__ unsigned char* at(int byte) const {
     return memory_ + byte + (padded ? byte / (32 * 4) * kPad : 0);
   }
-  // The vector at `byte`, which is a multiple of 16: no room is left within it, but it may begin at any
-  // multiple of 4.
+  // The vector at `byte`, a multiple of 16: no room is left within it, but it may lie at any multiple
+  // of 4.
   __device__ __forceinline__ void put(int byte, const Vector& x) const {
     if constexpr (padded) {
       auto* const to = reinterpret_cast<uint32_t*>(at(byte));
@@ -123,7 +123,7 @@ class Slab {
       body(vectors);
     }
   }
-  // Calls body(byte) for the elements of the first vector and of the last, if the slab does not fill it.
+  // Calls body(byte) for the elements of the first vector, and of the last, that the slab does not fill.
   template <class Body>
   __device__ __forceinline__ void for_each_loose_element(Body body) const {
     const int byte = static_cast<int>(threadIdx.x) * kSize;
@@ -145,8 +145,8 @@ struct PackedRow {
   int dim;    // 0 for a row that does not exist
   int begin;  // in the slab
 
-  // Calls body(v, place, whether it exists) for the elements of the thread's vector number k, where the
-  // inner size is 1: it has vectors lane, lane + group, ...
+  // Of inner size 1: calls body(v, place, whether it exists) for the elements of the thread's vector
+  // number k. It has vectors lane, lane + group, ...
   template <int width, class Body>
   __device__ __forceinline__ void for_each(int k, Body body) const {
     const int first = (k * group + lane) * width;
@@ -284,8 +284,8 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
 
 // --- Columns -------------------------------------------------------------------------------------
 
-// Parts lane, lane + 32, ... of a column in slabs; `slabs` has one of each input. One part after another
-// goes through the same code. What is kept of each is in registers: every index is a constant.
+// Parts lane, lane + 32, ... of a column in slabs; `slabs` has one of each input. One part after
+// another goes through the same code; what is kept of each, by constant indices, is in registers.
 template <class Pass, class Slabs, class Out>
 __device__ __forceinline__ void run_packed_column(const PackedRow& row, int inner,
                                                   const ColumnSplit& split, const Slabs& slabs,

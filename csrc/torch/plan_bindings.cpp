@@ -73,7 +73,6 @@ py::dict limits_by_name() {
   SOFTMAX_EXT_LIMIT(PackedParts);
   SOFTMAX_EXT_LIMIT(SectorBytes);
   SOFTMAX_EXT_LIMIT(MostColumnThreads);
-  SOFTMAX_EXT_LIMIT(FewColumnThreads);
   SOFTMAX_EXT_LIMIT(BlockChunks);
   SOFTMAX_EXT_LIMIT(GridTerms);
   SOFTMAX_EXT_LIMIT(FewChunks);

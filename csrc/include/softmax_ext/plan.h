@@ -108,8 +108,8 @@ constexpr int kWarp = 32;
 // two inputs; the rest is for exp, addresses and what is stored. In float64, exp takes more.
 constexpr int kChunkVectors = 8;
 constexpr int kChunkVectorsFloat64 = 4;
-// A column: steps along dim that one thread sums, where there are no more; of a part of a longer one,
-// as long as there are no more parts than that.
+// Steps along dim of a column that one thread sums alone; those of a part of a longer one, until there
+// are so many parts.
 constexpr int kAloneSteps = 32;
 constexpr int kPartSteps = 8;
 constexpr int kMostParts = 512;
@@ -217,6 +217,25 @@ constexpr int column_parts(int64_t dim) {
 }
 constexpr int column_steps(int64_t dim) {
   return static_cast<int>((dim + column_parts(dim) - 1) / column_parts(dim));
+}
+
+// The shared memory of a block of the columns schedule, in bytes from its beginning, where the maxima
+// of its parts are if exp has room to be kept.
+struct ColumnMemory {
+  int64_t states;  // of its parts, and of the team's blocks
+  int64_t elements;
+  int64_t end;
+};
+// Of a tile of so many columns.
+constexpr ColumnMemory column_memory(int64_t dim, int team, int64_t tile, int64_t element_bytes,
+                                     int inputs) {
+  const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+  const int64_t number = element_bytes == 8 ? 8 : 4;
+  const int64_t parts = column_parts(dim) / team;
+  const bool has_maxima = inputs == 1 && element_bytes == number;
+  const int64_t states = has_maxima ? aligned(parts * tile * number) : 0;
+  const int64_t elements = states + aligned((parts + team) * tile * number * (3 - inputs));
+  return {states, elements, elements + parts * column_steps(dim) * tile * element_bytes * inputs};
 }
 
 // What the plan depends on.
@@ -456,8 +475,8 @@ constexpr Plan plan_grid(const Workload& work, const DeviceProperties& device) {
 }
 
 // Columns by `team` blocks, each with `across` threads side by side.
-constexpr Plan columns_plan(const Workload& work, const DeviceProperties& device, int columns,
-                            int64_t across, int64_t team) {
+constexpr Plan plan_column_tile(const Workload& work, const DeviceProperties& device, int columns,
+                                int64_t across, int64_t team) {
   const Sizes sizes(work);
   const Shape& shape = work.shape;
   Plan plan = start(Schedule::kColumns, sizes);
@@ -470,17 +489,11 @@ constexpr Plan columns_plan(const Workload& work, const DeviceProperties& device
   plan.group = static_cast<int>(group);
   plan.across = static_cast<int>(across);
   plan.team = static_cast<int>(team);
-  // Shared memory: the parts' maxima, where exp has room to be kept; the states of the parts and of
-  // the team's blocks; and the elements.
   const int64_t tile = across * columns;
-  const bool keeps = work.inputs == 1 && sizes.load >= 4;
-  const int64_t maxima = keeps ? parts * tile * sizes.load : 0;
-  const int64_t states = (parts + team) * tile * sizes.state_bytes;
-  const int64_t others = (maxima + 15) / 16 * 16 + (states + 15) / 16 * 16;
-  const int64_t elements = parts * plan.vectors * tile * sizes.load * work.inputs;
-  const int64_t most = device.max_shared_memory_per_block - limits::kReservedShared;
-  plan.hold = others + elements <= most ? Hold::kShared : Hold::kNone;
-  plan.shared_bytes = static_cast<size_t>(others + (plan.hold == Hold::kShared ? elements : 0));
+  const ColumnMemory memory = column_memory(shape.dim, plan.team, tile, sizes.load, work.inputs);
+  const bool fits = memory.end <= device.max_shared_memory_per_block - limits::kReservedShared;
+  plan.hold = fits ? Hold::kShared : Hold::kNone;
+  plan.shared_bytes = static_cast<size_t>(fits ? memory.end : memory.elements);
   plan.blocks =
       std::min(shape.outer * ceil_div(shape.inner, tile), limits::kMaxBlocks / team) * team;
   return plan;
@@ -499,7 +512,7 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   const int64_t needed = power_of_two_from(ceil_div(shape.inner, columns));
   const int most_team = std::clamp(column_parts(shape.dim) / 2, 1, device.cluster_blocks());
   const auto with = [&](int64_t across, int64_t team) {
-    return columns_plan(work, device, columns, across, team);
+    return plan_column_tile(work, device, columns, across, team);
   };
   const auto across_of = [&](int64_t bytes) {
     return std::min(needed, std::max<int64_t>(1, bytes / access));
