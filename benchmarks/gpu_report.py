@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_cells import ROW_SIZES
+
 CONTENDERS = ("eager", "compile", "compile max-autotune", "liger", "quack")
 DTYPE_COLORS = {
     "bfloat16": "tab:blue",
@@ -110,6 +112,20 @@ def table(document: dict[str, Any]) -> str:
     return note + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
+def fractions_by_size(
+    cells: list[Entry], op: str, mode: str, dtype: str, name: str
+) -> dict[int, float]:
+    """Of a copy, of every size of rows: NaN, at which a line breaks, where it was not measured."""
+    found = {
+        entry["shape"][-1]: entry["contenders"][name]["fraction_of_copy"]
+        for entry in cells
+        if (entry["op"], entry["mode"], entry["dtype"]) == (op, mode, dtype)
+        and entry["group"] == "rows"
+        and name in entry["contenders"]
+    }
+    return {size: found.get(size, math.nan) for size in sorted({*ROW_SIZES, *found})}
+
+
 def plot_fractions(cells: list[Entry], path: Path) -> None:
     """Of the rows alone in their tensor's last dim, by their size."""
     from matplotlib.figure import Figure
@@ -121,16 +137,11 @@ def plot_fractions(cells: list[Entry], path: Path) -> None:
             plot = axes[row][column]
             for dtype, color in DTYPE_COLORS.items():
                 for name, style in (("softmax_ext", "o-"), ("eager", "x--")):
-                    points = sorted(
-                        (entry["shape"][-1], entry["contenders"][name]["fraction_of_copy"])
-                        for entry in cells
-                        if (entry["op"], entry["mode"], entry["dtype"]) == (op, mode, dtype)
-                        and entry["group"] == "rows"
-                        and name in entry["contenders"]
-                    )
-                    if points:
+                    fractions = fractions_by_size(cells, op, mode, dtype, name)
+                    if not all(map(math.isnan, fractions.values())):
                         plot.plot(
-                            *zip(*points, strict=True),
+                            list(fractions),
+                            list(fractions.values()),
                             style,
                             color=color,
                             label=f"{dtype} {name}",

@@ -9,6 +9,32 @@ def override_torch(on: bool) -> None: ...
 def build_info() -> dict[str, object]: ...
 def memory_stats() -> tuple[int, int, int]: ...
 def empty_cache() -> None: ...
+
+SCHEDULES: tuple[str, ...]
+HOLDS: tuple[str, ...]
+LIMITS: dict[str, int]
+
+class Plan:
+    schedule: str
+    hold: str
+    vectorized: bool
+    width: int
+    vectors: int
+    columns: int
+    group: int
+    across: int
+    items: int
+    team: int
+    blocks: int
+    shared_bytes: int
+    scratch_bytes: int
+    def __init__(self, **members: str | int) -> None: ...
+    def members(self) -> dict[str, str | int]: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def kernel(self) -> str: ...
+
 def plan(
     outer: int,
     dim: int,
@@ -21,4 +47,4 @@ def plan(
     shared_bytes: int,
     compute_capability: int,
     schedule: str | None = None,
-) -> dict[str, str | int | bool]: ...
+) -> Plan | None: ...

@@ -1,18 +1,22 @@
-"""What would run on a GPU, and how long it is expected to take: the plan, and a model on paper."""
+"""What would run on a GPU: the plan, and the bytes that it moves."""
 
 from __future__ import annotations
 
-import importlib.resources
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from softmax_ext._loader import load
+
+if TYPE_CHECKING:
+    from softmax_ext._C import Plan
 
 _C = load()
 
@@ -54,10 +58,6 @@ DEVICES = {
         Device("RTX 5090", 120, 170, 1536, 100 * _KIB, 99 * _KIB, 2.41, 1613, _DATASHEET),
     )
 }
-# By compute capability, of the same guide: blocks of an SM, 32 elsewhere; float64 results of an SM
-# in a cycle, 2 elsewhere.
-_BLOCKS_OF_SM = {75: 16, 86: 16, 87: 16, 89: 24, 120: 24, 121: 24}
-_DOUBLES_OF_SM = {80: 32, 90: 64, 100: 64}
 
 
 def _from_torch(device: torch.device) -> Device:
@@ -96,73 +96,6 @@ def find_device(device: str | torch.device | None) -> Device:
     return _from_torch(device)
 
 
-# --- What the model takes for granted ------------------------------------------------------------
-
-# Instructions of a warp, counted in the machine code for sm_90, softmax, by direction and bytes of
-# an element; to within a fifth or so.
-# Rows: `fixed` for the part of a row that a warp has, and `vector` for each vector of a thread; so
-# many more if it is not aligned: `shift`, `shift_vector`. `meeting`: to share it with other warps.
-_ROW_INSTRUCTIONS = {
-    # direction, bytes: fixed, vector, shift, shift_vector, meeting
-    (False, 2): (280, 131, 60, 22, 110),
-    (False, 4): (280, 125, 60, 20, 110),
-    (False, 8): (300, 315, 60, 15, 300),
-    (True, 2): (250, 126, 100, 40, 80),
-    (True, 4): (250, 60, 100, 36, 80),
-    (True, 8): (250, 60, 100, 30, 100),
-}
-# Short rows: `fixed` for a warp's rows, `vector` for each vector of a thread, with exp kept or not,
-# and `step` for each of the steps in which lanes reduce.
-_SHORT_INSTRUCTIONS = {
-    # direction, bytes: fixed, kept, vector, step
-    (False, 2): (100, 95, 122, 18),
-    (False, 4): (100, 75, 75, 18),
-    (False, 8): (100, 160, 315, 25),
-    (True, 2): (100, 105, 105, 9),
-    (True, 4): (100, 50, 50, 9),
-    (True, 8): (100, 50, 50, 13),
-}
-# Packed: for a thread's part of a row; for each of its vectors, in registers or not.
-_PACKED_INSTRUCTIONS = {
-    (False, 2): (130, 270, 583),
-    (False, 4): (130, 157, 333),
-    (False, 8): (150, 220, 440),
-    (True, 2): (100, 417, 476),
-    (True, 4): (95, 162, 228),
-    (True, 8): (80, 82, 90),
-}
-_PACKED_COPY = 47  # for a vector to or from shared memory
-# The same where a thread has a row: for the row, and for each of its elements.
-_PACKED_SHORT_INSTRUCTIONS = {
-    (False, 2): (60, 17),
-    (False, 4): (60, 25),
-    (True, 2): (60, 14),
-    (True, 4): (60, 12),
-}
-_PACKED_SHORT_COPY = 20
-# Columns: for each step along dim, and for each of its columns; for each reduction, of as many
-# columns as a warp has lanes for; and where few threads have a column, instead of all reductions.
-_COLUMN_INSTRUCTIONS = {
-    (False, 2): (17, 12, 130, 330),
-    (False, 4): (17, 24, 130, 220),
-    (False, 8): (20, 85, 300, 0),
-    (True, 2): (28, 10, 80, 180),
-    (True, 4): (28, 10, 80, 130),
-    (True, 8): (30, 10, 110, 0),
-}
-_COLUMN_FIXED = 200
-_FEW_THREADS = 4
-_DOUBLES = {False: 39, True: 3}  # float64 instructions for an element; exp twice in forward
-
-# Of the 4 warp instructions that an SM can issue in a cycle, those that a good kernel does issue.
-_ISSUED = 3
-# What an SM alone moves in a cycle, to and from the L2.
-_PORT_BYTES = 64
-# Microseconds: a load from memory that is in use, a warp's reduction, the meeting of a block, and
-# what those of a cluster and a grid take more.
-_LOAD, _REDUCE, _BLOCK, _CLUSTER, _GRID = 0.8, 0.15, 0.3, 0.5, 1.5
-
-
 # --- The explanation -----------------------------------------------------------------------------
 
 
@@ -170,12 +103,16 @@ _LOAD, _REDUCE, _BLOCK, _CLUSTER, _GRID = 0.8, 0.15, 0.3, 0.5, 1.5
 class Explanation:
     """What :func:`explain` gives. Its str is a table; nothing in it is measured.
 
+    Without the model of times, `registers`, `occupancy` and `waves` are None, and the expected time
+    is that of `bytes_moved` at `bandwidth`.
+
     Attributes:
         schedule, hold: of the plan, "none" twice for a tensor without elements.
         kernel: the instance that runs, None if there is none.
         blocks, threads: of the launch; threads are those of a block.
         team: blocks that share a row.
-        vectors: of 16 bytes that a thread has of a row; with columns, its steps along dim.
+        vectors: of 16 bytes that a thread has of a row; with columns, the steps of a part of dim
+            (0 for packed ones).
         registers: of a thread, None if unknown.
         shared_bytes, scratch_bytes: dynamic shared memory of a block, and memory of the device.
         occupancy: resident warps of an SM over the most that it has.
@@ -200,8 +137,8 @@ class Explanation:
     registers: int | None
     shared_bytes: int
     scratch_bytes: int
-    occupancy: float
-    waves: float
+    occupancy: float | None
+    waves: float | None
     bytes_moved: int
     microseconds: float
     limiter: str
@@ -212,6 +149,9 @@ class Explanation:
     _bandwidth_source: str = "given"
 
     def __repr__(self) -> str:
+        occupancy = "unknown"
+        if self.occupancy is not None:
+            occupancy = f"{self.occupancy:.0%}, {self.waves:.3g} waves"
         rows = [
             ("device", f"{self.device}, copy {self.bandwidth:.0f} GB/s ({self._bandwidth_source})"),
             ("schedule", f"{self.schedule}, row held in {self.hold}"),
@@ -222,7 +162,7 @@ class Explanation:
             ("vectors", str(self.vectors)),
             ("shared memory", f"{self.shared_bytes} bytes"),
             ("scratch", f"{self.scratch_bytes} bytes"),
-            ("occupancy", f"{self.occupancy:.0%}, {self.waves:.3g} waves"),
+            ("occupancy", occupancy),
             ("moves", f"{self.bytes_moved} bytes"),
             ("expected", f"{self.microseconds:.3g} us, {self.copy_fraction:.0%} of a copy"),
             ("limited by", self.limiter),
@@ -252,262 +192,72 @@ class Work:
         return self.outer * self.inner
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What _C.plan gives, see plan.h."""
-
-    schedule: str
-    hold: str
-    vectorized: bool
-    width: int
-    vectors: int
-    columns: int
-    group: int
-    across: int
-    items: int
-    team: int
-    blocks: int
-    shared_bytes: int
-    scratch_bytes: int
-
-    @property
-    def threads(self) -> int:
-        packed = self.schedule == "packed"
-        return self.across if packed else self.group * self.across * self.items
-
-    @property
-    def warps(self) -> int:
-        return self.threads // 32
-
-
 def make_plan(work: Work, device: Device) -> Plan | None:
     """None where there is nothing to launch."""
-    found = _C.plan(
+    plan: Plan | None = _C.plan(
         *(work.outer, work.dim, work.inner, work.read, work.written, work.inputs, True),
         *(device.sm_count, device.shared_bytes_of_block, device.compute_capability),
     )
-    return Plan(**found) if found else None
-
-
-def is_short(plan: Plan, work: Work) -> bool:
-    """Rows of whole vectors, half a chunk at most, several of which a warp may have."""
-    vectors = _chunk(plan, work.read.itemsize) // plan.width
-    return plan.schedule == "warp" and plan.vectorized and plan.group * plan.vectors <= vectors / 2
-
-
-def is_packed_short(plan: Plan) -> bool:
-    """A thread has a row."""
-    return plan.schedule == "packed" and plan.hold == "registers"
+    return plan
 
 
 def kernel_name(plan: Plan, work: Work) -> str:
-    """As in cuda_budgets.txt."""
-    if is_packed_short(plan):
-        kernel, parameter = "packed_short", f" vectors={plan.vectors}"
-    elif plan.schedule == "packed":
-        kernel, parameter = "packed", f" one={str(plan.vectors == 1).lower()}"
-    elif plan.schedule == "columns":
-        kernel, parameter = "columns", f" columns={plan.columns}"
-    elif is_short(plan, work):
-        kernel, parameter = "short", f" vectors={plan.vectors}"
-    elif plan.hold == "registers":
-        kernel, parameter = "registers", f" vectors={plan.vectors}"
-    else:
-        kernel, parameter = "long", ""
+    """As in benchmarks/cuda_budgets.txt."""
+    with_vectors = dict.fromkeys(("short", "registers", "packed_short"), f"vectors={plan.vectors}")
+    parameters = with_vectors | {
+        "packed": f"one={str(plan.vectors == 1).lower()}",
+        "columns": f"columns={plan.columns}",
+    }
+    direction = "backward" if work.backward else "forward"
     read, written = (str(dtype).removeprefix("torch.") for dtype in (work.read, work.written))
     types = read if read == written else f"{read} -> {written}"
-    return f"{kernel}_{'backward' if work.backward else 'forward'} softmax {types}{parameter}"
+    name = f"{plan.kernel}_{direction} softmax {types}"
+    return f"{name} {parameters[plan.kernel]}" if plan.kernel in parameters else name
 
 
-@cache
-def register_table() -> dict[int, dict[str, int]]:
-    """Of cuda_budgets.txt: registers by compute capability and kernel."""
-    text = importlib.resources.files("softmax_ext").joinpath("cuda_budgets.txt").read_text()
-    _, header, *rows = [line for line in text.splitlines() if line and line[0] != "#"]
-    columns = header.split()[1:]
-    table: dict[int, dict[str, int]] = {}
-    for row in rows:
-        kernel, *cells = row.rsplit(maxsplit=len(columns))
-        for column, cell in zip(columns, cells, strict=True):
-            if column.startswith("sm_"):
-                table.setdefault(int(column[3:]), {})[kernel.strip()] = int(cell)
-    return table
-
-
-def registers_of(kernel: str, device: Device) -> int | None:
-    """For the nearest architecture at or below the device's."""
-    table = register_table()
-    below = [capability for capability in table if capability <= device.compute_capability]
-    return table[max(below)].get(kernel) if below else None
-
-
-def resident_blocks(plan: Plan, registers: int | None, device: Device) -> int:
-    """Of an SM, as the occupancy calculator of CUDA counts them."""
-    if registers is None:  # what the launch bounds leave
-        registers = 128
-    of_warp = math.ceil(registers * 32 / 256) * 256
-    shared = math.ceil((plan.shared_bytes + 1024) / 128) * 128  # 1 KB is the system's
-    return max(
-        1,
-        min(
-            _BLOCKS_OF_SM.get(device.compute_capability, 32),
-            device.threads // plan.threads,
-            device.registers // of_warp // 4 * 4 // plan.warps,
-            device.shared_bytes // shared,
-        ),
-    )
-
-
-# --- The model -----------------------------------------------------------------------------------
-
-
-def _chunk(plan: Plan, itemsize: int) -> int:
-    """Elements of a row in the registers of a warp."""
-    return 32 * plan.width * (4 if itemsize == 8 else 8)
-
-
-def _reductions(plan: Plan, tile: int) -> int:
-    """Columns: of a warp one after another; a column has as many lanes as partial sums."""
-    partials = plan.group * max(1, plan.vectors // plan.width)
-    return math.ceil(tile * min(32, partials) / plan.threads)
-
-
-def _is_few(plan: Plan, work: Work) -> bool:
-    """Columns: whether each thread combines what those of its column have."""
-    return (
-        work.read.itemsize < 8
-        and plan.group <= _FEW_THREADS
-        and plan.group * plan.vectors >= work.dim
-        and plan.group * plan.vectors <= 32 * plan.width
-    )
-
-
-def _pieces(plan: Plan, work: Work) -> int:
-    """Columns: parts of a chunk, one after another."""
-    length = min(work.dim, _chunk(plan, work.read.itemsize))
-    return math.ceil(length / (plan.group * plan.vectors))
+def input_reads(plan: Plan, work: Work) -> int:
+    """Of each element."""
+    if plan.hold != "none":
+        return 1
+    return 3 if plan.schedule == "columns" and not work.backward else 2
 
 
 def kernel_bytes(plan: Plan, work: Work) -> int:
     """Read and written, by the kernel."""
-    reads = 1
-    if plan.hold == "none":
-        three = plan.schedule == "columns" and not work.backward and _pieces(plan, work) > 1
-        reads = 3 if three else 2
-    return work.elements * (reads * work.inputs * work.read.itemsize + work.written.itemsize)
+    read = input_reads(plan, work) * work.inputs * work.read.itemsize
+    return work.elements * (read + work.written.itemsize)
 
 
-def instructions(plan: Plan, work: Work) -> float:
-    """Of all warps together."""
-    itemsize = work.read.itemsize
-    key = (work.backward, itemsize)
-    if plan.schedule == "packed":
-        turns = math.ceil(plan.items / (plan.threads // plan.group))
-        if is_packed_short(plan):
-            row, element = _PACKED_SHORT_INSTRUCTIONS[key]
-            of_rows = turns * (row + work.dim * element)
-            copy = _PACKED_SHORT_COPY
-        else:
-            part, one, several = _PACKED_INSTRUCTIONS[key]
-            vectors = math.ceil(work.dim / (plan.group * plan.width))
-            of_rows = turns * (part + vectors * (one if plan.vectors == 1 else several))
-            copy = _PACKED_COPY
-        elements = plan.items * work.dim  # of a slab
-        read = work.inputs * math.ceil(elements * itemsize / 16 / plan.threads)
-        written = math.ceil(elements * work.written.itemsize / 16 / plan.threads)
-        slabs = math.ceil(work.rows / plan.items)
-        return slabs * plan.warps * (of_rows + copy * (read + written))
-    if plan.schedule == "columns":
-        step, column, reduction, few = _COLUMN_INSTRUCTIONS[key]
-        tile = plan.across * plan.columns
-        chunks = math.ceil(work.dim / _chunk(plan, itemsize))
-        pieces = _pieces(plan, work) * chunks  # of a column
-        # Warps side by side end where the column does.
-        steps = min(plan.vectors, work.dim / plan.group) if plan.across >= 32 else plan.vectors
-        of_piece = steps * (step + column * plan.columns)
-        of_piece += few if _is_few(plan, work) else reduction * _reductions(plan, tile)
-        tiles = work.outer * math.ceil(work.inner / tile)
-        return tiles * plan.warps * (_COLUMN_FIXED * plan.team + pieces * of_piece)
-    if is_short(plan, work):
-        fixed, kept, vector, step = _SHORT_INSTRUCTIONS[key]
-        of_vector = kept if plan.vectors * plan.width <= 32 else vector
-        steps = int(math.log2(plan.group))
-        return plan.blocks * plan.warps * (fixed + plan.vectors * of_vector + steps * step)
-    fixed, vector, shift, shift_vector, meeting = _ROW_INSTRUCTIONS[key]
-    if not plan.vectorized:
-        fixed, vector = fixed + shift, vector + shift_vector
-    if plan.schedule == "warp":
-        return plan.blocks * plan.warps * (fixed + plan.vectors * vector)
-    warps = plan.team * plan.warps
-    # Of a chunk that a warp has only a part of, only that is computed.
-    computed = work.dim / _chunk(plan, itemsize)
-    parts = max(warps, math.ceil(computed))
-    return work.rows * (warps * meeting + parts * fixed + computed * plan.vectors * vector)
+# --- What it is expected to take -----------------------------------------------------------------
 
 
-def meeting_latency(plan: Plan) -> float:
-    """Microseconds from a thread's elements to the row's state."""
-    meeting = {"block": _BLOCK, "cluster": _BLOCK + _CLUSTER, "grid": _BLOCK + _GRID}
-    if plan.schedule == "columns":
-        return _REDUCE + (_CLUSTER if plan.team > 1 else 0.0)
-    return _REDUCE + meeting.get(plan.schedule, 0.0)
+class Estimate(NamedTuple):
+    """What of an Explanation benchmarks/time_model.py gives."""
+
+    registers: int | None
+    occupancy: float | None
+    waves: float | None
+    microseconds: float
+    limiter: str
 
 
-def block_latency(plan: Plan, work: Work) -> float:
-    """Microseconds of a block that has the device for itself, but for what it moves."""
-    itemsize = work.read.itemsize
-    loads = reductions = 1  # one after another
-    if plan.schedule == "packed":
-        vectors = plan.items * work.dim * itemsize / 16
-        loads = work.inputs * math.ceil(vectors / (4 * plan.threads))
-        reductions = math.ceil(plan.items / (plan.threads // plan.group))
-    elif plan.schedule == "columns":
-        chunks = math.ceil(work.dim / _chunk(plan, itemsize) / plan.team)
-        pieces = _pieces(plan, work) * chunks
-        loads = 1 if plan.hold == "registers" else kernel_reads(plan, work) * pieces
-        of_piece = 1 if _is_few(plan, work) else _reductions(plan, plan.across * plan.columns)
-        reductions = pieces * of_piece
-    elif plan.schedule != "warp":
-        reductions = math.ceil(work.dim / _chunk(plan, itemsize) / (plan.team * plan.warps))
-        loads = 2 * reductions - 1 if plan.hold == "none" else reductions
-    return loads * _LOAD + (reductions - 1) * _REDUCE + meeting_latency(plan)
+def _time_model() -> Any:
+    """benchmarks.time_model, None where there is none: it is not installed. A package of another
+    project that is called `benchmarks` too is not imported."""
+    spec = find_spec("benchmarks")
+    folders = spec.submodule_search_locations if spec else None
+    if not any(Path(folder, "cuda_budgets.txt").is_file() for folder in folders or ()):
+        return None
+    return importlib.import_module("benchmarks.time_model")
 
 
-def kernel_reads(plan: Plan, work: Work) -> int:
-    """Of each element of an input."""
-    once = work.elements * work.inputs * work.read.itemsize
-    return (kernel_bytes(plan, work) - work.elements * work.written.itemsize) // once
-
-
-def predict(plan: Plan, work: Work, resident: int, device: Device) -> tuple[float, str]:
-    """Microseconds, and what they are spent on.
-
-    The largest of: the bytes at the bandwidth of a copy; the instructions at what an SM issues; of
-    float64 at what its units compute; each with one block's latency at the end. And, one wave of
-    blocks after another, a block's latency and what its SM alone can move (Little's law).
-    """
-    moved = kernel_bytes(plan, work)
-    cycles = device.clock * 1e3  # in a microsecond
-    of_sm = math.ceil(plan.blocks / device.sm_count)  # blocks, of the SM that has the most
-    share = of_sm / plan.blocks
-    at_once = min(resident, of_sm)
-    waves = math.ceil(plan.blocks / (device.sm_count * at_once))
-    turns = 1  # rows of a team one after another
-    if plan.schedule == "grid":
-        turns = math.ceil(work.rows * plan.team / plan.blocks)
-    moved_at_once = moved / (plan.blocks * turns) * at_once
-    wave = block_latency(plan, work) + moved_at_once / (_PORT_BYTES * cycles)
-    doubles = _DOUBLES[work.backward] * work.elements if work.read == torch.float64 else 0
-    end = _LOAD + meeting_latency(plan)
-    times = {
-        "bandwidth": moved / (device.bandwidth * 1e3) + end,
-        "instructions": instructions(plan, work) * share / (_ISSUED * cycles) + end,
-        "float64": doubles * share / (_DOUBLES_OF_SM.get(device.compute_capability, 2) * cycles)
-        + end,
-        "latency": waves * turns * wave,
-    }
-    limiter = max(times, key=lambda name: times[name])
-    return times[limiter], "latency" if times[limiter] < 2 * end else limiter
+def _estimate(plan: Plan, work: Work, kernel: str, cast_bytes: int, device: Device) -> Estimate:
+    model = _time_model()
+    if model is not None:
+        estimate: Estimate = model.estimate(plan, work, kernel, cast_bytes, device)
+        return estimate
+    moved = kernel_bytes(plan, work) + cast_bytes
+    return Estimate(None, None, None, moved / (device.bandwidth * 1e3), "bandwidth")
 
 
 # --- The public function -------------------------------------------------------------------------
@@ -545,8 +295,9 @@ def explain(
 
     No GPU is needed. The time is that of a model on paper (docs/performance_model.md), from the
     launch, the bytes, the instructions and the latencies: an estimate of the kernel's own time,
-    without that of the call. Pointers are taken to be multiples of 16 bytes. log_softmax has the
-    same plan.
+    without that of the call. Only a checkout has the model (benchmarks/time_model.py); an installed
+    package takes the time of the bytes at the bandwidth of a copy. Pointers are taken to be
+    multiples of 16 bytes. log_softmax has the same plan.
 
     Args:
         shape: of the input; or a tensor, whose shape and dtype are taken, and whose device if it is
@@ -614,14 +365,8 @@ def explain(
         nothing = ("none", "none", None, 0, 0, 1, 0, None, 0, 0, 0.0, 0.0, 0, 0.0, "nothing to do")
         return Explanation(*nothing, 1.0, cast_first, on.name, on.bandwidth, on.bandwidth_source)
     kernel = kernel_name(plan, work)
-    registers = registers_of(kernel, on)
-    resident = resident_blocks(plan, registers, on)
-    microseconds, limiter = predict(plan, work, resident, on)
-    moved = kernel_bytes(plan, work)
-    if cast_first:
-        cast = work.elements * (dtype.itemsize + wide.itemsize)
-        moved += cast
-        microseconds += cast / (on.bandwidth * 1e3) + _LOAD
+    cast_bytes = work.elements * (dtype.itemsize + wide.itemsize) if cast_first else 0
+    expected = _estimate(plan, work, kernel, cast_bytes, on)
     return Explanation(
         schedule=plan.schedule,
         hold=plan.hold,
@@ -630,17 +375,13 @@ def explain(
         threads=plan.threads,
         team=plan.team,
         vectors=plan.vectors,
-        registers=registers,
         shared_bytes=plan.shared_bytes,
         scratch_bytes=plan.scratch_bytes,
-        occupancy=resident * plan.threads / on.threads,
-        waves=plan.blocks / (on.sm_count * resident),
-        bytes_moved=moved,
-        microseconds=microseconds,
-        limiter=limiter,
-        copy_fraction=once / (on.bandwidth * 1e3) / microseconds,
+        bytes_moved=kernel_bytes(plan, work) + cast_bytes,
+        copy_fraction=once / (on.bandwidth * 1e3) / expected.microseconds,
         cast_first=cast_first,
         device=on.name,
         bandwidth=on.bandwidth,
         _bandwidth_source=on.bandwidth_source,
+        **expected._asdict(),
     )

@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-cuda-budgets",
         action="store_true",
-        help="with --cuda-code: write softmax_ext/cuda_budgets.txt anew",
+        help="with --cuda-code: write benchmarks/cuda_budgets.txt anew",
     )
     parser.addoption(
         "--fuzz-calls", type=int, default=2000, help="random calls of all entries (tests/fuzz.py)"
@@ -72,7 +72,8 @@ def pytest_configure_node(node: Any) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of `--dist loadfile`: a file at a time, and of one for the host executor a lane."""
+    """Of `--dist loadfile`: a file at a time, and of one for the host executor a lane. Those of the
+    CUDA kernels stay together: the last looks back at what all have run."""
     if config.getoption("dist") != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -82,7 +83,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFileAndLane(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             lane = re.search(rf"\[({lanes})\b", nodeid)
-            return super()._split_scope(nodeid) + (lane[1] if lane else "")
+            file = re.sub("^(tests/simt/kernels)/.*", r"\1", super()._split_scope(nodeid))
+            return file + (lane[1] if lane else "")
 
     return ByFileAndLane(config, log)
 

@@ -36,7 +36,7 @@ GRADIENTS = "tests/test_backward.py"
 BITS = "tests/test_batch_invariance.py"
 LAYOUT = "tests/test_layout.py"
 STRIDES = "tests/test_layout_strides.py"
-HOST = "tests/simt/test_kernels.py"
+HOST = "tests/simt/kernels"
 
 
 @dataclass(frozen=True)
@@ -377,8 +377,16 @@ FAULTS = [
         "the last element of a slab stays where it is",
         "cuda packed",
         PACKED,
-        "if (byte >= shift_ && byte < end_) body(byte);",
-        "if (byte >= shift_ && byte + kSize < end_) body(byte);",
+        "last + byte < end_) body(last + byte);",
+        "last + byte + kSize < end_) body(last + byte);",
+        HOST,
+    ),
+    Fault(
+        "of a packed column's parts a thread adds one half",
+        "cuda packed",
+        PACKED,
+        "if (half * row.group >= split.parts) continue;",
+        "if (2 * half * row.group >= split.parts) continue;",
         HOST,
     ),
     Fault(
@@ -398,27 +406,51 @@ FAULTS = [
         HOST,
     ),
     Fault(
-        "the stride of leaves is a thread too long",
+        "the parts of a team's blocks are a step too far apart",
         "cuda columns",
         COLUMNS,
-        "place += (along - 1) * kWidth * inner;",
-        "place += along * kWidth * inner;",
+        "(int64_t{number} * team() + rank()) * split_.steps;",
+        "(int64_t{number} * team() + rank()) * split_.steps + rank();",
         HOST,
     ),
     Fault(
-        "no barrier before the sums of the threads are added",
+        "the last part of a column goes on behind it",
         "cuda columns",
         COLUMNS,
-        "put_partials(leaf * along + y, sums[leaf]);\n        }\n        __syncthreads();",
-        "put_partials(leaf * along + y, sums[leaf]);\n        }",
+        "const int64_t left = shape_.dim - first;",
+        "const int64_t left = shape_.dim - first + 1;",
+        HOST,
+    ),
+    Fault(
+        "no barrier before the states of the parts are combined",
+        "cuda columns",
+        COLUMNS,
+        "half /= 2) {\n      __syncthreads();\n",
+        "half /= 2) {\n",
+        HOST,
+    ),
+    Fault(
+        "the states of two columns are combined",
+        "cuda columns",
+        COLUMNS,
+        "states[i] = combine(states[i], states[i + half * width()]);",
+        "states[i] = combine(states[i], states[(i + half * width()) ^ 1]);",
+        HOST,
+    ),
+    Fault(
+        "exp that was kept is not brought from the part's max to the column's",
+        "cuda columns",
+        "csrc/cuda/column_tree.cuh",
+        "values[c] = formulas[c].of_exp(mul_of(values[c], scale[c]));",
+        "values[c] = formulas[c].of_exp(values[c]);",
         HOST,
     ),
     Fault(
         "columns beyond the inner size are written",
         "cuda columns",
         COLUMNS,
-        "const bool exists = column < shape.inner;",
-        "const bool exists = column <= shape.inner;",
+        "exists_ = column < shape_.inner;",
+        "exists_ = column <= shape_.inner;",
         HOST,
     ),
     Fault(

@@ -215,6 +215,22 @@ def test_from_the_cells_to_table_and_plots(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_line_breaks_where_a_size_was_not_measured() -> None:
+    def entry(size: int, *names: str) -> dict[str, Any]:
+        contenders = {name: {"fraction_of_copy": 0.5} for name in names}
+        cell = {"group": "rows", "op": "softmax", "mode": "forward", "dtype": "float64"}
+        return cell | {"shape": [3, size], "contenders": contenders}
+
+    cells = [entry(1024, "softmax_ext"), entry(64, "softmax_ext", "eager"), entry(65, "eager")]
+    of = ("softmax", "forward", "float64")
+    ours = gpu_report.fractions_by_size(cells, *of, "softmax_ext")
+    assert list(ours) == ROW_SIZES
+    assert [size for size in ours if not math.isnan(ours[size])] == [64, 1024]
+    theirs = gpu_report.fractions_by_size(cells, *of, "eager")
+    assert list(theirs) == sorted([*ROW_SIZES, 65])
+    assert [size for size in theirs if not math.isnan(theirs[size])] == [64, 65]
+
+
 def test_what_does_not_fit_the_budget_is_named(tmp_path: Path) -> None:
     document = run_tiny(tmp_path, TINY, seconds=0)
     assert not document["complete"]

@@ -1,7 +1,7 @@
 """The CUDA kernels' machine code, from nvcc alone, without a GPU: with --cuda-code.
 
 No instance has local memory or spills registers to it, the vectorised ones access 16 bytes at a
-time, and each keeps to its line of cuda_budgets.txt.
+time, and each keeps to its line of benchmarks/cuda_budgets.txt.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-TABLE = ROOT / "softmax_ext" / "cuda_budgets.txt"
+TABLE = ROOT / "benchmarks" / "cuda_budgets.txt"
 # A100, H100, B200 and RTX 50.
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
 FLAGS = ["-std=c++17", "-cubin", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
@@ -42,6 +42,7 @@ PARAMETERS = {
     "short": ["op", "vectors", "in", "out"],
     "packed": ["op", "one", "in", "out"],
     "packed_short": ["op", "vectors", "in", "out"],
+    "packed_columns": ["op", "in", "out"],
     "columns": ["op", "columns", "in", "out"],
 }
 OPS = {"(softmax_ext::Op)0": "softmax", "(softmax_ext::Op)1": "log_softmax"}
@@ -348,11 +349,9 @@ def test_vectorised_instances_access_16_bytes(build: Build, architecture: str) -
         if not instance.wide:
             continue
         inputs = 2 if instance.direction == "backward" else 1
-        # A long kernel has all of a chunk; a columns kernel its steps, of all inputs together 32
-        # words (16 in float64), and a vector's width at least (plan.h).
-        width, is_double = 16 // SIZE[instance.read], instance.read == "float64"
-        of_kernel = {"long": 4 if is_double else 8}
-        of_kernel["columns"] = max(width, (16 if is_double else 32) // (4 * inputs))
+        # A long kernel has all of a chunk; a columns kernel a group of steps.
+        is_double = instance.read == "float64"
+        of_kernel = {"long": 4 if is_double else 8, "columns": 2 if is_double else 4}
         packed = instance.kernel.startswith("packed")  # slabs, by vectors of their own
         of_instance = int(instance.others.get("vectors", of_kernel.get(instance.kernel, 0)))
         vectors = 1 if packed else of_instance

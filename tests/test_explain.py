@@ -5,11 +5,14 @@ import doctest
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import softmax_ext
+from benchmarks import time_model
 from benchmarks.gpu_cells import all_cells
 from benchmarks.gpu_model import (
     DEVICES,
@@ -21,6 +24,7 @@ from benchmarks.gpu_model import (
     render,
 )
 from softmax_ext import Explanation, _explain, explain
+from softmax_ext._C import HOLDS, SCHEDULES
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # Of every schedule, and every hold.
@@ -48,8 +52,8 @@ def test_fields(
 ) -> None:
     found = explain(shape, dtype, dim, backward=backward, device=device)
     known = _explain.DEVICES[device]
-    assert found.schedule in {"packed", "warp", "block", "cluster", "grid", "columns"}
-    assert found.hold in {"registers", "shared", "none"}
+    assert found.schedule in SCHEDULES
+    assert found.hold in HOLDS
     assert found.kernel is not None and found.kernel.split()[0].endswith(
         "backward" if backward else "forward"
     )
@@ -58,8 +62,8 @@ def test_fields(
     assert found.shared_bytes <= known.shared_bytes_of_block
     assert (found.scratch_bytes > 0) >= (found.schedule == "grid")
     assert found.schedule != "cluster" or known.compute_capability >= 90
-    assert 0 < found.occupancy <= 1
-    assert found.waves > 0
+    assert found.occupancy is not None and 0 < found.occupancy <= 1
+    assert found.waves is not None and found.waves > 0
     once = (3 if backward else 2) * math.prod(shape) * dtype.itemsize
     assert (found.bytes_moved == once) == (found.hold != "none")
     # Faster than the memory is impossible.
@@ -75,10 +79,8 @@ def test_the_shapes_here_take_every_schedule_and_hold() -> None:
         for shape, dim, dtype in SHAPES
         for device in ("A100", "H100")
     ]
-    assert {each.schedule for each in found} == {
-        *("packed", "warp", "block", "cluster", "grid", "columns")
-    }
-    assert {each.hold for each in found} == {"registers", "shared", "none"}
+    assert {each.schedule for each in found} == set(SCHEDULES)
+    assert {each.hold for each in found} == set(HOLDS)
 
 
 @pytest.mark.parametrize(("dtype", "out_dtype", "backward", "moved"), [
@@ -107,10 +109,10 @@ def test_what_is_read_again_counts_again() -> None:
     assert (forward.hold, backward.hold) == ("none", "none")
     assert forward.bytes_moved == 3 * 4 * 16 << 24
     assert backward.bytes_moved == 5 * 4 * 16 << 24
-    # Columns of which not even a chunk fits: for the max, the sum and the result.
-    forward = explain((8, 4096, 33), BF16, 1, device="H100")
+    # Columns that no shared memory holds: for the max, the sum and the result.
+    forward = explain((8, 200000, 32), BF16, 1, device="H100")
     assert (forward.schedule, forward.hold) == ("columns", "none")
-    assert forward.bytes_moved == 4 * 2 * 8 * 4096 * 33
+    assert forward.bytes_moved == 4 * 2 * 8 * 200000 * 32
 
 
 @pytest.mark.parametrize(("shape", "dim", "dtype", "kernel"), [
@@ -120,7 +122,8 @@ def test_what_is_read_again_counts_again() -> None:
     ((4096, 7), -1, FP32, "packed_short_forward softmax float32 vectors=2"),
     ((4096, 777), -1, FP32, "registers_forward softmax float32 vectors=8"),
     ((32, 1000, 196), 1, BF16, "columns_forward softmax bfloat16 columns=4"),
-    ((8192, 8192), 0, BF16, "columns_forward softmax bfloat16 columns=4"),
+    ((8192, 8192), 0, BF16, "columns_forward softmax bfloat16 columns=8"),
+    ((512, 40, 3), 1, BF16, "packed_columns_forward softmax bfloat16"),
 ])  # fmt: skip
 def test_names_of_kernels(
     shape: tuple[int, ...], dim: int, dtype: torch.dtype, kernel: str
@@ -144,12 +147,12 @@ def test_the_registers_of_every_kernel_of_the_benchmark_are_known(device: str) -
 def test_registers_are_those_of_the_nearest_architecture_below(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_explain, "register_table", lambda: {80: {"k": 40}, 90: {"k": 50}})
+    monkeypatch.setattr(time_model, "register_table", lambda: {80: {"k": 40}, 90: {"k": 50}})
     device = _explain.DEVICES["H100"]
     for capability, registers in ((75, None), (80, 40), (89, 40), (90, 50), (120, 50)):
         on = dataclasses.replace(device, compute_capability=capability)
-        assert _explain.registers_of("k", on) == registers
-        assert _explain.registers_of("unknown", on) is None
+        assert time_model.registers_of("k", on) == registers
+        assert time_model.registers_of("unknown", on) is None
 
 
 @pytest.mark.parametrize(("threads", "registers", "shared", "device", "blocks"), [
@@ -166,8 +169,8 @@ def test_registers_are_those_of_the_nearest_architecture_below(
 def test_resident_blocks(
     threads: int, registers: int | None, shared: int, device: str, blocks: int
 ) -> None:
-    plan = _explain.Plan(*("block", "registers", True, 8, 8, 1, threads, 1, 1, 1, 1000, shared, 0))
-    assert _explain.resident_blocks(plan, registers, _explain.DEVICES[device]) == blocks
+    on = _explain.DEVICES[device]
+    assert time_model.resident_blocks(threads, shared, registers, on) == blocks
 
 
 def test_more_bandwidth_takes_less_time_until_something_else_limits() -> None:
@@ -178,6 +181,52 @@ def test_more_bandwidth_takes_less_time_until_something_else_limits() -> None:
     assert [each.limiter for each in times[:2]] == ["bandwidth", "bandwidth"]
     assert times[0].microseconds == pytest.approx(2 * times[1].microseconds, rel=0.01)
     assert times[2].limiter != "bandwidth"
+
+
+@pytest.fixture(params=["no benchmarks", "another project's"])
+def hide_the_model(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[], None]:
+    """Called, it leaves what an installed package finds."""
+
+    def hide() -> None:
+        if request.param == "no benchmarks":
+            monkeypatch.setitem(sys.modules, "benchmarks", None)
+            return
+        (tmp_path / "benchmarks").mkdir()
+        (tmp_path / "benchmarks" / "__init__.py").write_text("raise AssertionError('imported')")
+        monkeypatch.delitem(sys.modules, "benchmarks")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return hide
+
+
+@pytest.mark.parametrize(("shape", "dtype", "out_dtype", "backward", "copy_fraction"), [
+    ((4096, 1024), BF16, None, False, 1),
+    ((4096, 1024), BF16, FP32, True, 1),
+    ((16, 1 << 24), FP32, None, False, 2 / 3),  # read twice
+    ((16, 1 << 24), FP32, None, True, 3 / 5),
+    ((512, 1024), FP32, BF16, False, 6 / 10),   # after a cast by torch
+])  # fmt: skip
+def test_without_the_model_the_time_is_that_of_the_bytes(
+    hide_the_model: Callable[[], None],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    out_dtype: torch.dtype | None,
+    backward: bool,
+    copy_fraction: float,
+) -> None:
+    known = explain(shape, dtype, out_dtype=out_dtype, backward=backward, device="H100")
+    hide_the_model()
+    found = explain(shape, dtype, out_dtype=out_dtype, backward=backward, device="H100")
+    assert found.microseconds == pytest.approx(found.bytes_moved / 3000e3)
+    assert found.copy_fraction == pytest.approx(copy_fraction)
+    assert found.limiter == "bandwidth"
+    assert (found.registers, found.occupancy, found.waves) == (None, None, None)
+    assert "occupancy      unknown" in str(found)
+    # All else is the plan.
+    times = ("microseconds", "copy_fraction", "limiter", "registers", "occupancy", "waves")
+    assert dataclasses.replace(known, **{name: getattr(found, name) for name in times}) == found
 
 
 def test_a_tensor_gives_its_shape_and_dtype() -> None:

@@ -103,10 +103,12 @@ def checkout(tmp_path) -> Path:
 
 
 def test_metadata(setup, checkout):
-    """An sdist takes every torch that is supported; a build is for one, also after an sdist."""
+    """An sdist takes every torch that is supported; a build is for one, also after an sdist. The
+    sdist has all files, a wheel those of the package."""
     (checkout / "wheel").mkdir()
     (checkout / "softmax_ext" / "_build.json").write_text("{}")  # as a build in place leaves it
-    command = ["setup.py", "-q", "sdist", "dist_info", "--output-dir", "wheel"]
+    command = ["setup.py", "-q", "build_py", "--build-lib", "installed"]
+    command += ["sdist", "dist_info", "--output-dir", "wheel"]
     subprocess.run([sys.executable, *command], cwd=checkout, check=True, capture_output=True)
     (file,) = (checkout / "wheel").glob("softmax_ext-*.dist-info/METADATA")
     assert metadata(file.read_text()) == (
@@ -126,6 +128,10 @@ def test_metadata(setup, checkout):
     files = [path for name in FOLDERS for path in (checkout / name).rglob("*") if path.is_file()]
     wanted = {*FILES, *(str(path.relative_to(checkout)) for path in files)}
     assert wanted - names == {"softmax_ext/_build.json"}
+
+    installed = [path for path in (checkout / "installed").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in installed} == {"softmax_ext"}
+    assert {path.suffix for path in installed} == {".py", ".pyi", ".typed", ".json"}
 
 
 @pytest.mark.parametrize(

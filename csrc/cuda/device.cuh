@@ -523,6 +523,11 @@ struct SumState {
   A sum;
 };
 
+template <class A>
+__device__ __forceinline__ SumState<A> combine(SumState<A> a, SumState<A> b) {
+  return {add_of(a.sum, b.sum)};
+}
+
 template <class State>
 constexpr bool kHasMax = std::is_same_v<State, OnlineState<decltype(State::sum)>>;
 

@@ -2,7 +2,7 @@
 
 namespace softmax_ext::cuda {
 
-template cudaError_t launch_forward_typed<__nv_bfloat16>(const ForwardArgs&, const Plan&, void*,
-                                                         cudaStream_t);
+template cudaError_t launch_typed<__nv_bfloat16>(const ForwardArgs&, const Plan&, void*,
+                                                 cudaStream_t);
 
 }  // namespace softmax_ext::cuda

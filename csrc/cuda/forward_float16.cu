@@ -2,7 +2,6 @@
 
 namespace softmax_ext::cuda {
 
-template cudaError_t launch_forward_typed<__half>(const ForwardArgs&, const Plan&, void*,
-                                                  cudaStream_t);
+template cudaError_t launch_typed<__half>(const ForwardArgs&, const Plan&, void*, cudaStream_t);
 
 }  // namespace softmax_ext::cuda

@@ -1,5 +1,5 @@
-// From a plan to the kernel instance. Each .cu file but launch.cu instantiates one of the two
-// functions at the end for one type, so that they compile side by side.
+// From a plan to the kernel instance. Each .cu file but launch.cu instantiates the function at the
+// end for one direction and type, so that they compile side by side.
 #pragma once
 
 #include <type_traits>
@@ -39,6 +39,16 @@ inline Packing packing_of(const Shape& shape, const Plan& plan, int64_t element_
           static_cast<int>(slab_bytes(outer * shape.dim * shape.inner, element_bytes)), plan.group};
 }
 
+inline ColumnSplit split_of(const Shape& shape) {
+  return {column_parts(shape.dim), column_steps(shape.dim)};
+}
+
+inline ColumnMemory column_memory_of(const Shape& shape, const Plan& plan, int64_t element_bytes,
+                                     int inputs) {
+  return column_memory(shape.dim, plan.team, int64_t{plan.across} * plan.columns, element_bytes,
+                       inputs);
+}
+
 // Calls launch(number) with the number as a constant, the one of `numbers` that is wanted.
 template <int... numbers, class Launch>
 cudaError_t with_constant([[maybe_unused]] int wanted, std::integer_sequence<int, numbers...>,
@@ -51,11 +61,9 @@ cudaError_t with_constant([[maybe_unused]] int wanted, std::integer_sequence<int
 
 // Columns that a thread has.
 template <class T>
-using column_counts = std::integer_sequence<int, 1, column_packet(sizeof(T))>;
-template <class T>
-using backward_column_counts =
-    std::conditional_t<sizeof(T) == 2, std::integer_sequence<int, 1, column_packet(2), kWidth<T>>,
-                       column_counts<T>>;
+using column_counts =
+    std::conditional_t<sizeof(T) == 2, std::integer_sequence<int, 1, kWidth<T> / 2, kWidth<T>>,
+                       std::integer_sequence<int, 1, kWidth<T>>>;
 
 // Vectors of a packed row that a thread has, if it has one alone.
 template <class T>
@@ -72,85 +80,128 @@ template <class T>
 using short_backward_counts = std::conditional_t<sizeof(T) == 8, std::integer_sequence<int, 2>,
                                                  std::integer_sequence<int, 2, 4>>;
 
+// --- The kernels of a direction ------------------------------------------------------------------
+
 template <Op op, class In, class Out>
-cudaError_t launch_forward_op(const ForwardArgs& args, const Plan& plan, void* scratch,
-                              cudaStream_t stream) {
-  const auto* const input = static_cast<const In*>(args.input);
-  auto* const output = static_cast<Out*>(args.output);
+struct ForwardKernels {
+  using Element = In;
+  using ShortCounts = vector_counts<In>;
+
+  template <int columns>
+  static auto columns_of() {
+    return columns_forward_kernel<op, columns, In, Out>;
+  }
+  static auto packed_columns() { return packed_columns_forward_kernel<op, In, Out>; }
+  template <int vectors>
+  static auto packed_short() {
+    return packed_short_forward_kernel<op, vectors, In, Out>;
+  }
+  template <bool one>
+  static auto packed() {
+    return packed_forward_kernel<op, one, In, Out>;
+  }
+  template <int vectors>
+  static auto short_rows() {
+    return short_forward_kernel<op, vectors, In, Out>;
+  }
+  template <int vectors>
+  static auto registers() {
+    return registers_forward_kernel<op, vectors, In, Out>;
+  }
+  static auto long_rows() { return long_forward_kernel<op, In, Out>; }
+};
+
+template <Op op, class In, class Out>
+struct BackwardKernels {
+  using Element = In;
+  using ShortCounts = short_backward_counts<In>;
+
+  template <int columns>
+  static auto columns_of() {
+    return columns_backward_kernel<op, columns, In, Out>;
+  }
+  static auto packed_columns() { return packed_columns_backward_kernel<op, In, Out>; }
+  template <int vectors>
+  static auto packed_short() {
+    return packed_short_backward_kernel<op, vectors, In, Out>;
+  }
+  template <bool one>
+  static auto packed() {
+    return packed_backward_kernel<op, one, In, Out>;
+  }
+  template <int vectors>
+  static auto short_rows() {
+    return short_backward_kernel<op, vectors, In, Out>;
+  }
+  template <int vectors>
+  static auto registers() {
+    return registers_backward_kernel<op, vectors, In, Out>;
+  }
+  static auto long_rows() { return long_backward_kernel<op, In, Out>; }
+};
+
+// --- Dispatch ------------------------------------------------------------------------------------
+
+// The plan's kernel, of the tensors: those read, that written.
+template <class Kernels, class... Tensors>
+cudaError_t launch_plan(const Shape& shape, const Plan& plan, void* scratch, cudaStream_t stream,
+                        Tensors... tensors) {
+  using In = typename Kernels::Element;
+  const auto run = [&](auto kernel, auto... how) {
+    return launch(kernel, plan, stream, tensors..., how...);
+  };
   if (plan.schedule == Schedule::kColumns) {
     return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
-      return launch(columns_forward_kernel<op, columns(), In, Out>, plan, stream, input, output,
-                    args.shape, scratch);
+      return run(Kernels::template columns_of<columns()>(), shape, split_of(shape),
+                 column_memory_of(shape, plan, sizeof(In), sizeof...(Tensors) - 1),
+                 plan.hold == Hold::kShared);
     });
   }
   if (plan.schedule == Schedule::kPacked) {
-    const Packing packing = packing_of(args.shape, plan, sizeof(In));
+    const Packing packing = packing_of(shape, plan, sizeof(In));
+    if (shape.inner > 1) {
+      return run(Kernels::packed_columns(), shape, packing, split_of(shape));
+    }
     if (plan.hold == Hold::kRegisters) {
       return with_constant(plan.vectors, packed_counts<In>(), [&](auto vectors) {
-        return launch(packed_short_forward_kernel<op, vectors(), In, Out>, plan, stream, input,
-                      output, args.shape, packing);
+        return run(Kernels::template packed_short<vectors()>(), shape, packing);
       });
     }
-    return launch(plan.vectors == 1 ? packed_forward_kernel<op, true, In, Out>
-                                    : packed_forward_kernel<op, false, In, Out>,
-                  plan, stream, input, output, args.shape, packing);
+    return run(
+        plan.vectors == 1 ? Kernels::template packed<true>() : Kernels::template packed<false>(),
+        shape, packing);
   }
-  const Rows rows = rows_of(args.shape, plan, scratch);
+  const Rows rows = rows_of(shape, plan, scratch);
   if (plan.short_rows()) {
-    return with_constant(plan.vectors, vector_counts<In>(), [&](auto vectors) {
-      return launch(short_forward_kernel<op, vectors(), In, Out>, plan, stream, input, output,
-                    rows);
+    return with_constant(plan.vectors, typename Kernels::ShortCounts(), [&](auto vectors) {
+      return run(Kernels::template short_rows<vectors()>(), rows);
     });
   }
-  if (plan.hold != Hold::kRegisters) {
-    return launch(long_forward_kernel<op, In, Out>, plan, stream, input, output, rows);
-  }
+  if (plan.hold != Hold::kRegisters) return run(Kernels::long_rows(), rows);
   return with_constant(plan.vectors, vector_counts<In>(), [&](auto vectors) {
-    return launch(registers_forward_kernel<op, vectors(), In, Out>, plan, stream, input, output,
-                  rows);
+    return run(Kernels::template registers<vectors()>(), rows);
   });
 }
 
-template <Op op, class In, class Out>
-cudaError_t launch_backward_op(const BackwardArgs& args, const Plan& plan, void* scratch,
-                               cudaStream_t stream) {
-  const auto* const grad_output = static_cast<const In*>(args.grad_output);
-  const auto* const output = static_cast<const In*>(args.output);
-  auto* const grad_input = static_cast<Out*>(args.grad_input);
-  if (plan.schedule == Schedule::kColumns) {
-    return with_constant(plan.columns, backward_column_counts<In>(), [&](auto columns) {
-      return launch(columns_backward_kernel<op, columns(), In, Out>, plan, stream, grad_output,
-                    output, grad_input, args.shape, scratch);
-    });
-  }
-  if (plan.schedule == Schedule::kPacked) {
-    const Packing packing = packing_of(args.shape, plan, sizeof(In));
-    if (plan.hold == Hold::kRegisters) {
-      return with_constant(plan.vectors, packed_counts<In>(), [&](auto vectors) {
-        return launch(packed_short_backward_kernel<op, vectors(), In, Out>, plan, stream,
-                      grad_output, output, grad_input, args.shape, packing);
-      });
-    }
-    return launch(plan.vectors == 1 ? packed_backward_kernel<op, true, In, Out>
-                                    : packed_backward_kernel<op, false, In, Out>,
-                  plan, stream, grad_output, output, grad_input, args.shape, packing);
-  }
-  const Rows rows = rows_of(args.shape, plan, scratch);
-  if (plan.short_rows()) {
-    return with_constant(plan.vectors, short_backward_counts<In>(), [&](auto vectors) {
-      return launch(short_backward_kernel<op, vectors(), In, Out>, plan, stream, grad_output,
-                    output, grad_input, rows);
-    });
-  }
-  if (plan.hold != Hold::kRegisters) {
-    return launch(long_backward_kernel<op, In, Out>, plan, stream, grad_output, output, grad_input,
-                  rows);
-  }
-  return with_constant(plan.vectors, vector_counts<In>(), [&](auto vectors) {
-    return launch(registers_backward_kernel<op, vectors(), In, Out>, plan, stream, grad_output,
-                  output, grad_input, rows);
-  });
+// T is the type of the output, Other that of the input, and backward of grad_input.
+template <Op op, class T, class Other>
+cudaError_t launch_op(const ForwardArgs& args, const Plan& plan, void* scratch,
+                      cudaStream_t stream) {
+  return launch_plan<ForwardKernels<op, Other, T>>(args.shape, plan, scratch, stream,
+                                                   static_cast<const Other*>(args.input),
+                                                   static_cast<T*>(args.output));
 }
+
+template <Op op, class T, class Other>
+cudaError_t launch_op(const BackwardArgs& args, const Plan& plan, void* scratch,
+                      cudaStream_t stream) {
+  return launch_plan<BackwardKernels<op, T, Other>>(
+      args.shape, plan, scratch, stream, static_cast<const T*>(args.grad_output),
+      static_cast<const T*>(args.output), static_cast<Other*>(args.grad_input));
+}
+
+inline DType other_dtype(const ForwardArgs& args) { return args.input_dtype; }
+inline DType other_dtype(const BackwardArgs& args) { return args.grad_input_dtype; }
 
 template <class T>
 constexpr DType dtype_of = std::is_same_v<T, __half>          ? DType::kFloat16
@@ -158,38 +209,19 @@ constexpr DType dtype_of = std::is_same_v<T, __half>          ? DType::kFloat16
                            : std::is_same_v<T, float>         ? DType::kFloat32
                                                               : DType::kFloat64;
 
-// T: the output's type.
-template <class T>
-cudaError_t launch_forward_typed(const ForwardArgs& args, const Plan& plan, void* scratch,
-                                 cudaStream_t stream) {
-  const auto from = [&](auto type) {
-    using In = decltype(type);
+// T: the type of the output.
+template <class T, class Args>
+cudaError_t launch_typed(const Args& args, const Plan& plan, void* scratch, cudaStream_t stream) {
+  const auto with = [&](auto other) {
+    using Other = decltype(other);
     return args.op == Op::kSoftmax
-               ? launch_forward_op<Op::kSoftmax, In, T>(args, plan, scratch, stream)
-               : launch_forward_op<Op::kLogSoftmax, In, T>(args, plan, scratch, stream);
+               ? launch_op<Op::kSoftmax, T, Other>(args, plan, scratch, stream)
+               : launch_op<Op::kLogSoftmax, T, Other>(args, plan, scratch, stream);
   };
-  if (args.input_dtype == dtype_of<T>) return from(T{});
+  if (other_dtype(args) == dtype_of<T>) return with(T{});
   if constexpr (std::is_same_v<T, float>) {
-    if (args.input_dtype == DType::kFloat16) return from(__half{});
-    if (args.input_dtype == DType::kBFloat16) return from(__nv_bfloat16{});
-  }
-  return cudaErrorInvalidValue;
-}
-
-// T: the type of output and grad_output.
-template <class T>
-cudaError_t launch_backward_typed(const BackwardArgs& args, const Plan& plan, void* scratch,
-                                  cudaStream_t stream) {
-  const auto to = [&](auto type) {
-    using Out = decltype(type);
-    return args.op == Op::kSoftmax
-               ? launch_backward_op<Op::kSoftmax, T, Out>(args, plan, scratch, stream)
-               : launch_backward_op<Op::kLogSoftmax, T, Out>(args, plan, scratch, stream);
-  };
-  if (args.grad_input_dtype == dtype_of<T>) return to(T{});
-  if constexpr (std::is_same_v<T, float>) {
-    if (args.grad_input_dtype == DType::kFloat16) return to(__half{});
-    if (args.grad_input_dtype == DType::kBFloat16) return to(__nv_bfloat16{});
+    if (other_dtype(args) == DType::kFloat16) return with(__half{});
+    if (other_dtype(args) == DType::kBFloat16) return with(__nv_bfloat16{});
   }
   return cudaErrorInvalidValue;
 }

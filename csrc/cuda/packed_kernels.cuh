@@ -7,13 +7,15 @@
 //
 //   kernel        between, a row is had by   limit on a row
 //   packed_short  a thread, in registers     inner size 1; 4 vectors
-//   packed        1 to 32 threads            a chunk
+//   packed        1 to 32 threads            inner size 1; a chunk
+//   packed_       1 to 32 threads, parts     inner sizes above 1; 4 parts a thread
+//   columns       each (column_tree.cuh)
 //
 // A block reads its slab before it writes it, and touches no other, so the memory written may be that
 // of an input.
 #pragma once
 
-#include "device.cuh"
+#include "column_tree.cuh"
 
 namespace softmax_ext::cuda {
 
@@ -40,41 +42,35 @@ class Slab {
   // By all threads of the block.
   __device__ __forceinline__ void copy_from(const T* global) const {
     const char* const begin = reinterpret_cast<const char*>(global) - shift_;
-    for_each_vector([&](int first, auto index_of) {
+    for_each_loose_element([&](int byte) {
+      *reinterpret_cast<T*>(at(byte)) = *reinterpret_cast<const T*>(begin + byte);
+    });
+    for_each_batch([&](const int(&vectors)[kBatch]) {
       Vector x[kBatch];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        if (is_whole(index_of(first, j))) {
-          x[j] = load_words<4>(begin + int64_t{index_of(first, j)} * limits::kVectorBytes);
+        if (is_whole(vectors[j])) {
+          x[j] = load_words<4>(begin + int64_t{vectors[j]} * limits::kVectorBytes);
         }
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int vector = index_of(first, j);
-        if (is_whole(vector)) {
-          put(vector * limits::kVectorBytes, x[j]);
-        } else {
-          for_each_element(vector, [&](int byte) {
-            *reinterpret_cast<T*>(at(byte)) = *reinterpret_cast<const T*>(begin + byte);
-          });
-        }
+        if (is_whole(vectors[j])) put(vectors[j] * limits::kVectorBytes, x[j]);
       }
     });
   }
 
   __device__ __forceinline__ void copy_to(T* global) const {
     char* const begin = reinterpret_cast<char*>(global) - shift_;
-    for_each_vector([&](int first, auto index_of) {
+    for_each_loose_element([&](int byte) {
+      *reinterpret_cast<T*>(begin + byte) = *reinterpret_cast<const T*>(at(byte));
+    });
+    for_each_batch([&](const int(&vectors)[kBatch]) {
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        const int vector = index_of(first, j);
-        if (is_whole(vector)) {
-          store_words<true>(begin + int64_t{vector} * limits::kVectorBytes,
-                            get(vector * limits::kVectorBytes));
-        } else {
-          for_each_element(vector, [&](int byte) {
-            *reinterpret_cast<T*>(begin + byte) = *reinterpret_cast<const T*>(at(byte));
-          });
+        if (is_whole(vectors[j])) {
+          store_words<true>(begin + int64_t{vectors[j]} * limits::kVectorBytes,
+                            get(vectors[j] * limits::kVectorBytes));
         }
       }
     });
@@ -88,45 +84,53 @@ class Slab {
   __device__ __forceinline__ unsigned char* at(int byte) const {
     return memory_ + byte + (padded ? byte / (32 * 4) * kPad : 0);
   }
-  // The vector at `byte`, which is a multiple of 16; the room left lies anywhere in it.
+  // The vector at `byte`, a multiple of 16: no room is left within it, but it may lie at any multiple
+  // of 4.
   __device__ __forceinline__ void put(int byte, const Vector& x) const {
     if constexpr (padded) {
+      auto* const to = reinterpret_cast<uint32_t*>(at(byte));
 #pragma unroll
-      for (int w = 0; w < 4; ++w) *reinterpret_cast<uint32_t*>(at(byte + w * 4)) = x.word[w];
+      for (int w = 0; w < 4; ++w) to[w] = x.word[w];
     } else {
       store_words<false>(at(byte), x);
     }
   }
   __device__ __forceinline__ Vector get(int byte) const {
     if constexpr (padded) {
+      const auto* const from = reinterpret_cast<const uint32_t*>(at(byte));
       Vector x;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) x.word[w] = *reinterpret_cast<const uint32_t*>(at(byte + w * 4));
+      for (int w = 0; w < 4; ++w) x.word[w] = from[w];
       return x;
     } else {
       return load_words<4>(at(byte));
     }
   }
+  // Whether the slab fills the vector.
   __device__ __forceinline__ bool is_whole(int vector) const {
     return (vector > 0 || shift_ == 0) && (vector + 1) * limits::kVectorBytes <= end_;
   }
+  // Calls body(vectors) with the numbers of those that the thread has, and of some beyond the end.
   template <class Body>
-  __device__ __forceinline__ void for_each_vector(Body body) const {
+  __device__ __forceinline__ void for_each_batch(Body body) const {
     const int threads = static_cast<int>(blockDim.x);
 #pragma unroll 1
     for (int first = static_cast<int>(threadIdx.x); first * limits::kVectorBytes < end_;
          first += kBatch * threads) {
-      body(first, [threads](int first, int j) { return first + j * threads; });
+      int vectors[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) vectors[j] = first + j * threads;
+      body(vectors);
     }
   }
-  // Those of the slab in a vector that is not whole.
+  // Calls body(byte) for the elements of the first vector, and of the last, that the slab does not fill.
   template <class Body>
-  __device__ __forceinline__ void for_each_element(int vector, Body body) const {
-#pragma unroll 1
-    for (int v = 0; v < kWidth<T>; ++v) {
-      const int byte = vector * limits::kVectorBytes + v * kSize;
-      if (byte >= shift_ && byte < end_) body(byte);
-    }
+  __device__ __forceinline__ void for_each_loose_element(Body body) const {
+    const int byte = static_cast<int>(threadIdx.x) * kSize;
+    if (byte >= limits::kVectorBytes) return;
+    const int last = end_ / limits::kVectorBytes * limits::kVectorBytes;
+    if (shift_ > 0 && byte >= shift_ && byte < end_) body(byte);
+    if ((shift_ == 0 || last > 0) && last + byte < end_) body(last + byte);
   }
 
   unsigned char* memory_;
@@ -134,24 +138,20 @@ class Slab {
   int end_;  // bytes from the first whole 16
 };
 
-// The elements of a row that a thread has: those of vectors lane, lane + group, ... of the row.
+// A row in a slab, and who has it.
 struct PackedRow {
   int lane;
   int group;
-  int dim;  // 0 for a row that does not exist
-  int inner;
-  int begin;  // of the row in the slab
+  int dim;    // 0 for a row that does not exist
+  int begin;  // in the slab
 
-  // Calls body(v, place, whether it exists) for the elements of the thread's vector number k.
+  // Of inner size 1: calls body(v, place, whether it exists) for the elements of the thread's vector
+  // number k. It has vectors lane, lane + group, ...
   template <int width, class Body>
   __device__ __forceinline__ void for_each(int k, Body body) const {
     const int first = (k * group + lane) * width;
-    int place = begin + first * inner;
 #pragma unroll
-    for (int v = 0; v < width; ++v) {
-      body(v, place, first + v < dim);
-      place += inner;
-    }
+    for (int v = 0; v < width; ++v) body(v, begin + first + v, first + v < dim);
   }
   template <int width>
   __device__ __forceinline__ int vectors() const {
@@ -161,10 +161,8 @@ struct PackedRow {
 
 // Calls body(row) for the rows of a slab of `outer` outer indices; all threads of a warp come along.
 template <class Body>
-__device__ __forceinline__ void for_each_packed_row(const Shape& shape, int outer, int group,
+__device__ __forceinline__ void for_each_packed_row(int outer, int dim, int inner, int group,
                                                     Body body) {
-  const int dim = static_cast<int>(shape.dim);
-  const int inner = static_cast<int>(shape.inner);
   const int rows = outer * inner;
   const int at_a_time = static_cast<int>(blockDim.x) / group;
   const int lane = static_cast<int>(threadIdx.x) % group;
@@ -172,7 +170,7 @@ __device__ __forceinline__ void for_each_packed_row(const Shape& shape, int oute
   for (int first = 0; first < rows; first += at_a_time) {
     const int row = first + static_cast<int>(threadIdx.x) / group;
     const int of_outer = inner == 1 ? row : row / inner;
-    body(PackedRow{lane, group, row < rows ? dim : 0, inner,
+    body(PackedRow{lane, group, row < rows ? dim : 0,
                    of_outer * dim * inner + (row - of_outer * inner)});
   }
 }
@@ -197,14 +195,13 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   using P = typename PrecisionOf<op, Out>::type;
   constexpr int kWidth = cuda::kWidth<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
-  const int64_t of_outer = shape.dim * shape.inner;
-  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
-    const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In, true> in(memory, input + offset, elements);
-    const Slab<Out, true> out(memory + packing.bytes, output + offset, elements);
+  const int dim = static_cast<int>(shape.dim);
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int rows) {
+    const Slab<In, true> in(memory, input + offset, rows * dim);
+    const Slab<Out, true> out(memory + packing.bytes, output + offset, rows * dim);
     in.copy_from(input + offset);
     __syncthreads();
-    for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
+    for_each_packed_row(rows, dim, 1, packing.group, [&](const PackedRow& row) {
       A x[kWidth];
       const auto load = [&](int k) {
         row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
@@ -251,16 +248,15 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   using B = backward_t<op, A, Out>;
   constexpr int kWidth = cuda::kWidth<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
-  const int64_t of_outer = shape.dim * shape.inner;
-  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
-    const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In, true> grad(memory, grad_output + offset, elements);
-    const Slab<In, true> y(memory + packing.bytes, output + offset, elements);
-    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset, elements);
+  const int dim = static_cast<int>(shape.dim);
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int rows) {
+    const Slab<In, true> grad(memory, grad_output + offset, rows * dim);
+    const Slab<In, true> y(memory + packing.bytes, output + offset, rows * dim);
+    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset, rows * dim);
     grad.copy_from(grad_output + offset);
     y.copy_from(output + offset);
     __syncthreads();
-    for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
+    for_each_packed_row(rows, dim, 1, packing.group, [&](const PackedRow& row) {
       const int vectors = one ? 1 : row.vectors<kWidth>();
       A sum = 0;
 #pragma unroll 1
@@ -280,6 +276,114 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
               formula.of(from_element<A>(grad[place]), from_element<A>(y[place])));
         });
       }
+    });
+    __syncthreads();
+    out.copy_to(grad_input + offset);
+  });
+}
+
+// --- Columns -------------------------------------------------------------------------------------
+
+// Parts lane, lane + 32, ... of a column in slabs; `slabs` has one of each input. One part after
+// another goes through the same code; what is kept of each, by constant indices, is in registers.
+template <class Pass, class Slabs, class Out>
+__device__ __forceinline__ void run_packed_column(const PackedRow& row, int inner,
+                                                  const ColumnSplit& split, const Slabs& slabs,
+                                                  const Out& out) {
+  using State = typename Pass::State;
+  using A = typename Pass::A;
+  constexpr int kParts = limits::kPackedParts;
+  const auto for_each_part = [&](auto body) {
+#pragma unroll 1
+    for (int k = 0; k < kParts && k * row.group < split.parts; ++k) {
+      const int first = (k * row.group + row.lane) * split.steps;
+      const auto place = [&](int s) { return row.begin + (first + s) * inner; };
+      const auto load = [&](int s, typename Pass::Step& x) {
+#pragma unroll
+        for (int i = 0; i < Pass::kInputs; ++i) x[i].load(&slabs[i][place(s)]);
+      };
+      const int left = row.dim - first;
+      body(k, left < 0 ? 0 : min(left, split.steps), load, place);
+    }
+  };
+  State states[kParts]{};
+  for_each_part([&](int k, int size, auto load, auto) {
+    State state[1];
+    sum_part<Pass>(size, load, [](int, const A(&)[1]) {}, state);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (i == k) states[i] = state[0];
+    }
+  });
+  State sums[kParts];
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) sums[i] = states[i];
+#pragma unroll
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    if (half * row.group >= split.parts) continue;
+#pragma unroll
+    for (int i = 0; i < half; ++i) sums[i] = combine(sums[i], sums[i + half]);
+  }
+  State state = sums[0];
+  for (int offset = row.group / 2; offset > 0; offset /= 2) {
+    State other;
+    other.sum = __shfl_xor_sync(0xffffffffu, state.sum, offset);
+    if constexpr (kHasMax<State>) other.max = __shfl_xor_sync(0xffffffffu, state.max, offset);
+    state = combine(state, other);
+  }
+  const typename Pass::Formula formulas[1] = {Pass::formula(state)};
+  for_each_part([&](int k, int size, auto load, auto place) {
+    A max[1]{};
+    if constexpr (Pass::kKeepsExp) {
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        if (i == k) max[0] = states[i].max;
+      }
+    }
+    finish_part<Pass>(size, load, false, max, formulas, [&](int s, const A(&values)[1]) {
+      out[place(s)] = ToElement<typename Pass::Result>::of(values[0]);
+    });
+  });
+}
+
+template <Op op, class In, class Out>
+__global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
+    packed_columns_forward_kernel(const In* input, Out* output, Shape shape, Packing packing,
+                                  ColumnSplit split) {
+  SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
+  const int dim = static_cast<int>(shape.dim);
+  const int inner = static_cast<int>(shape.inner);
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+    const int elements = outer * dim * inner;
+    const Slab<In, true> in[1] = {{memory, input + offset, elements}};
+    const Slab<Out, true> out(memory + packing.bytes, output + offset, elements);
+    in[0].copy_from(input + offset);
+    __syncthreads();
+    for_each_packed_row(outer, dim, inner, packing.group, [&](const PackedRow& row) {
+      run_packed_column<ForwardColumns<op, 1, In, Out>>(row, inner, split, in, out);
+    });
+    __syncthreads();
+    out.copy_to(output + offset);
+  });
+}
+
+template <Op op, class In, class Out>
+__global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
+    packed_columns_backward_kernel(const In* grad_output, const In* output, Out* grad_input,
+                                   Shape shape, Packing packing, ColumnSplit split) {
+  SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
+  const int dim = static_cast<int>(shape.dim);
+  const int inner = static_cast<int>(shape.inner);
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+    const int elements = outer * dim * inner;
+    const Slab<In, true> in[2] = {{memory, grad_output + offset, elements},
+                                  {memory + packing.bytes, output + offset, elements}};
+    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset, elements);
+    in[0].copy_from(grad_output + offset);
+    in[1].copy_from(output + offset);
+    __syncthreads();
+    for_each_packed_row(outer, dim, inner, packing.group, [&](const PackedRow& row) {
+      run_packed_column<BackwardColumns<op, 1, In, Out>>(row, inner, split, in, out);
     });
     __syncthreads();
     out.copy_to(grad_input + offset);

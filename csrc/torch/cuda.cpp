@@ -11,7 +11,6 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "../cuda/launch.h"
@@ -55,16 +54,17 @@ void launch_plan(const Args& args, c10::Device device, Launch launch) {
       scratch = c10::cuda::CUDACachingAllocator::get()->allocate(plan.scratch_bytes);
     }
     const cudaError_t error = launch(args, plan, scratch.get(), c10::cuda::getCurrentCUDAStream());
-    // Blocks that have to run together may not all find room where a part of the device is given to
-    // others. Fewer of them give the same bits.
-    const bool together = plan.team > 1 || plan.schedule == Schedule::kGrid;
-    if (error != cudaSuccess && together && available.sm_count > 1) {
+    // Blocks that have to run together may not all find room: where a part of the device is given to
+    // others, or where few SMs are side by side. Fewer of them give the same bits.
+    if (error == cudaErrorInvalidClusterSize && available.has_clusters()) {
+      available.most_cluster_blocks =
+          plan.team > limits::kClusterBlocks ? limits::kClusterBlocks : 1;
+    } else if (error == cudaErrorCooperativeLaunchTooLarge && available.sm_count > 1) {
       available.sm_count /= 2;
-      available.compute_capability = std::min(available.compute_capability, 80);
-      continue;
+    } else {
+      C10_CUDA_CHECK(error);
+      return;
     }
-    C10_CUDA_CHECK(error);
-    return;
   }
 }
 

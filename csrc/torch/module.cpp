@@ -12,7 +12,7 @@
 #include "cuda.h"
 #include "operators.h"
 #include "override.h"
-#include "softmax_ext/plan.h"
+#include "plan_bindings.h"
 
 namespace softmax_ext {
 namespace {
@@ -105,43 +105,6 @@ py::tuple memory_stats() {
   return py::make_tuple(stats.kept_bytes, stats.kept_blocks, stats.limit_bytes);
 }
 
-// The CUDA plan of a workload on a device, neither of which need exist. outer, dim and inner are the
-// shape's; `inputs` is 1 forward, 2 backward; `schedule` None for the one that runs. An empty dict
-// where there is nothing to launch.
-py::dict plan(int64_t outer, int64_t dim, int64_t inner, py::handle load_dtype,
-              py::handle store_dtype, int inputs, bool aligned, int sm_count, int shared_bytes,
-              int compute_capability, std::optional<std::string> schedule) {
-  const auto type = [](py::handle dtype) {
-    return to_dtype(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
-  };
-  const Workload work{{outer, dim, inner}, type(load_dtype), type(store_dtype), inputs, aligned};
-  const DeviceProperties device{sm_count, shared_bytes, compute_capability};
-  Plan plan = make_plan(work, device);
-  if (schedule.has_value()) {
-    plan = Plan{};
-    for (int k = 0; k < kSchedules; ++k) {
-      const auto candidate = static_cast<Schedule>(k);
-      if (*schedule == name(candidate)) plan = make_plan(work, device, candidate);
-    }
-  }
-  py::dict result;
-  if (plan.blocks == 0) return result;
-  result["schedule"] = name(plan.schedule);
-  result["hold"] = name(plan.hold);
-  result["vectorized"] = plan.vectorized;
-  result["width"] = plan.width;
-  result["vectors"] = plan.vectors;
-  result["columns"] = plan.columns;
-  result["group"] = plan.group;
-  result["across"] = plan.across;
-  result["items"] = plan.items;
-  result["team"] = plan.team;
-  result["blocks"] = plan.blocks;
-  result["shared_bytes"] = plan.shared_bytes;
-  result["scratch_bytes"] = plan.scratch_bytes;
-  return result;
-}
-
 PYBIND11_MODULE(_C, module) {
   // A variable of the environment that cannot be had is an error at import, not at the first call.
   cpu::kernels();
@@ -160,10 +123,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", build_info);
   module.def("memory_stats", memory_stats);
   module.def("empty_cache", cpu::empty_cache, py::call_guard<py::gil_scoped_release>());
-  module.def("plan", plan, py::arg("outer"), py::arg("dim"), py::arg("inner"),
-             py::arg("load_dtype"), py::arg("store_dtype"), py::arg("inputs"), py::arg("aligned"),
-             py::arg("sm_count"), py::arg("shared_bytes"), py::arg("compute_capability"),
-             py::arg("schedule") = py::none());
+  bind_plan(module);
 }
 
 }  // namespace

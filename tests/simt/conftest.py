@@ -33,23 +33,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-DESELECTED = pytest.StashKey[set[str]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[DESELECTED] = set()
-
-
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.config.stash[DESELECTED].add(item.nodeid.split("::")[0])
-
-
-@pytest.fixture
-def whole_module(request: pytest.FixtureRequest) -> bool:
-    """Whether all tests of the test's module were selected."""
-    of_one_test = [argument for argument in request.config.args if "::" in argument]
-    module = request.node.nodeid.split("::")[0]
-    return not of_one_test and module not in request.config.stash[DESELECTED]

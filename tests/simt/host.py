@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from gcov import counts_below, keep_notes
 from lanes import FOLDER, LANES, build
-from plans import DEVICES, Plan
+from plans import DEVICES
+
+from softmax_ext._C import Plan
 
 ORDERS = ("forward", "reverse", "random", "greedy")
 # Of a lane that a case runs slowly in. A sanitizer looks at each access in any order; one warp far
@@ -43,7 +45,8 @@ class Instance:
 
     @staticmethod
     def of_plan(plan: Plan) -> tuple[str, bool, int, int]:
-        return plan.kernel, plan.vectorized, plan.vectors, plan.columns
+        vectors = 0 if plan.schedule == "columns" else plan.vectors  # steps, which dim decides
+        return plan.kernel, plan.vectorized, vectors, plan.columns
 
 
 def word(value: object) -> str:
@@ -196,10 +199,8 @@ class Host:
         words = dict(each.split("=") for each in head.split())
         problem = words.pop("problem").replace("_", " ")
         assert not problem, f"{problem}: {request}"
-        schedule, hold = words.pop("schedule"), words.pop("hold")
-        vectorized = words.pop("vectorized") == "1"
-        numbers = {key: int(text) for key, text in words.items()}
-        return Plan(schedule, hold, vectorized, **numbers), body
+        members = {key: int(text) if text.isdecimal() else text for key, text in words.items()}
+        return Plan(**members), body
 
     def _report(self, request: bytes) -> str:
         assert self.process

@@ -10,6 +10,7 @@
 #include <map>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/cuda/launch.h"
@@ -114,6 +115,15 @@ Schedule schedule_of(const std::string& text) {
   give_up("no such schedule: " + text);
 }
 
+template <class Value>
+void print(const char* key, Value value) {
+  if constexpr (std::is_enum_v<Value>) {
+    printf("%s=%s ", key, name(value));
+  } else {
+    printf("%s=%lld ", key, static_cast<long long>(value));
+  }
+}
+
 void answer(const Request& request) {
   const bool forward = request.text("direction") == "forward";
   const Shape shape{request.number("outer"), request.number("dim"), request.number("inner")};
@@ -185,13 +195,8 @@ void answer(const Request& request) {
     if (!scratch.guards_intact()) problem = "the scratch memory's surroundings were written";
   }
   std::replace(problem.begin(), problem.end(), ' ', '_');
-  printf(
-      "schedule=%s hold=%s vectorized=%d width=%d vectors=%d columns=%d group=%d across=%d "
-      "items=%d "
-      "team=%d blocks=%lld shared_bytes=%zu scratch_bytes=%zu problem=%s\n",
-      name(plan.schedule), name(plan.hold), plan.vectorized, plan.width, plan.vectors, plan.columns,
-      plan.group, plan.across, plan.items, plan.team, static_cast<long long>(plan.blocks),
-      plan.shared_bytes, plan.scratch_bytes, problem.c_str());
+  Plan::each_member([&](const char* key, auto member) { print(key, plan.*member); });
+  printf("problem=%s\n", problem.c_str());
   if (!result.empty()) fwrite(result.data(), 1, result.size(), stdout);
   fflush(stdout);
 }

@@ -1,23 +1,22 @@
 """The choice of CUDA schedule and launch (plan.h), for any device, without a GPU."""
 
+import ast
 import itertools
-from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
-from plans import DEVICES, Plan
+from plans import DEVICES
 
 from softmax_ext import _C
+from softmax_ext._C import LIMITS, SCHEDULES, Plan
 
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 DTYPES = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)
 # What has kernels, of a forward: (load, store). A backward has the reverse.
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)]
-SCHEDULES = ("packed", "warp", "block", "cluster", "grid", "columns")
 KIB = 1024
-VECTOR = 16  # bytes
-WARP = 32
-MOST_BLOCKS = 2**31 - 1
+VECTOR, WARP = LIMITS["VectorBytes"], LIMITS["Warp"]
 
 Shape = tuple[int, int, int]  # outer, dim, inner
 
@@ -36,11 +35,7 @@ def make_plan(
     where the schedule cannot."""
     inputs, properties = 1 + backward, DEVICES[device]
     known = (properties.sm_count, properties.shared_bytes, properties.compute_capability)
-    made = _C.plan(*shape, load, store or load, inputs, aligned, *known, schedule)
-    if not made:
-        return None
-    assert list(made) == [field.name for field in fields(Plan)]
-    return Plan(**made)  # type: ignore[arg-type]
+    return _C.plan(*shape, load, store or load, inputs, aligned, *known, schedule)
 
 
 def schedule_of(shape: Shape, *arguments: torch.dtype, **how: object) -> str:
@@ -51,7 +46,8 @@ def schedule_of(shape: Shape, *arguments: torch.dtype, **how: object) -> str:
 
 def chunk(dtype: torch.dtype) -> int:
     """Elements of a row that a warp has in registers: 4 KB, and 2 KB in float64."""
-    return (2 if dtype == FLOAT64 else 4) * KIB // dtype.itemsize
+    vectors = LIMITS["ChunkVectorsFloat64" if dtype == FLOAT64 else "ChunkVectors"]
+    return WARP * vectors * VECTOR // dtype.itemsize
 
 
 backward_too = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -166,29 +162,29 @@ def test_long_rows_are_read_once_where_a_schedule_can(
 def test_columns_are_packed_where_they_are_narrow_or_few(
     dtype: torch.dtype, device: str, backward: bool
 ) -> None:
-    """Less than 32 bytes side by side, or a slab of 8 KB; a row of one chunk at most."""
+    """Less than 32 bytes side by side, or a slab of 8 KB; 1024 steps at most."""
     how = {"device": device, "backward": backward}
     sector, slab = 32 // dtype.itemsize, 8 * KIB // dtype.itemsize
     assert schedule_of((1000, 500 // dtype.itemsize, sector - 1), dtype, **how) == "packed"
     for inner in (2 * sector, 4 * sector, slab // 2):
         assert schedule_of((1000, slab // inner, inner), dtype, **how) == "packed"
         assert schedule_of((1000, slab // inner + 1, inner), dtype, **how) == "columns"
-    assert schedule_of((1000, chunk(dtype), 2), dtype, **how) == "packed"
-    assert schedule_of((1000, chunk(dtype) + 1, 2), dtype, **how) == "columns"
-    # Where it does not fit shared memory: a forward of 16 columns of a chunk.
+    assert schedule_of((1000, 1024, 2), dtype, **how) == "packed"
+    assert schedule_of((1000, 1025, 2), dtype, **how) == "columns"
+    # Where it does not fit shared memory: a forward of almost a sector of 1024 steps.
     widest = sector - 1
     most = (DEVICES[device].shared_bytes - KIB) // ((2 + backward) * widest * dtype.itemsize)
-    plan = make_plan((1000, min(most + 1, chunk(dtype)), widest), dtype, **how)
-    assert plan and plan.schedule == ("columns" if most < chunk(dtype) else "packed")
+    plan = make_plan((1000, min(most + 1, 1024), widest), dtype, **how)
+    assert plan and plan.schedule == ("columns" if most < 1024 else "packed")
 
 
 def test_what_a_schedule_cannot_take() -> None:
     of = chunk(FLOAT32)
     for shape, can in [
-        ((3, of, 1), {"packed", "warp", "block", "grid", "columns"}),
-        ((3, of + 1, 1), {"block", "cluster", "grid", "columns"}),
-        ((3, 1024 * of, 1), {"block", "cluster", "grid", "columns"}),
-        ((3, 1024 * of + 1, 1), {"grid", "columns"}),
+        ((3, of, 1), {"packed", "warp", "block", "grid"}),
+        ((3, of + 1, 1), {"block", "cluster", "grid"}),
+        ((3, 1024 * of, 1), {"block", "cluster", "grid"}),
+        ((3, 1024 * of + 1, 1), {"grid"}),
         ((3, of, 2), {"packed", "columns"}),
         ((3, of, 1000), {"columns"}),
         ((3, of + 1, 2), {"columns"}),
@@ -198,7 +194,8 @@ def test_what_a_schedule_cannot_take() -> None:
             assert all(plan.schedule == name for name, plan in plans.items() if plan)
             actual = {name for name, plan in plans.items() if plan}
             assert actual == (can if device == "H100" else can - {"cluster"})
-    assert make_plan((3, 5, 1), schedule="no such schedule") is None
+    with pytest.raises(TypeError):
+        make_plan((3, 5, 1), schedule="no such schedule")
 
 
 # --- Within the limits ---------------------------------------------------------------------------
@@ -233,9 +230,10 @@ def check_limits(plan: Plan, shape: Shape, load: torch.dtype, device: str, align
     width = VECTOR // load.itemsize
     assert plan.width == width
     # The launch bounds of the kernels; those of a warp's rows are of 128 threads, as they are.
-    assert plan.threads % WARP == 0 and plan.threads <= (128 if plan.schedule == "warp" else 512)
+    most = LIMITS["ShortRowThreads"] if plan.schedule == "warp" else LIMITS["MostWarps"] * WARP
+    assert plan.threads % WARP == 0 and plan.threads <= most
     assert 0 <= plan.shared_bytes <= DEVICES[device].shared_bytes
-    assert 1 <= plan.blocks <= MOST_BLOCKS and plan.blocks % plan.team == 0
+    assert 1 <= plan.blocks <= LIMITS["MaxBlocks"] and plan.blocks % plan.team == 0
     # Vector accesses need whole vectors of aligned tensors.
     if plan.schedule == "columns":
         whole = plan.columns > 1
@@ -244,12 +242,13 @@ def check_limits(plan: Plan, shape: Shape, load: torch.dtype, device: str, align
         whole = aligned and dim % width == 0 and plan.schedule != "packed"
     assert plan.vectorized == whole
     if plan.schedule == "cluster":
-        assert 2 <= plan.team <= 8
+        assert 2 <= plan.team <= LIMITS["ClusterBlocks"]
     elif plan.schedule == "grid":
         # All blocks are to run at once, one on an SM.
         assert plan.blocks <= DEVICES[device].sm_count
     elif plan.schedule == "columns":
-        assert plan.team == 1 or plan.team <= 8
+        large = 90 <= DEVICES[device].compute_capability < 110
+        assert plan.team <= LIMITS["LargeClusterBlocks" if large else "ClusterBlocks"]
     else:
         assert plan.team == 1
     if plan.team > 1 and plan.schedule != "grid":
@@ -261,14 +260,14 @@ def check_limits(plan: Plan, shape: Shape, load: torch.dtype, device: str, align
     teams = plan.blocks // plan.team
     if plan.schedule == "columns":
         tile = plan.across * plan.columns
-        assert teams == min(outer * -(-inner // tile), MOST_BLOCKS // plan.team)
+        assert teams == min(outer * -(-inner // tile), LIMITS["MaxBlocks"] // plan.team)
     elif plan.schedule == "packed":
         assert plan.items % inner == 0
-        assert teams == min(-(-outer // (plan.items // inner)), MOST_BLOCKS)
+        assert teams == min(-(-outer // (plan.items // inner)), LIMITS["MaxBlocks"])
     elif plan.schedule == "grid":
         assert 1 <= teams <= min(outer, DEVICES[device].sm_count)
     else:
-        assert teams == min(-(-outer // plan.items), MOST_BLOCKS // plan.team)
+        assert teams == min(-(-outer // plan.items), LIMITS["MaxBlocks"] // plan.team)
 
 
 def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> None:
@@ -276,7 +275,10 @@ def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> No
     of, number = chunk(load), max(4, load.itemsize)
     inputs, chunks = 1 + backward, -(-dim // of)
     state = number if backward else 2 * number
-    if plan.schedule == "packed":
+    if plan.schedule == "packed" and plan.vectors == 0:
+        assert dim <= LIMITS["PackedParts"] * WARP * LIMITS["PartSteps"] and plan.hold == "shared"
+        assert plan.shared_bytes >= plan.items * dim * load.itemsize * inputs
+    elif plan.schedule == "packed":
         assert chunks == 1
         assert plan.hold == "shared" or (plan.hold == "registers" and plan.group == 1)
         assert plan.shared_bytes >= plan.items * dim * load.itemsize * inputs
@@ -285,14 +287,15 @@ def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> No
         assert plan.hold == "registers" and plan.group * plan.vectors * plan.width >= dim
         assert WARP % plan.group == 0
     elif plan.schedule == "columns":
-        along = plan.group * plan.vectors
-        assert plan.hold in ("registers", "none")
-        if plan.hold == "registers":
-            assert along >= min(dim, of) and (plan.team == chunks or chunks == 1)
-        assert plan.vectors >= plan.width and plan.vectors % plan.width == 0
-        in_shared = plan.shared_bytes >= plan.across * plan.columns * chunks * state
-        of_chunks = plan.blocks * plan.across * plan.columns * chunks * state
-        assert chunks == 1 or in_shared or plan.scratch_bytes >= of_chunks
+        short = 2 ** (-(-dim // LIMITS["PartSteps"]) - 1).bit_length()
+        parts = min(LIMITS["MostParts"], max(2, short)) if dim > LIMITS["AloneSteps"] else 1
+        assert plan.vectors == -(-dim // parts)
+        assert parts % (plan.team * plan.group) == 0
+        tile = plan.across * plan.columns
+        states = (parts // plan.team + plan.team * (plan.team > 1)) * tile * state
+        elements = parts // plan.team * plan.vectors * tile * load.itemsize * inputs
+        assert plan.hold in ("shared", "none")
+        assert plan.shared_bytes >= states + (elements if plan.hold == "shared" else 0)
     else:
         warps = plan.team * plan.group // WARP
         each = -(-chunks // warps)
@@ -303,7 +306,7 @@ def check_holding(plan: Plan, dim: int, load: torch.dtype, backward: bool) -> No
         teams = plan.blocks // plan.team
         states = plan.scratch_bytes // teams if plan.schedule == "grid" else plan.shared_bytes
         assert states >= 2 * chunks * state  # of this row and the next
-    assert plan.scratch_bytes == 0 or plan.schedule in ("grid", "columns")
+    assert plan.scratch_bytes == 0 or plan.schedule == "grid"
 
 
 @pytest.mark.parametrize(("rows", "dim", "load", "expected"), [
@@ -392,9 +395,46 @@ def test_small_inner_sizes_leave_neighbouring_threads_on_neighbouring_memory() -
 
 
 @all_dtypes
-def test_a_block_of_columns_holds_short_dims_whole(dtype: torch.dtype) -> None:
-    plan = make_plan((8, 19, 512 * 512), dtype)
-    assert plan and plan.hold == "registers" and plan.group * plan.vectors >= 19
+@backward_too
+@pytest.mark.parametrize(("shape", "bytes", "team"), [
+    ((64, 512, 1024), 128, 2),
+    ((32, 1000, 200), 128, 4),
+    ((1, 4096, 4096), 64, 8),   # of 128 bytes, 8 blocks would be too large
+    ((1, 8192, 8192), 64, 16),
+])  # fmt: skip
+def test_an_sm_has_several_blocks_of_columns(
+    shape: Shape, bytes: int, team: int, dtype: torch.dtype, backward: bool
+) -> None:
+    """Some load or store while others compute. The smallest cluster that holds a wide tile so."""
+    plan = make_plan(shape, dtype, backward=backward)
+    assert plan and plan.hold == "shared"
+    assert 3 * (plan.shared_bytes + KIB) <= 228 * KIB
+    assert (plan.across * plan.columns * dtype.itemsize, plan.team) == (bytes, team)
+    assert plan.threads >= 128
+
+
+def test_narrow_accesses_make_a_narrower_tile() -> None:
+    """16-bit types by 8 bytes: 64 bytes are 8 threads side by side."""
+    plan = make_plan((32, 1000, 196), BFLOAT16)
+    assert plan and (plan.columns, plan.across, plan.team) == (4, 8, 4)
+
+
+@all_dtypes
+@backward_too
+def test_short_columns_are_side_by_side(dtype: torch.dtype, backward: bool) -> None:
+    """No thread shares one, and several blocks fit an SM."""
+    plan = make_plan((8, 19, 512 * 512), dtype, backward=backward)
+    assert plan and plan.hold == "shared" and plan.group == plan.team == 1
+    assert plan.threads >= 64 and 3 * (plan.shared_bytes + KIB) <= 228 * KIB
+
+
+@all_dtypes
+@backward_too
+def test_columns_that_no_cluster_holds_are_read_again(dtype: torch.dtype, backward: bool) -> None:
+    """By wide tiles."""
+    plan = make_plan((1, 200000, 4096), dtype, backward=backward)
+    assert plan and (plan.hold, plan.team) == ("none", 16)
+    assert plan.across * plan.columns * dtype.itemsize == 128
 
 
 # --- Sizes of 64 bits, and none ------------------------------------------------------------------
@@ -436,3 +476,32 @@ def test_sizes_beyond_32_bits(
 def test_nothing_is_launched_for_an_empty_tensor(shape: Shape) -> None:
     for schedule in (None, *SCHEDULES):
         assert make_plan(shape, schedule=schedule) is None
+
+
+# --- In Python -----------------------------------------------------------------------------------
+
+
+def test_a_plan_is_its_members() -> None:
+    plan = make_plan((4096, 1024, 1))
+    assert plan is not None
+    members = plan.members()
+    assert members == {name: getattr(plan, name) for name in members}
+    assert plan == Plan(**members) != Plan(**members | {"blocks": 7})
+    assert (
+        repr(plan) == f"Plan({', '.join(f'{name}={value!r}' for name, value in members.items())})"
+    )
+    for wrong in (members | {"x": 1}, {"blocks": 7}):
+        with pytest.raises(TypeError):
+            Plan(**wrong)
+
+
+def test_the_stub_has_the_members_of_a_plan() -> None:
+    stub = ast.parse(Path(_C.__file__).with_name("_C.pyi").read_text())
+    (of_plan,) = (
+        node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "Plan"
+    )
+    declared = [
+        ast.unparse(node.target) for node in of_plan.body if isinstance(node, ast.AnnAssign)
+    ]
+    plan = make_plan((4096, 1024, 1))
+    assert plan and declared == list(plan.members())

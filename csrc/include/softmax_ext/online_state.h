@@ -21,7 +21,8 @@ struct OnlineState {
 template <class T>
 SOFTMAX_EXT_FUNCTION OnlineState<T> combine(OnlineState<T> a, OnlineState<T> b) {
   const T max = max_of(a.max, b.max);
-  return {max, a.sum * exp_of_difference(a.max, max) + b.sum * exp_of_difference(b.max, max)};
+  return {max, add_of(mul_of(a.sum, exp_of_difference(a.max, max)),
+                      mul_of(b.sum, exp_of_difference(b.max, max)))};
 }
 
 }  // namespace softmax_ext

@@ -4,7 +4,8 @@
 //
 // No choice changes a result. A row is always summed in the same tree, which its length and the type
 // that is read decide: neighbours that fill 16 bytes (a vector), then the vectors 32 apart, then the
-// 32 lanes, which is a chunk; then the chunks 32 apart, and their 32 sums. device.cuh has it.
+// 32 lanes, which is a chunk; then the chunks 32 apart, and their 32 sums. device.cuh has it. So is a
+// column (inner > 1), in a tree of its own: column_parts, column_tree.cuh.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +20,11 @@ struct DeviceProperties {
   int sm_count;
   int max_shared_memory_per_block;  // bytes a block can have when it asks for them (opt-in)
   int compute_capability;           // 90 for 9.0
+  int most_cluster_blocks = 16;     // fewer where a launch of so many was refused
 
-  constexpr bool has_clusters() const { return compute_capability >= 90; }
+  // That a cluster may have; 1 where there are no clusters.
+  constexpr int cluster_blocks() const;
+  constexpr bool has_clusters() const { return cluster_blocks() > 1; }
 };
 
 enum class Schedule : int {
@@ -58,7 +62,7 @@ struct Plan {
   Hold hold;
   bool vectorized;  // rows: each vector is whole and aligned; columns: several in one access
   int width;        // elements in a vector
-  int vectors;      // vectors that a thread holds of each input; columns: steps along dim
+  int vectors;      // vectors that a thread holds of each input; columns: steps of a part, packed 0
   int columns;      // columns: neighbouring columns that a thread has; otherwise 1
   int group;        // threads of a block that share a row
   int across;       // columns: threads side by side across the inner size; otherwise 1
@@ -73,6 +77,26 @@ struct Plan {
   }
   // Rows of whole vectors, at most as many as limits::short_vectors, which few lanes share.
   constexpr bool short_rows() const;
+  // Of which an instance runs (launch_typed.cuh): KERNEL_forward_kernel, KERNEL_backward_kernel.
+  constexpr const char* kernel() const;
+
+  // visit(name, pointer to the member), of each.
+  template <class Visit>
+  static constexpr void each_member(Visit visit) {
+    visit("schedule", &Plan::schedule);
+    visit("hold", &Plan::hold);
+    visit("vectorized", &Plan::vectorized);
+    visit("width", &Plan::width);
+    visit("vectors", &Plan::vectors);
+    visit("columns", &Plan::columns);
+    visit("group", &Plan::group);
+    visit("across", &Plan::across);
+    visit("items", &Plan::items);
+    visit("team", &Plan::team);
+    visit("blocks", &Plan::blocks);
+    visit("shared_bytes", &Plan::shared_bytes);
+    visit("scratch_bytes", &Plan::scratch_bytes);
+  }
 };
 
 // Every limit and threshold that the plan and the kernels use.
@@ -84,10 +108,11 @@ constexpr int kWarp = 32;
 // two inputs; the rest is for exp, addresses and what is stored. In float64, exp takes more.
 constexpr int kChunkVectors = 8;
 constexpr int kChunkVectorsFloat64 = 4;
-// In the columns schedule, whose accesses may be narrow: words of all inputs, and steps along dim.
-constexpr int kColumnWords = 32;
-constexpr int kColumnWordsFloat64 = 16;
-constexpr int kMostColumnSteps = 32;
+// Steps along dim of a column that one thread sums alone; those of a part of a longer one, until there
+// are so many parts.
+constexpr int kAloneSteps = 32;
+constexpr int kPartSteps = 8;
+constexpr int kMostParts = 512;
 // Threads of a block that shares a row. 512 fill the registers of an SM; with 256, two blocks fit,
 // and one loads while the other stores.
 constexpr int kMostWarps = 16;
@@ -104,6 +129,8 @@ constexpr int kShortRowThreads = 128;
 constexpr int kFillingThreads = 512;
 // What every device with clusters has room for (CUDA programming guide).
 constexpr int kClusterBlocks = 8;
+// What those of data centers (9.0, 10.x) have room for, which a kernel has to ask for.
+constexpr int kLargeClusterBlocks = 16;
 // Of a packed block: a few such slabs, with their output, fill the threads and the shared memory of
 // an SM alike.
 constexpr int kSlabBytes = 8192;
@@ -113,25 +140,47 @@ constexpr int kPackedVectors = 4;
 // A slab of more than that has as many threads as a block may have.
 constexpr int kLargeSlabBytes = 32768;
 constexpr int kLargePackedThreads = 512;
-// Columns: the least bytes side by side (a sector), and threads; those that are wanted; and the
-// threads up to which a tile is made wider than that.
+// Parts of a packed column that a lane has.
+constexpr int kPackedParts = 4;
+// Columns: bytes side by side in a tile, by accesses of at least so many; the most blocks of a cluster
+// that shares it, and how many of such blocks an SM is to have room for, of which some load or
+// store while others compute. The first that holds a tile is taken, with the smallest cluster
+// that does: wide tiles are read as fast as in a copy, 64 bytes almost, and a sector, which is half
+// of what memory gives at a time, at half the speed.
+struct ColumnTile {
+  int bytes;
+  int least_access;
+  int most_team;
+  int blocks;
+};
 constexpr int kSectorBytes = 32;
-constexpr int kMostColumnThreads = 512;
-constexpr int kTileBytes = 128;
-constexpr int kColumnThreads = 256;
+constexpr int kColumnBlocks = 3;
+constexpr ColumnTile kColumnTiles[] = {{128, kVectorBytes, 8, kColumnBlocks},
+                                       {64, 1, 16, kColumnBlocks},
+                                       {64, 1, 16, 2},
+                                       {64, 1, 16, 1},
+                                       {kSectorBytes, 1, 16, 2},
+                                       {kSectorBytes, 1, 16, 1}};
+constexpr int kMostColumnThreads = 256;
+// A cluster's block has as many, and a tile with fewer of them is made wider.
 constexpr int kFewColumnThreads = 128;
 // Chunks of a row whose states a block keeps in shared memory; with more of them the grid shares it.
 constexpr int kBlockChunks = 1024;
 // Of a row that a grid shares, numbers that a block has in shared memory while it sums the chunks.
 constexpr int kGridTerms = 4096;
-// Chunks of a column whose states a block keeps in shared memory; more are in scratch memory.
-constexpr int kColumnChunks = 32;
 // Fewer chunks than that are a block's even where there are few rows.
 constexpr int kFewChunks = 4;
 // Left free of rows: the states, and what a kernel has of its own.
 constexpr int kReservedShared = 1024;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 }  // namespace limits
+
+constexpr int DeviceProperties::cluster_blocks() const {
+  const int most = compute_capability < 90    ? 1
+                   : compute_capability < 110 ? limits::kLargeClusterBlocks
+                                              : limits::kClusterBlocks;
+  return std::min(most, most_cluster_blocks);
+}
 
 // Vectors of a lane in a chunk, which is 4 KB of a row (2 KB in float64).
 constexpr int chunk_vectors(int64_t element_bytes) {
@@ -148,18 +197,45 @@ constexpr bool Plan::short_rows() const {
          group * vectors <= short_vectors(limits::kVectorBytes / width);
 }
 
-// Steps along dim of a thread in the columns schedule, of `columns` elements each: a vector's width at
-// least, since that many neighbours are summed in a thread.
-constexpr int column_steps(int columns, int64_t element_bytes, int inputs) {
-  const int words = std::max(1, columns * static_cast<int>(element_bytes) / 4) * inputs;
-  const int most = element_bytes == 8 ? limits::kColumnWordsFloat64 : limits::kColumnWords;
-  const int width = limits::kVectorBytes / static_cast<int>(element_bytes);
-  return std::clamp(most / words, width, std::max(width, limits::kMostColumnSteps));
+constexpr const char* Plan::kernel() const {
+  if (schedule == Schedule::kColumns) return "columns";
+  if (schedule == Schedule::kPacked) {
+    if (vectors == 0) return "packed_columns";
+    return hold == Hold::kRegisters ? "packed_short" : "packed";
+  }
+  if (short_rows()) return "short";
+  return hold == Hold::kRegisters ? "registers" : "long";
 }
 
-// Neighbouring columns that one access has: 8 bytes, or two.
-constexpr int column_packet(int64_t element_bytes) {
-  return element_bytes == 8 ? 2 : static_cast<int>(8 / element_bytes);
+// Parts of a column, a power of two, and the steps along dim of each but the last that have any: of
+// dim alone, so that all ways to share a column give the same bits.
+constexpr int column_parts(int64_t dim) {
+  if (dim <= limits::kAloneSteps) return 1;
+  int parts = 2;
+  while (parts < limits::kMostParts && int64_t{parts} * limits::kPartSteps < dim) parts *= 2;
+  return parts;
+}
+constexpr int column_steps(int64_t dim) {
+  return static_cast<int>((dim + column_parts(dim) - 1) / column_parts(dim));
+}
+
+// The shared memory of a block of the columns schedule, in bytes from its beginning, where the maxima
+// of its parts are if exp has room to be kept.
+struct ColumnMemory {
+  int64_t states;  // of its parts, and of the team's blocks
+  int64_t elements;
+  int64_t end;
+};
+// Of a tile of so many columns.
+constexpr ColumnMemory column_memory(int64_t dim, int team, int64_t tile, int64_t element_bytes,
+                                     int inputs) {
+  const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+  const int64_t number = element_bytes == 8 ? 8 : 4;
+  const int64_t parts = column_parts(dim) / team;
+  const bool has_maxima = inputs == 1 && element_bytes == number;
+  const int64_t states = has_maxima ? aligned(parts * tile * number) : 0;
+  const int64_t elements = states + aligned((parts + team) * tile * number * (3 - inputs));
+  return {states, elements, elements + parts * column_steps(dim) * tile * element_bytes * inputs};
 }
 
 // What the plan depends on.
@@ -244,11 +320,14 @@ constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device)
   const Shape& shape = work.shape;
   Plan plan = start(Schedule::kPacked, sizes);
   plan.vectorized = false;
-  if (sizes.chunks > 1) return plan;
-  const int64_t needed = power_of_two_from(sizes.vectors);
-  const bool one_thread = shape.inner == 1 && sizes.load < 8 && needed <= limits::kPackedVectors;
+  const int parts = column_parts(shape.dim);
+  const bool columns = shape.inner > 1;
+  if (columns ? parts > limits::kPackedParts * limits::kWarp : sizes.chunks > 1) return plan;
+  const int64_t needed = columns ? parts : power_of_two_from(sizes.vectors);
+  const bool one_thread = !columns && sizes.load < 8 && needed <= limits::kPackedVectors;
   plan.hold = one_thread ? Hold::kRegisters : Hold::kShared;
-  plan.vectors = one_thread                       ? static_cast<int>(needed)
+  plan.vectors = columns                          ? 0
+                 : one_thread                     ? static_cast<int>(needed)
                  : sizes.vectors <= limits::kWarp ? 1
                                                   : chunk_vectors(sizes.load);
   plan.group = one_thread ? 1 : static_cast<int>(std::min<int64_t>(limits::kWarp, needed));
@@ -395,62 +474,84 @@ constexpr Plan plan_grid(const Workload& work, const DeviceProperties& device) {
   return plan_shared_row(Schedule::kGrid, work, device, team, warps, teams);
 }
 
-constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device) {
+// Columns by `team` blocks, each with `across` threads side by side.
+constexpr Plan plan_column_tile(const Workload& work, const DeviceProperties& device, int columns,
+                                int64_t across, int64_t team) {
   const Sizes sizes(work);
   const Shape& shape = work.shape;
   Plan plan = start(Schedule::kColumns, sizes);
-  const auto fits = [&](int columns) { return work.aligned && shape.inner % columns == 0; };
-  // Threads along dim that hold all of it, or a chunk.
-  const int64_t of_chunk = int64_t{limits::kWarp} * chunk_vectors(sizes.load) * sizes.width;
-  const auto along_with = [&](int columns) {
-    const int64_t steps = column_steps(columns, sizes.load, work.inputs);
-    return power_of_two_from(ceil_div(std::min(shape.dim, of_chunk), steps));
-  };
-  // 8 bytes take the fewest registers, and in long columns too many threads for a sector.
-  const int few = column_packet(sizes.load);
-  const bool too_many =
-      along_with(few) * limits::kSectorBytes > limits::kMostColumnThreads * few * sizes.load;
-  plan.columns = too_many && fits(sizes.width) ? sizes.width : fits(few) ? few : 1;
-  plan.vectorized = plan.columns > 1;
-  plan.vectors = column_steps(plan.columns, sizes.load, work.inputs);
-
-  // Across the inner size a sector at least.
-  const int64_t access = plan.columns * sizes.load;
-  const int64_t needed = power_of_two_from(ceil_div(shape.inner, plan.columns));
-  const int64_t least = std::min(needed, std::max<int64_t>(1, limits::kSectorBytes / access));
-  const int64_t wanted = std::min(needed, std::max<int64_t>(1, limits::kTileBytes / access));
-  const int64_t along = along_with(plan.columns);
-  // A cluster takes a chunk a block.
-  const bool cluster = sizes.chunks > 1 && sizes.chunks <= limits::kClusterBlocks &&
-                       device.has_clusters() && along * least <= limits::kMostColumnThreads;
-  plan.team = cluster ? static_cast<int>(sizes.chunks) : 1;
-  int64_t across = least;
-  while (across < wanted && 2 * across * along <= limits::kColumnThreads) across *= 2;
-  while (across < needed && 2 * across * along <= limits::kFewColumnThreads &&
-         shape.outer * ceil_div(needed, 2 * across) >= 2 * device.sm_count) {
-    across *= 2;
-  }
-  across = std::max(across, limits::kWarp / along);  // a warp, though some have no column
+  const int64_t parts = column_parts(shape.dim) / team;  // of a block
+  const int64_t group = std::min(parts, limits::kMostColumnThreads / across);
+  across = std::max(across, limits::kWarp / group);  // a warp, though some have no column
+  plan.vectorized = columns > 1;
+  plan.vectors = column_steps(shape.dim);
+  plan.columns = columns;
+  plan.group = static_cast<int>(group);
   plan.across = static_cast<int>(across);
-  plan.group = static_cast<int>(std::min(along, limits::kMostColumnThreads / across));
-  plan.hold = int64_t{plan.group} * plan.vectors >= std::min(shape.dim, of_chunk) &&
-                      (sizes.chunks == 1 || cluster)
-                  ? Hold::kRegisters
-                  : Hold::kNone;
-  // Sums of `width` neighbours along dim, for each column of the tile, or the threads' maxima; the
-  // columns' maxima and states; and those of their chunks.
-  const int64_t tile = across * plan.columns;
-  const int64_t computed = sizes.load == 8 ? 8 : 4;
-  const int64_t partials = std::max<int64_t>(plan.group * plan.vectors / sizes.width, plan.group);
-  const bool in_shared = sizes.chunks <= limits::kColumnChunks;
-  const int64_t of_chunks = 2 * tile * sizes.chunks;
-  const int64_t states = 2 * tile + (sizes.chunks > 1 && in_shared ? of_chunks : 0);
-  const int64_t running = shape.dim > int64_t{plan.group} * plan.vectors ? tile * limits::kWarp : 0;
-  const int64_t first = (partials * (tile + 1) + tile + 3) / 4 * 4;
-  plan.shared_bytes = static_cast<size_t>(computed * (first + states + running) + 15) / 16 * 16;
-  const int64_t tiles = shape.outer * ceil_div(shape.inner, tile);
-  plan.blocks = std::min(tiles, limits::kMaxBlocks / plan.team) * plan.team;
-  plan.scratch_bytes = in_shared ? 0 : static_cast<size_t>(plan.blocks * of_chunks * computed);
+  plan.team = static_cast<int>(team);
+  const int64_t tile = across * columns;
+  const ColumnMemory memory = column_memory(shape.dim, plan.team, tile, sizes.load, work.inputs);
+  const bool fits = memory.end <= device.max_shared_memory_per_block - limits::kReservedShared;
+  plan.hold = fits ? Hold::kShared : Hold::kNone;
+  plan.shared_bytes = static_cast<size_t>(fits ? memory.end : memory.elements);
+  plan.blocks =
+      std::min(shape.outer * ceil_div(shape.inner, tile), limits::kMaxBlocks / team) * team;
+  return plan;
+}
+
+constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device) {
+  const Sizes sizes(work);
+  const Shape& shape = work.shape;
+  if (shape.inner == 1) return start(Schedule::kColumns, sizes);
+  const auto divides = [&](int columns) { return work.aligned && shape.inner % columns == 0; };
+  const int half = sizes.width / 2;
+  const int columns = divides(sizes.width)               ? sizes.width
+                      : sizes.load == 2 && divides(half) ? half
+                                                         : 1;
+  const int64_t access = columns * sizes.load;
+  const int64_t needed = power_of_two_from(ceil_div(shape.inner, columns));
+  const int most_team = std::clamp(column_parts(shape.dim) / 2, 1, device.cluster_blocks());
+  const auto with = [&](int64_t across, int64_t team) {
+    return plan_column_tile(work, device, columns, across, team);
+  };
+  const auto across_of = [&](int64_t bytes) {
+    return std::min(needed, std::max<int64_t>(1, bytes / access));
+  };
+  // So many blocks an SM, which has 1 KB more than one of them can have, and takes 1 KB for each.
+  const auto fits = [&](const Plan& plan, int64_t blocks) {
+    const auto bytes = static_cast<int64_t>(plan.shared_bytes) + limits::kReservedShared;
+    return blocks * bytes <= device.max_shared_memory_per_block;
+  };
+  const auto fills = [&](const Plan& plan) {
+    return plan.blocks >= int64_t{limits::kColumnBlocks} * device.sm_count;
+  };
+  // The first that fills the device; if none does, the one of most blocks.
+  Plan plan{};
+  for (const limits::ColumnTile& tile : limits::kColumnTiles) {
+    if (tile.least_access > access) continue;
+    const int most = std::min(most_team, tile.most_team);
+    for (int team = 1; team <= most && !fills(plan); team *= 2) {
+      const Plan next = with(across_of(tile.bytes), team);
+      if (team > 1 && next.threads() < limits::kFewColumnThreads) break;
+      const bool one_each = next.group * team == column_parts(shape.dim);  // part a thread
+      if (!one_each && 2 * team <= most) continue;
+      const bool holds = next.hold == Hold::kShared && fits(next, tile.blocks);
+      if (holds && next.blocks > plan.blocks) plan = next;
+    }
+  }
+  if (plan.blocks == 0) {  // read again, by tiles as wide as the states of their parts allow
+    int64_t across = across_of(limits::kColumnTiles[0].bytes);
+    do {
+      plan = with(across, most_team);
+      across /= 2;
+    } while (!fits(plan, 1));
+  }
+  while (plan.threads() < limits::kFewColumnThreads && 2 * plan.across <= needed) {
+    const Plan wider = with(2 * plan.across, plan.team);
+    const bool holds = wider.hold == Hold::kShared && fits(wider, limits::kColumnBlocks);
+    if (!holds || !fills(wider) || wider.group < plan.group) break;
+    plan = wider;
+  }
   return plan;
 }
 

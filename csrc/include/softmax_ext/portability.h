@@ -63,14 +63,20 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
                           Together together, cudaStream_t stream, Arguments... arguments) {
   // What a block gets without being asked is 48 KB, with the kernel's static arrays: at most 1 KB.
   constexpr size_t kDefaultSharedBytes = 47 * 1024;
+  // Blocks of a cluster that a kernel gets without being asked for (CUDA programming guide).
+  constexpr unsigned kPortableClusterBlocks = 8;
+  const unsigned blocks = together.cluster.x * together.cluster.y * together.cluster.z;
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > kDefaultSharedBytes) {
+  if (blocks > kPortableClusterBlocks) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error == cudaSuccess && shared_bytes > kDefaultSharedBytes) {
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_bytes));
   }
   if (error == cudaSuccess) {
-    const unsigned blocks = together.cluster.x * together.cluster.y * together.cluster.z;
     cudaLaunchAttribute attribute;
     if (together.cooperative) {
       attribute.id = cudaLaunchAttributeCooperative;
@@ -88,7 +94,8 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
     config.numAttrs = together.cooperative || blocks > 1 ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   }
-  return error == cudaSuccess ? cudaSuccess : cudaGetLastError();
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
 }
 
 // One access of sizeof(Word) bytes at a multiple of that.
@@ -111,6 +118,32 @@ __device__ __forceinline__ void store_word(void* to, Word word) {
   } else {
     *static_cast<Word*>(to) = word;
   }
+}
+
+// From global to shared memory, where the thread that copied finds it after wait_for_copies(). The L2
+// is to read 256 bytes at once: threads and blocks side by side want the others.
+template <class Word>
+__device__ __forceinline__ void copy_word(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(Word) == 16) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(global)
+                 : "memory");
+    return;
+  } else if constexpr (sizeof(Word) >= 4) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global),
+                 "n"(sizeof(Word))
+                 : "memory");
+    return;
+  }
+#endif
+  store_word<false>(shared, load_word<Word>(global));
+}
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // All threads of the cluster, or of the cooperative launch, meet; what each wrote before, all may

@@ -1,0 +1,147 @@
+#include "plan_bindings.h"
+
+#include <optional>
+#include <string>
+
+#include "operators.h"
+#include "softmax_ext/plan.h"
+
+namespace pybind11::detail {
+
+// In Python the enumerators are their names.
+template <class Enum, int count>
+struct NameCaster {
+  PYBIND11_TYPE_CASTER(Enum, const_name("str"));
+
+  bool load(handle source, bool /*convert*/) {
+    for (int k = 0; k < count; ++k) {
+      value = static_cast<Enum>(k);
+      if (str(softmax_ext::name(value)).equal(source)) return true;
+    }
+    return false;
+  }
+
+  static handle cast(Enum value, return_value_policy /*policy*/, handle /*parent*/) {
+    return str(softmax_ext::name(value)).release();
+  }
+};
+
+template <>
+struct type_caster<softmax_ext::Schedule>
+    : NameCaster<softmax_ext::Schedule, softmax_ext::kSchedules> {};
+
+template <>
+struct type_caster<softmax_ext::Hold> : NameCaster<softmax_ext::Hold, softmax_ext::kHolds> {};
+
+}  // namespace pybind11::detail
+
+namespace softmax_ext {
+namespace {
+
+template <class Enum, int count>
+py::tuple names() {
+  py::tuple result(count);
+  for (int k = 0; k < count; ++k) result[k] = name(static_cast<Enum>(k));
+  return result;
+}
+
+#define SOFTMAX_EXT_LIMIT(name) result[#name] = limits::k##name
+
+// Those that the tests and the model of benchmarks/ are about.
+py::dict limits_by_name() {
+  py::dict result;
+  SOFTMAX_EXT_LIMIT(VectorBytes);
+  SOFTMAX_EXT_LIMIT(Warp);
+  SOFTMAX_EXT_LIMIT(ChunkVectors);
+  SOFTMAX_EXT_LIMIT(ChunkVectorsFloat64);
+  SOFTMAX_EXT_LIMIT(AloneSteps);
+  SOFTMAX_EXT_LIMIT(PartSteps);
+  SOFTMAX_EXT_LIMIT(MostParts);
+  SOFTMAX_EXT_LIMIT(MostWarps);
+  SOFTMAX_EXT_LIMIT(LongWarps);
+  SOFTMAX_EXT_LIMIT(RowWarps);
+  SOFTMAX_EXT_LIMIT(ClusterWarps);
+  SOFTMAX_EXT_LIMIT(ResidentWarps);
+  SOFTMAX_EXT_LIMIT(ShortRowThreads);
+  SOFTMAX_EXT_LIMIT(FillingThreads);
+  SOFTMAX_EXT_LIMIT(ClusterBlocks);
+  SOFTMAX_EXT_LIMIT(LargeClusterBlocks);
+  SOFTMAX_EXT_LIMIT(SlabBytes);
+  SOFTMAX_EXT_LIMIT(PackedThreads);
+  SOFTMAX_EXT_LIMIT(LargeSlabBytes);
+  SOFTMAX_EXT_LIMIT(LargePackedThreads);
+  SOFTMAX_EXT_LIMIT(PackedParts);
+  SOFTMAX_EXT_LIMIT(SectorBytes);
+  SOFTMAX_EXT_LIMIT(MostColumnThreads);
+  SOFTMAX_EXT_LIMIT(BlockChunks);
+  SOFTMAX_EXT_LIMIT(GridTerms);
+  SOFTMAX_EXT_LIMIT(FewChunks);
+  SOFTMAX_EXT_LIMIT(ReservedShared);
+  SOFTMAX_EXT_LIMIT(MaxBlocks);
+  return result;
+}
+
+#undef SOFTMAX_EXT_LIMIT
+
+py::dict members(const Plan& plan) {
+  py::dict result;
+  Plan::each_member([&](const char* name, auto member) { result[name] = plan.*member; });
+  return result;
+}
+
+// Of all members, by their names.
+Plan plan_of(const py::kwargs& values) {
+  Plan plan{};
+  Plan::each_member([&](const char* name, auto member) {
+    if (!values.contains(name))
+      throw py::type_error(std::string("Plan(): no '") + name + "' given");
+    plan.*member = values[name].cast<std::decay_t<decltype(plan.*member)>>();
+  });
+  if (values.size() != members(plan).size()) throw py::type_error("Plan(): unknown members given");
+  return plan;
+}
+
+// The plan of a workload on a device, neither of which need exist; of `schedule`, if it is not to be
+// chosen. None where there is nothing to launch.
+std::optional<Plan> plan(int64_t outer, int64_t dim, int64_t inner, at::ScalarType load_dtype,
+                         at::ScalarType store_dtype, int inputs, bool aligned, int sm_count,
+                         int shared_bytes, int compute_capability,
+                         std::optional<Schedule> schedule) {
+  const Workload work{
+      {outer, dim, inner}, to_dtype(load_dtype), to_dtype(store_dtype), inputs, aligned};
+  const DeviceProperties device{sm_count, shared_bytes, compute_capability};
+  const Plan made = schedule ? make_plan(work, device, *schedule) : make_plan(work, device);
+  return made.blocks == 0 ? std::nullopt : std::optional(made);
+}
+
+}  // namespace
+
+void bind_plan(py::module_& module) {
+  py::class_<Plan> type(module, "Plan");
+  type.def(py::init(&plan_of));
+  Plan::each_member([&](const char* name, auto member) { type.def_readonly(name, member); });
+  type.def_property_readonly("threads", &Plan::threads);
+  type.def_property_readonly("kernel", &Plan::kernel);
+  type.def("members", &members);
+  type.def(
+      "__eq__",
+      [](const Plan& self, const Plan& other) { return members(self).equal(members(other)); },
+      py::is_operator());
+  type.def("__repr__", [](const Plan& self) {
+    std::string text;
+    for (const auto& [name, value] : members(self)) {
+      text += text.empty() ? "Plan(" : ", ";
+      text += std::string(py::str(name)) + "=" + std::string(py::repr(value));
+    }
+    return text + ")";
+  });
+  module.attr("SCHEDULES") = names<Schedule, kSchedules>();
+  module.attr("HOLDS") = names<Hold, kHolds>();
+  module.attr("LIMITS") = limits_by_name();
+  module.def("plan", plan, py::arg("outer"), py::arg("dim"), py::arg("inner"),
+             py::arg("load_dtype"), py::arg("store_dtype"), py::arg("inputs"), py::arg("aligned"),
+             py::arg("sm_count"), py::arg("shared_bytes"), py::arg("compute_capability"),
+             py::arg("schedule") = py::none());
+}
+
+}  // namespace softmax_ext

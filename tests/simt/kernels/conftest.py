@@ -1,0 +1,61 @@
+"""Every schedule of the CUDA kernels, forward and backward, run on the host executor.
+
+`host` is the executor as built in one lane. It takes each case through the project's own plan and
+launchers, for the device that the case names, and in the o2 lane in four thread orders that have to
+give the same bits. Most tests name the schedule that is to run, and all say what its plan is, so
+that a change of the plan cannot take a kernel out of their reach; test_what_ran.py looks back at
+what all of them together have run.
+"""
+
+from pathlib import Path
+
+import pytest
+from kernel_cases import SANITIZERS, has_the_accesses_of_another
+
+FOLDER = Path(__file__).parent
+# What these tests show is in the values, which are those of the o2 lane.
+OF_VALUES = (
+    "test_bits_do_not_depend_on_how_a_row_is_run",
+    "test_bits_of_long_rows",
+    "test_bits_of_special_rows",
+    "test_special_rows",
+    "test_shares_of_minus_infinity",
+    "test_tiles_of_minus_infinity",
+    "test_ulp_of_float32",
+    "test_results_of_16_bits_are_rounded_as_the_exact_ones",
+)
+
+
+@pytest.fixture(autouse=True)
+def only_what_moves_memory_under_sanitizers(request: pytest.FixtureRequest) -> None:
+    """An access outside of memory, and a race, are of addresses and barriers. Neither the operation
+    nor which of the 16-bit types it is changes one: one of each stands for the other."""
+    if request.getfixturevalue("host").lane not in SANITIZERS:
+        return
+    parameters = request.node.callspec.params
+    edge = parameters.get("edge")
+    types = edge.types if edge else parameters.get("types")
+    # Nowhere else do the kernels that cast all run.
+    casts = types is not None and types.load != types.store
+    if request.node.originalname in OF_VALUES and not casts:
+        pytest.skip("sanitizers: a test of values, run in the o2 lane")
+    if has_the_accesses_of_another(parameters.get("op"), types):
+        pytest.skip("sanitizers: the same accesses as softmax, or as float16")
+
+
+DESELECTED = pytest.StashKey[set[Path]]()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash.setdefault(DESELECTED, set()).add(item.path)
+
+
+@pytest.fixture
+def whole_folder(request: pytest.FixtureRequest) -> bool:
+    """Whether all tests of this folder were selected."""
+    of_one_test = [argument for argument in request.config.args if "::" in argument]
+    files = set(FOLDER.glob("test_*.py"))
+    deselected = request.config.stash.get(DESELECTED, set())
+    collected = {item.path for item in request.session.items}
+    return not of_one_test and files <= collected and not files & deselected
