@@ -377,8 +377,8 @@ FAULTS = [
         "the last element of a slab stays where it is",
         "cuda packed",
         PACKED,
-        "last + byte < end_) body(last + byte);",
-        "last + byte + kSize < end_) body(last + byte);",
+        "if (byte >= shift_ && byte < end_) body(byte);",
+        "if (byte >= shift_ && byte + kSize < end_) body(byte);",
         HOST,
     ),
     Fault(

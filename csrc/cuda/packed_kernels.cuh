@@ -42,35 +42,41 @@ class Slab {
   // By all threads of the block.
   __device__ __forceinline__ void copy_from(const T* global) const {
     const char* const begin = reinterpret_cast<const char*>(global) - shift_;
-    for_each_loose_element([&](int byte) {
-      *reinterpret_cast<T*>(at(byte)) = *reinterpret_cast<const T*>(begin + byte);
-    });
-    for_each_batch([&](const int(&vectors)[kBatch]) {
+    for_each_vector([&](int first, auto index_of) {
       Vector x[kBatch];
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        if (is_whole(vectors[j])) {
-          x[j] = load_words<4>(begin + int64_t{vectors[j]} * limits::kVectorBytes);
+        if (is_whole(index_of(first, j))) {
+          x[j] = load_words<4>(begin + int64_t{index_of(first, j)} * limits::kVectorBytes);
         }
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        if (is_whole(vectors[j])) put(vectors[j] * limits::kVectorBytes, x[j]);
+        const int vector = index_of(first, j);
+        if (is_whole(vector)) {
+          put(vector * limits::kVectorBytes, x[j]);
+        } else {
+          for_each_element(vector, [&](int byte) {
+            *reinterpret_cast<T*>(at(byte)) = *reinterpret_cast<const T*>(begin + byte);
+          });
+        }
       }
     });
   }
 
   __device__ __forceinline__ void copy_to(T* global) const {
     char* const begin = reinterpret_cast<char*>(global) - shift_;
-    for_each_loose_element([&](int byte) {
-      *reinterpret_cast<T*>(begin + byte) = *reinterpret_cast<const T*>(at(byte));
-    });
-    for_each_batch([&](const int(&vectors)[kBatch]) {
+    for_each_vector([&](int first, auto index_of) {
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        if (is_whole(vectors[j])) {
-          store_words<true>(begin + int64_t{vectors[j]} * limits::kVectorBytes,
-                            get(vectors[j] * limits::kVectorBytes));
+        const int vector = index_of(first, j);
+        if (is_whole(vector)) {
+          store_words<true>(begin + int64_t{vector} * limits::kVectorBytes,
+                            get(vector * limits::kVectorBytes));
+        } else {
+          for_each_element(vector, [&](int byte) {
+            *reinterpret_cast<T*>(begin + byte) = *reinterpret_cast<const T*>(at(byte));
+          });
         }
       }
     });
@@ -84,53 +90,45 @@ class Slab {
   __device__ __forceinline__ unsigned char* at(int byte) const {
     return memory_ + byte + (padded ? byte / (32 * 4) * kPad : 0);
   }
-  // The vector at `byte`, a multiple of 16: no room is left within it, but it may lie at any multiple
-  // of 4.
+  // The vector at `byte`, which is a multiple of 16; the room left lies anywhere in it.
   __device__ __forceinline__ void put(int byte, const Vector& x) const {
     if constexpr (padded) {
-      auto* const to = reinterpret_cast<uint32_t*>(at(byte));
 #pragma unroll
-      for (int w = 0; w < 4; ++w) to[w] = x.word[w];
+      for (int w = 0; w < 4; ++w) *reinterpret_cast<uint32_t*>(at(byte + w * 4)) = x.word[w];
     } else {
       store_words<false>(at(byte), x);
     }
   }
   __device__ __forceinline__ Vector get(int byte) const {
     if constexpr (padded) {
-      const auto* const from = reinterpret_cast<const uint32_t*>(at(byte));
       Vector x;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) x.word[w] = from[w];
+      for (int w = 0; w < 4; ++w) x.word[w] = *reinterpret_cast<const uint32_t*>(at(byte + w * 4));
       return x;
     } else {
       return load_words<4>(at(byte));
     }
   }
-  // Whether the slab fills the vector.
   __device__ __forceinline__ bool is_whole(int vector) const {
     return (vector > 0 || shift_ == 0) && (vector + 1) * limits::kVectorBytes <= end_;
   }
-  // Calls body(vectors) with the numbers of those that the thread has, and of some beyond the end.
   template <class Body>
-  __device__ __forceinline__ void for_each_batch(Body body) const {
+  __device__ __forceinline__ void for_each_vector(Body body) const {
     const int threads = static_cast<int>(blockDim.x);
 #pragma unroll 1
     for (int first = static_cast<int>(threadIdx.x); first * limits::kVectorBytes < end_;
          first += kBatch * threads) {
-      int vectors[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) vectors[j] = first + j * threads;
-      body(vectors);
+      body(first, [threads](int first, int j) { return first + j * threads; });
     }
   }
-  // Calls body(byte) for the elements of the first vector, and of the last, that the slab does not fill.
+  // Those of the slab in a vector that is not whole.
   template <class Body>
-  __device__ __forceinline__ void for_each_loose_element(Body body) const {
-    const int byte = static_cast<int>(threadIdx.x) * kSize;
-    if (byte >= limits::kVectorBytes) return;
-    const int last = end_ / limits::kVectorBytes * limits::kVectorBytes;
-    if (shift_ > 0 && byte >= shift_ && byte < end_) body(byte);
-    if ((shift_ == 0 || last > 0) && last + byte < end_) body(last + byte);
+  __device__ __forceinline__ void for_each_element(int vector, Body body) const {
+#pragma unroll 1
+    for (int v = 0; v < kWidth<T>; ++v) {
+      const int byte = vector * limits::kVectorBytes + v * kSize;
+      if (byte >= shift_ && byte < end_) body(byte);
+    }
   }
 
   unsigned char* memory_;
@@ -138,20 +136,24 @@ class Slab {
   int end_;  // bytes from the first whole 16
 };
 
-// A row in a slab, and who has it.
+// The elements of a row that a thread has: those of vectors lane, lane + group, ... of the row.
 struct PackedRow {
   int lane;
   int group;
-  int dim;    // 0 for a row that does not exist
-  int begin;  // in the slab
+  int dim;  // 0 for a row that does not exist
+  int inner;
+  int begin;  // of the row in the slab
 
-  // Of inner size 1: calls body(v, place, whether it exists) for the elements of the thread's vector
-  // number k. It has vectors lane, lane + group, ...
+  // Calls body(v, place, whether it exists) for the elements of the thread's vector number k.
   template <int width, class Body>
   __device__ __forceinline__ void for_each(int k, Body body) const {
     const int first = (k * group + lane) * width;
+    int place = begin + first * inner;
 #pragma unroll
-    for (int v = 0; v < width; ++v) body(v, begin + first + v, first + v < dim);
+    for (int v = 0; v < width; ++v) {
+      body(v, place, first + v < dim);
+      place += inner;
+    }
   }
   template <int width>
   __device__ __forceinline__ int vectors() const {
@@ -161,8 +163,10 @@ struct PackedRow {
 
 // Calls body(row) for the rows of a slab of `outer` outer indices; all threads of a warp come along.
 template <class Body>
-__device__ __forceinline__ void for_each_packed_row(int outer, int dim, int inner, int group,
+__device__ __forceinline__ void for_each_packed_row(const Shape& shape, int outer, int group,
                                                     Body body) {
+  const int dim = static_cast<int>(shape.dim);
+  const int inner = static_cast<int>(shape.inner);
   const int rows = outer * inner;
   const int at_a_time = static_cast<int>(blockDim.x) / group;
   const int lane = static_cast<int>(threadIdx.x) % group;
@@ -170,7 +174,7 @@ __device__ __forceinline__ void for_each_packed_row(int outer, int dim, int inne
   for (int first = 0; first < rows; first += at_a_time) {
     const int row = first + static_cast<int>(threadIdx.x) / group;
     const int of_outer = inner == 1 ? row : row / inner;
-    body(PackedRow{lane, group, row < rows ? dim : 0,
+    body(PackedRow{lane, group, row < rows ? dim : 0, inner,
                    of_outer * dim * inner + (row - of_outer * inner)});
   }
 }
@@ -195,13 +199,14 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   using P = typename PrecisionOf<op, Out>::type;
   constexpr int kWidth = cuda::kWidth<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
-  const int dim = static_cast<int>(shape.dim);
-  for_each_slab(shape, packing.outer, [&](int64_t offset, int rows) {
-    const Slab<In, true> in(memory, input + offset, rows * dim);
-    const Slab<Out, true> out(memory + packing.bytes, output + offset, rows * dim);
+  const int64_t of_outer = shape.dim * shape.inner;
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+    const int elements = outer * static_cast<int>(of_outer);
+    const Slab<In, true> in(memory, input + offset, elements);
+    const Slab<Out, true> out(memory + packing.bytes, output + offset, elements);
     in.copy_from(input + offset);
     __syncthreads();
-    for_each_packed_row(rows, dim, 1, packing.group, [&](const PackedRow& row) {
+    for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       A x[kWidth];
       const auto load = [&](int k) {
         row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
@@ -248,15 +253,16 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   using B = backward_t<op, A, Out>;
   constexpr int kWidth = cuda::kWidth<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
-  const int dim = static_cast<int>(shape.dim);
-  for_each_slab(shape, packing.outer, [&](int64_t offset, int rows) {
-    const Slab<In, true> grad(memory, grad_output + offset, rows * dim);
-    const Slab<In, true> y(memory + packing.bytes, output + offset, rows * dim);
-    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset, rows * dim);
+  const int64_t of_outer = shape.dim * shape.inner;
+  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+    const int elements = outer * static_cast<int>(of_outer);
+    const Slab<In, true> grad(memory, grad_output + offset, elements);
+    const Slab<In, true> y(memory + packing.bytes, output + offset, elements);
+    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset, elements);
     grad.copy_from(grad_output + offset);
     y.copy_from(output + offset);
     __syncthreads();
-    for_each_packed_row(rows, dim, 1, packing.group, [&](const PackedRow& row) {
+    for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       const int vectors = one ? 1 : row.vectors<kWidth>();
       A sum = 0;
 #pragma unroll 1
@@ -287,9 +293,8 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
 // Parts lane, lane + 32, ... of a column in slabs; `slabs` has one of each input. One part after
 // another goes through the same code; what is kept of each, by constant indices, is in registers.
 template <class Pass, class Slabs, class Out>
-__device__ __forceinline__ void run_packed_column(const PackedRow& row, int inner,
-                                                  const ColumnSplit& split, const Slabs& slabs,
-                                                  const Out& out) {
+__device__ __forceinline__ void run_packed_column(const PackedRow& row, const ColumnSplit& split,
+                                                  const Slabs& slabs, const Out& out) {
   using State = typename Pass::State;
   using A = typename Pass::A;
   constexpr int kParts = limits::kPackedParts;
@@ -297,7 +302,7 @@ __device__ __forceinline__ void run_packed_column(const PackedRow& row, int inne
 #pragma unroll 1
     for (int k = 0; k < kParts && k * row.group < split.parts; ++k) {
       const int first = (k * row.group + row.lane) * split.steps;
-      const auto place = [&](int s) { return row.begin + (first + s) * inner; };
+      const auto place = [&](int s) { return row.begin + (first + s) * row.inner; };
       const auto load = [&](int s, typename Pass::Step& x) {
 #pragma unroll
         for (int i = 0; i < Pass::kInputs; ++i) x[i].load(&slabs[i][place(s)]);
@@ -351,16 +356,15 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
     packed_columns_forward_kernel(const In* input, Out* output, Shape shape, Packing packing,
                                   ColumnSplit split) {
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
-  const int dim = static_cast<int>(shape.dim);
-  const int inner = static_cast<int>(shape.inner);
+  const int64_t of_outer = shape.dim * shape.inner;
   for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
-    const int elements = outer * dim * inner;
+    const int elements = outer * static_cast<int>(of_outer);
     const Slab<In, true> in[1] = {{memory, input + offset, elements}};
     const Slab<Out, true> out(memory + packing.bytes, output + offset, elements);
     in[0].copy_from(input + offset);
     __syncthreads();
-    for_each_packed_row(outer, dim, inner, packing.group, [&](const PackedRow& row) {
-      run_packed_column<ForwardColumns<op, 1, In, Out>>(row, inner, split, in, out);
+    for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
+      run_packed_column<ForwardColumns<op, 1, In, Out>>(row, split, in, out);
     });
     __syncthreads();
     out.copy_to(output + offset);
@@ -372,18 +376,20 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
     packed_columns_backward_kernel(const In* grad_output, const In* output, Out* grad_input,
                                    Shape shape, Packing packing, ColumnSplit split) {
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
-  const int dim = static_cast<int>(shape.dim);
-  const int inner = static_cast<int>(shape.inner);
+  const int64_t of_outer = shape.dim * shape.inner;
   for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
-    const int elements = outer * dim * inner;
+    const int elements = outer * static_cast<int>(of_outer);
     const Slab<In, true> in[2] = {{memory, grad_output + offset, elements},
                                   {memory + packing.bytes, output + offset, elements}};
     const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset, elements);
-    in[0].copy_from(grad_output + offset);
-    in[1].copy_from(output + offset);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const In* const from = (i == 0 ? grad_output : output) + offset;
+      Slab<In, true>(memory + i * packing.bytes, from, elements).copy_from(from);
+    }
     __syncthreads();
-    for_each_packed_row(outer, dim, inner, packing.group, [&](const PackedRow& row) {
-      run_packed_column<BackwardColumns<op, 1, In, Out>>(row, inner, split, in, out);
+    for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
+      run_packed_column<BackwardColumns<op, 1, In, Out>>(row, split, in, out);
     });
     __syncthreads();
     out.copy_to(grad_input + offset);

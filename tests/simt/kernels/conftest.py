@@ -18,6 +18,8 @@ OF_VALUES = (
     "test_bits_do_not_depend_on_how_a_row_is_run",
     "test_bits_of_long_rows",
     "test_bits_of_special_rows",
+    "test_bits_of_a_column_depend_on_dim_alone",
+    "test_bits_of_special_columns",
     "test_special_rows",
     "test_shares_of_minus_infinity",
     "test_tiles_of_minus_infinity",
