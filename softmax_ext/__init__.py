@@ -6,6 +6,8 @@ torch.nn.functional.softmax stood: the same values, gradients, dtypes and errors
 
 from __future__ import annotations
 
+from softmax_ext import autograd as autograd
+from softmax_ext import kernels as kernels
 from softmax_ext._explain import Explanation, explain
 from softmax_ext._info import BuildInfo, __version__, build_info
 from softmax_ext.functional import (

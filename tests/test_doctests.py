@@ -34,6 +34,8 @@ PUBLIC = (
     "BuildInfo",
     "build_info",
     "explain",
+    *(f"kernels.{name}" for name in softmax_ext.kernels.__all__),
+    *(f"autograd.{name}" for name in softmax_ext.autograd.__all__),
 )
 
 
@@ -47,9 +49,11 @@ def test_examples(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_has_an_example(name: str) -> None:
-    public = getattr(softmax_ext, name)
-    assert name in softmax_ext.__all__
+    *module, name = name.split(".")
+    within = importlib.import_module(".".join(["softmax_ext", *module]))
+    public = getattr(within, name)
+    assert name in within.__all__
     examples = [
         example for test in doctest.DocTestFinder().find(public, name) for example in test.examples
     ]
-    assert examples, f"softmax_ext.{name} has no example in its docstring"
+    assert examples, f"{within.__name__}.{name} has no example in its docstring"

@@ -1,7 +1,8 @@
 """Every way to a kernel with arguments that it must not get: an exception, and nothing touched.
 
-The registered operators, a node called by hand or handed something else by a saved-tensor hook, the
-switch, out= and in place. Types and words of the exceptions are torch's.
+The registered operators, the kernels and Functions of Python, a node called by hand or handed
+something else by a saved-tensor hook, the switch, out= and in place. Types and words of the
+exceptions are torch's.
 """
 
 import re
@@ -38,6 +39,19 @@ def by_recorded_operator(
     return by_operator(op, grad, output, dim, dtype)
 
 
+def by_kernel(
+    op: str, grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype
+) -> Any:
+    return getattr(softmax_ext.kernels, f"{op}_backward")(grad, output, dim, dtype)
+
+
+def by_function(
+    op: str, grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype
+) -> Any:
+    function = {"softmax": "SoftmaxBackwardFunction", "log_softmax": "LogSoftmaxBackwardFunction"}
+    return getattr(softmax_ext.autograd, function[op]).apply(grad, output, dim, dtype)
+
+
 def by_node(op: str, grad: torch.Tensor, output: torch.Tensor, dim: int, dtype: torch.dtype) -> Any:
     """A node that recorded another call, whose saved tensor is unpacked as `output`."""
     leaf = torch.ones(2, 2, 2, 2, dtype=dtype, device=output.device, requires_grad=True)
@@ -63,7 +77,9 @@ def by_switch_out(
     return backward(grad, output, dim, dtype, **{name: result})
 
 
-BACKWARD = {f.__name__: f for f in (by_operator, by_recorded_operator, by_node)}
+BACKWARD = {
+    f.__name__: f for f in (by_operator, by_recorded_operator, by_kernel, by_function, by_node)
+}
 SWITCHED = {f.__name__: f for f in (by_switch, by_switch_out)}
 
 
@@ -137,7 +153,7 @@ def test_backward(fault: str, entry: str, op: str, device: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_backward_to_a_dtype_without_a_gradient(op: str, dtype: torch.dtype, device: str) -> None:
     grad, output = torch.randn(20, 30, device=device), torch.rand(20, 30, device=device)
-    for call in (by_operator, by_recorded_operator):
+    for call in (by_operator, by_recorded_operator, by_kernel, by_function):
         with pytest.raises(NotImplementedError, match="'input_dtype'"):
             call(op, grad, output, 1, dtype)
 

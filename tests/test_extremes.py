@@ -211,3 +211,29 @@ def test_cast_of_the_result_rounds_to_nearest(
     input = torch.cat([logit, torch.zeros(1, dtype=torch.float64)]).float().to(device)
     actual = OURS["softmax"](input.double(), 0, dtype=dtype)
     assert_close_to_reference(actual, "softmax", input.double(), 0, dtype)
+
+
+# Bit patterns of float32's NaNs: quiet and signalling, of both signs, with every bit of the payload,
+# with the half alone that 16-bit types lack, and what a memset of 0xff leaves.
+NANS = [0x7FC00000, 0x7F800001, 0x7F808000, 0x7FFFFFFF, -0x400000, -0x7FFFFF, -1]
+
+
+@pytest.mark.parametrize("result", FLOATING, ids=str)
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(7, 5), (7, 1030), (7, 5, 17), (7, 70, 3), (7, 3, 130)], ids=str)
+def test_nans_of_any_payload_stay_nans(
+    shape: tuple[int, ...], op: str, dtype: torch.dtype, result: torch.dtype, device: str
+) -> None:
+    """Where a NaN is rounded to fewer bits, a carry out of its payload would make it a zero."""
+    nans = torch.tensor(NANS, dtype=torch.int32).view(torch.float32)
+    if dtype in SIXTEEN_BIT:  # the same patterns, in the bits that there are
+        nans = torch.tensor([0x7FFF, 0x7FFE, -1], dtype=torch.int16).view(dtype).repeat(3)[:7]
+    input = torch.randn(shape, device=device).to(dtype)
+    input[:, -1] = nans.to(device, dtype).reshape(-1, *[1] * (len(shape) - 2))
+    assert OURS[op](input, 1, dtype=result).isnan().all()
+
+    backward = getattr(torch.ops.softmax_ext, f"{op}_backward")
+    output = TORCH[op](torch.randn(shape, device=device), 1).to(dtype)
+    assert backward(input, output, 1, result).isnan()[:, -1].all()
+    assert backward(output, input, 1, result).isnan()[:, -1].all()

@@ -32,10 +32,8 @@ template <class A>
 constexpr int64_t kChunk =
     std::min<int64_t>(16384 / static_cast<int64_t>(sizeof(A)), 256 * Vec<A>::kSize);
 
-// Along dim, in the columns schedule: a block of a tile stays in cache between two looks. Memory is
-// always walked along inner: a walk along dim can meet loads that share their address modulo 4096
-// with a store still under way, and wait for it.
-constexpr int64_t kBlock = 16;
+// The largest dim whose columns stay in registers or in the first-level cache.
+constexpr int64_t kShortDim = 64;
 
 // Bytes of a row that stays in the second-level cache, with its output.
 constexpr int64_t kKeptRow = 1 << 19;
@@ -263,10 +261,10 @@ SOFTMAX_EXT_INLINE Vec<A> lane_sum_of_exp(const T* x, A* kept, int64_t n, A max,
 // How an output is written.
 enum class Write { kCached, kStreamed };
 
-// y[i] = value(i, lanes), of type A, for each vector of [0, n).
-template <Write write, class A, class T, class Value>
+// y[i] = value(i, lanes), computed from elements of type From, for each vector of [0, n).
+template <Write write, class From, class T, class Value>
 SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
-  constexpr int64_t kSize = Vec<A>::kSize;
+  constexpr int64_t kSize = Vec<compute_t<From>>::kSize;
   int64_t begin = 0;
   if constexpr (write == Write::kStreamed) {
     constexpr int64_t kBytes = kSize * sizeof(T);
@@ -278,14 +276,14 @@ SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
     for (; begin + kSize <= n; begin += kSize) stream(y + begin, value(begin, All{}));
   }
   for_each_vector<kSize>(n - begin, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-    store_as(y + begin + i, lanes, value(begin + i, lanes));
+    store_as<From>(y + begin + i, lanes, value(begin + i, lanes));
   });
 }
 
 template <Write write, class T, class Formula>
 SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formula) {
   using A = compute_t<T>;
-  store_each<write, A>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+  store_each<write, T>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
     return formula.of(load(x + i, lanes, A(0)));
   });
 }
@@ -364,7 +362,7 @@ void forward_short_rows(const In& x, const Out& y, int64_t n, int64_t rows) {
     const auto formula = of_lane(formulas, r);
     const T* row = x[r];
     const A* kept = kept_of(r);
-    store_each<write, A>(y[r], n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    store_each<write, T>(y[r], n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       if constexpr (kKeep && (kWhole<decltype(lanes)> || kStreamed)) {
         return formula.of_exp(load(kept + i, lanes, A(0)));
       } else {
@@ -480,7 +478,7 @@ SOFTMAX_EXT_INLINE void convert(const From* x, int64_t apart, T* y, int64_t n) {
   for_each_vector<kSize>(n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
     if constexpr (kIsFloating<From> && std::is_same_v<compute_t<From>, A>) {
       if (apart == 1) {
-        store(y + i, lanes, load(x + i, lanes, A(0)) * Vec<A>(A(1)));  // no signalling NaN
+        store(y + i, lanes, plain_nan(load(x + i, lanes, A(0))));
         return;
       }
     }
@@ -490,7 +488,7 @@ SOFTMAX_EXT_INLINE void convert(const From* x, int64_t apart, T* y, int64_t n) {
     for (int64_t k = 1; k < count; ++k) {
       values.raw[k] = static_cast<A>(to_float(x[(i + k) * apart]));
     }
-    store(y + i, lanes, values);
+    store(y + i, lanes, std::is_same_v<T, From> ? values : plain_nan(values));
   });
 }
 
@@ -690,12 +688,12 @@ class Input {
 
 bool is_placed(const ForwardArgs& args) {
   return args.input_dtype != args.output_dtype ||
-         !is_direct(args.shape, args.dims, args.input_strides, args.input_dtype);
+         !is_direct(args.shape, args.dims, args.input_strides, args.input_dtype, kShortDim);
 }
 
 bool is_placed(const BackwardArgs& args) {
   return args.grad_input_dtype == args.output_dtype &&
-         !is_direct(args.shape, args.dims, args.grad_output_strides, args.output_dtype);
+         !is_direct(args.shape, args.dims, args.grad_output_strides, args.output_dtype, kBlock);
 }
 
 template <class T>
@@ -780,7 +778,7 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
             const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
             const V shift = shift_of(V(static_cast<A>(of_chunk.max)));
             const T* kept = y;
-            store_each<write, A>(y, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+            store_each<write, T>(y, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
               const V e = kKeep ? load(kept + k, lanes, A(0))
                                 : exp_of_nonpositive(load(x + k, lanes, kLowest<A>) - shift);
               return formula.of_exp(e * weight);
@@ -815,7 +813,7 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
   const auto store_gradient = [](const T* grad, const T* y, G* grad_input, int64_t n,
                                  A sum) SOFTMAX_EXT_LAMBDA {
     const Backward<op, V> formula{sum};
-    store_each<write, A>(grad_input, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+    store_each<write, T>(grad_input, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
       return formula.of(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
     });
   };
@@ -873,6 +871,27 @@ SOFTMAX_EXT_INLINE void for_each_block(int64_t dim, Block block) {
   for (int64_t d = 0; d < dim; d += kBlock) block(d, std::min(d + kBlock, dim));
 }
 
+// step(d, count) for the steps of [begin, end): `count` at a time, from d on, or one.
+constexpr int kStepsTogether = 4;
+template <class Step>
+SOFTMAX_EXT_INLINE void for_each_steps(int64_t begin, int64_t end, bool together, Step step) {
+  int64_t d = begin;
+  for (; together && d + kStepsTogether <= end; d += kStepsTogether) {
+    step(d, std::integral_constant<int, kStepsTogether>{});
+  }
+  for (; d < end; ++d) step(d, std::integral_constant<int, 1>{});
+}
+
+// Adds the sum of a block that begins at step `begin`.
+template <class V>
+SOFTMAX_EXT_INLINE void add_block(ExactSum<V>& sum, V block_sum, int64_t begin) {
+  if (begin == 0) {
+    sum = ExactSum<V>(block_sum);
+  } else {
+    sum.add(block_sum);
+  }
+}
+
 // The gradient of a column, with as few roundings as fused multiply-adds allow; a column has the time.
 template <Op op, class V>
 struct ColumnBackward : Backward<op, V> {
@@ -898,13 +917,14 @@ struct ColumnBackward : Backward<op, V> {
 // and then its log has as many digits as what is added to that.
 constexpr int64_t kFewSteps = kBlock;
 
-// y = value. Streamed, y is aligned to what a register of results has.
-template <Write write, class T, class Lanes, class A>
-SOFTMAX_EXT_INLINE void write_vector(T* y, Lanes lanes, Vec<A> value) {
+// y = value, computed from elements of type From. Streamed, y is aligned to what a register of results
+// has.
+template <Write write, class From, class T, class Lanes>
+SOFTMAX_EXT_INLINE void write_vector(T* y, Lanes lanes, Vec<compute_t<From>> value) {
   if constexpr (write == Write::kStreamed && kWhole<Lanes>) {
     stream(y, value);
   } else {
-    store_as(y, lanes, value);
+    store_as<From>(y, lanes, value);
   }
 }
 
@@ -941,24 +961,23 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
         shifts[v] = shift_of(maxes[v]);
         sums[v].scale(exp_of_nonpositive(old - shifts[v]));
       }
-      const auto add_steps = [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
-        const T* x[4] = {};
+      for_each_steps(begin, end, dim > kFewSteps, [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
+        const T* x[steps()];
         for (int64_t k = 0; k < steps(); ++k) x[k] = x_tile + (d + k) * x_step;
         for_each_vector<kSize>(
             width, [=, &shifts, &sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
               const V shift = shifts[c / kSize];
-              V e[4];
+              V e[steps()];
               for (int64_t k = 0; k < steps(); ++k) {
                 e[k] = exp_of_nonpositive(load(x[k] + c, lanes, kLowest<A>) - shift);
               }
-              sums[c / kSize].add(steps() == 4 ? (e[0] + e[1]) + (e[2] + e[3]) : e[0]);
+              if constexpr (steps() == 1) {
+                sums[c / kSize].add(e[0]);
+              } else {
+                sums[c / kSize].add((e[0] + e[1]) + (e[2] + e[3]));
+              }
             });
-      };
-      int64_t d = begin;
-      for (; dim > kFewSteps && d + 4 <= end; d += 4) {
-        add_steps(d, std::integral_constant<int, 4>{});
-      }
-      for (; d < end; ++d) add_steps(d, std::integral_constant<int, 1>{});
+      });
     });
     forward_t<op, T> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
@@ -968,7 +987,7 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
       const T* x = x_tile + d * x_step;
       T* y = y_tile + d * y_step;
       for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        write_vector<write>(y + c, lanes, formulas[c / kSize].of(load(x + c, lanes, A(0))));
+        write_vector<write, T>(y + c, lanes, formulas[c / kSize].of(load(x + c, lanes, A(0))));
       });
     }
   });
@@ -982,50 +1001,60 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   const int64_t dim = args.shape.dim;
   const Gradients<T, G> tensors(args);
   const int64_t grad_step = tensors.grads.slices.step, y_step = tensors.outputs.step;
+  const int64_t grad_input_step = tensors.grad_inputs.step;
   constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
   const bool ahead = kAhead && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   // The processor does not foresee the first lines of a step that lies in another page.
   const bool far = y_step * static_cast<int64_t>(sizeof(T)) >= 4096;
+  // What is in the first caches waits for instructions; elsewhere memory is walked step by step.
+  const bool together = dim <= kShortDim && !far;
   for_each_tile<A>(args.shape, threads, [&](int64_t slice, int64_t column, int64_t width) {
     const T* const grad_tile = tensors.grads.slices[slice] + column;
     const T* const y_tile = tensors.outputs[slice] + column;
     G* const grad_input_tile = tensors.grad_inputs[slice] + column;
     ExactSum<V> sums[kTile<A> / kSize];
-    std::fill_n(sums, ceil_div(width, kSize), ExactSum<V>{V(A(0)), V(A(0))});
     for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
       V block_sums[kTile<A> / kSize];
       std::fill_n(block_sums, ceil_div(width, kSize), V(A(0)));
       tensors.grads.place_columns(slice, column, width, begin, end);
-      for (int64_t d = begin; d < end; ++d) {
+      for_each_steps(begin, end, together, [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
         const T* grad = grad_tile + d * grad_step;
         const T* y = y_tile + d * y_step;
         for_each_vector<kSize>(width, [=, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-          V& sum = block_sums[c / kSize];
           if constexpr (kAhead) {
             if (ahead) __builtin_prefetch(y + c);  // as in backward_rows
           }
-          if (far) {
+          if (steps() == 1 && far) {
             __builtin_prefetch(grad + grad_step + c);
             __builtin_prefetch(y + y_step + c);
           }
-          sum = ColumnBackward<op, V>::add(sum, load(grad + c, lanes, A(0)),
-                                           load(y + c, lanes, A(0)));
+          V sum = block_sums[c / kSize];
+          for (int64_t k = 0; k < steps(); ++k) {
+            sum = ColumnBackward<op, V>::add(sum, load(grad + k * grad_step + c, lanes, A(0)),
+                                             load(y + k * y_step + c, lanes, A(0)));
+          }
+          block_sums[c / kSize] = sum;
         });
+      });
+      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
+        add_block(sums[v], block_sums[v], begin);
       }
-      for (int64_t v = 0; v < ceil_div(width, kSize); ++v) sums[v].add(block_sums[v]);
     });
     ColumnBackward<op, V> formulas[kTile<A> / kSize];
     for (int64_t v = 0; v < ceil_div(width, kSize); ++v) formulas[v].sum = sums[v].rounded();
-    for (int64_t d = 0; d < dim; ++d) {
+    for_each_steps(0, dim, together, [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
       const T* grad = grad_tile + d * grad_step;
       const T* y = y_tile + d * y_step;
-      G* grad_input = grad_input_tile + d * tensors.grad_inputs.step;
+      G* grad_input = grad_input_tile + d * grad_input_step;
       for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        write_vector<write>(
-            grad_input + c, lanes,
-            formulas[c / kSize].of(load(grad + c, lanes, A(0)), load(y + c, lanes, A(0))));
+        const ColumnBackward<op, V> formula = formulas[c / kSize];
+        for (int64_t k = 0; k < steps(); ++k) {
+          write_vector<write, T>(grad_input + k * grad_input_step + c, lanes,
+                                 formula.of(load(grad + k * grad_step + c, lanes, A(0)),
+                                            load(y + k * y_step + c, lanes, A(0))));
+        }
       });
-    }
+    });
   });
 }
 
@@ -1037,7 +1066,7 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
 template <class A>
 constexpr int64_t kLanes = 2 * kNarrow / static_cast<int64_t>(sizeof(A));
 
-// Elements of slices that are gathered.
+// Elements of the slices that are gathered.
 template <class A>
 constexpr int64_t kGathered = kShortDim * kNarrow / static_cast<int64_t>(sizeof(A));
 
@@ -1092,6 +1121,7 @@ bool is_in_registers(int64_t inner, bool in_place) {
 }
 
 // step(c, count) for each register of `width` columns: for `kTogether` at a time, from c on, or for one.
+// The steps of one hide the latency of those of another.
 template <class A, int kTogether, class Step>
 SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
   constexpr int64_t kSize = Vec<A>::kSize;
@@ -1103,9 +1133,6 @@ SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
     step(std::min(c, width - kSize), std::integral_constant<int, 1>{});
   }
 }
-
-// Registers of columns side by side: the steps of one hide the latency of those of another.
-constexpr int kTogether = 2;
 
 // `count` registers of columns, over a short dim.
 template <Op op, int count, class T>
@@ -1168,7 +1195,7 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
       for (int64_t s = first; s < first + count; ++s) {
         const T* x = input.slices[s];
         T* y = output[s];
-        for_each_register<A, kTogether>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+        for_each_register<A, 2>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
           forward_registers<op, count()>(x + c, x_step, y + c, y_step, dim);
         });
       }
@@ -1176,7 +1203,7 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
     }
     Gathered<T> tile(dim, count * inner);
     tile.gather(input.slices, first, count, args.shape);
-    for_each_register<A, kTogether>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+    for_each_register<A, 2>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
       T* columns = tile.data + c;
       forward_registers<op, count()>(columns, tile.stride, columns, tile.stride, dim);
     });
@@ -1192,7 +1219,6 @@ void backward_registers(const T* grad, int64_t grad_step, const T* y, int64_t y_
   const auto at = [](const T* p, int k)
                       SOFTMAX_EXT_LAMBDA { return load(p + k * V::kSize, All{}, A(0)); };
   ExactSum<V> sums[count];
-  std::fill_n(sums, count, ExactSum<V>(V(A(0))));
   for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
     V block_sums[count];
     std::fill_n(block_sums, count, V(A(0)));
@@ -1202,13 +1228,7 @@ void backward_registers(const T* grad, int64_t grad_step, const T* y, int64_t y_
                                                    at(y + d * y_step, k));
       }
     }
-    for (int k = 0; k < count; ++k) {
-      if (dim <= kBlock) {
-        sums[k].sum = block_sums[k];
-      } else {
-        sums[k].add(block_sums[k]);
-      }
-    }
+    for (int k = 0; k < count; ++k) add_block(sums[k], block_sums[k], begin);
   });
   ColumnBackward<op, V> formulas[count];
   for (int k = 0; k < count; ++k) formulas[k].sum = sums[k].rounded();
@@ -1236,7 +1256,7 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
         const T* grad = grads[s];
         const T* y = outputs[s];
         T* grad_input = grad_inputs[s];
-        for_each_register<A, kTogether>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+        for_each_register<A, 4>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
           backward_registers<op, count()>(grad + c, grad_step, y + c, y_step, grad_input + c,
                                           to_step, dim);
         });
@@ -1246,7 +1266,7 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
     Gathered<T> of_grads(dim, count * inner), of_outputs(dim, count * inner);
     of_grads.gather(grads, first, count, args.shape);
     of_outputs.gather(outputs, first, count, args.shape);
-    for_each_register<A, kTogether>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+    for_each_register<A, 4>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
       const int64_t step = of_grads.stride;
       backward_registers<op, count()>(of_grads.data + c, step, of_outputs.data + c, step,
                                       of_grads.data + c, step, dim);
@@ -1668,12 +1688,17 @@ void launch_backward(const BackwardArgs& args, const Threads& threads) {
           return backward_rows<op, T, G, kWrite>(args, threads);
         }
         if constexpr (std::is_same_v<T, G>) {
-          // In whole registers, tiles give the same bits, and walk along inner.
-          const bool by_tiles = args.shape.dim > kBlock && args.shape.dim <= kShortDim &&
-                                is_in_registers<T>(args.shape.inner, /*in_place=*/true);
+          const int64_t dim = args.shape.dim, inner = args.shape.inner;
+          // Over more than a block tiles walk along inner, in whole registers; to gather and to
+          // scatter takes longer than to pack.
+          const bool by_tiles =
+              dim > kBlock && dim <= kShortDim && is_in_registers<T>(inner, /*in_place=*/true);
+          const bool gathered = !is_in_registers<T>(inner, /*in_place=*/false);
           if (is_narrow(args.shape, args.output_dtype) && !by_tiles) {
-            if (args.shape.dim <= kShortDim) return backward_short_columns<op, T>(args, threads);
-            return backward_packed_columns<op, T>(args, threads);
+            if (dim > (gathered ? kBlock : kShortDim)) {
+              return backward_packed_columns<op, T>(args, threads);
+            }
+            return backward_short_columns<op, T>(args, threads);
           }
         }
         backward_columns<op, T, G, kWrite>(args, threads);

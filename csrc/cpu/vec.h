@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -200,12 +201,11 @@ SOFTMAX_EXT_INLINE VecF widen(const BFloat16*, __m256i bits) {
 SOFTMAX_EXT_INLINE __m256i narrow(const Float16*, VecF x) {
   return _mm512_cvtps_ph(x.raw, _MM_FROUND_TO_NEAREST_INT);
 }
-// x is a result of arithmetic: a NaN is quiet, and stays one without its lower half.
+// x is a number or a plain NaN, which is still one when something has been added to its lower half.
 SOFTMAX_EXT_INLINE __m256i narrow(const BFloat16*, VecF x) {
   const __m512i bits = _mm512_castps_si512(x.raw);
-  const __mmask16 number = _mm512_cmp_ps_mask(x.raw, x.raw, _CMP_ORD_Q);
-  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
-  __m512i rounded = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
   rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
   const __m512i upper = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,
                                          31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
@@ -273,9 +273,8 @@ SOFTMAX_EXT_INLINE __m128i narrow(const Float16*, VecF x) {
 // As with AVX-512.
 SOFTMAX_EXT_INLINE __m128i narrow(const BFloat16*, VecF x) {
   const __m256i bits = _mm256_castps_si256(x.raw);
-  const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(x.raw, x.raw, _CMP_ORD_Q));
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i half = _mm256_and_si256(_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)), number);
+  const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
   const __m256i wide = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 }
@@ -353,11 +352,20 @@ SOFTMAX_EXT_INLINE void store(T* p, First lanes, Vec<compute_t<T>> x) {
   copy_elements(p, all, lanes.count);
 }
 
-// Rounds each lane once, from the type computed in to the one stored.
-template <class T, class Lanes, class A>
+// A NaN as any other: quiet, and with nothing in the half of it that bfloat16 has not. What is computed
+// from 16-bit elements has no others.
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> plain_nan(Vec<T> x) {
+  return x.raw == x.raw ? x.raw : Vec<T>(std::numeric_limits<T>::quiet_NaN()).raw;
+}
+
+// Rounds each lane once, from the type computed in, from elements of type From, to the one stored.
+template <class From, class T, class Lanes, class A = compute_t<From>>
 SOFTMAX_EXT_INLINE void store_as(T* p, Lanes lanes, Vec<A> x) {
-  if constexpr (std::is_same_v<compute_t<T>, A>) {
+  if constexpr (std::is_same_v<From, T>) {
     store(p, lanes, x);
+  } else if constexpr (std::is_same_v<compute_t<T>, A>) {
+    store(p, lanes, plain_nan(x));
   } else {
     int64_t count = Vec<A>::kSize;
     if constexpr (std::is_same_v<Lanes, First>) count = lanes.count;
