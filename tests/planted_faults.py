@@ -236,7 +236,7 @@ FAULTS = [
         "steps that share a register may lie apart",
         "cpu strides",
         "csrc/cpu/launch.h",
-        "shape.inner > 1 && (shape.dim <= kShortDim || !is_narrow(shape, dtype));",
+        "shape.inner > 1 && (shape.dim <= short_dim || !is_narrow(shape, dtype));",
         "shape.inner > 1;",
         STRIDES,
         "avx512",

@@ -28,6 +28,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "two narrow inner dims": ((3, 4, 6, 3, 2), 2),
     "narrow columns": ((5, 3, 7, 3), 2),
     "narrow columns of whole registers": ((5, 3, 20, 16), 2),
+    "narrow columns of two blocks": ((5, 3, 20, 3), 2),
     "narrow columns that overlap": ((3, 2, 20, 61), 2),
     "steps that are packed": ((2, 3, 103, 5), 2),
     "steps that are packed, of whole registers": ((2, 3, 230, 16), 2),

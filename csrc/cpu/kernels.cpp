@@ -32,11 +32,6 @@ template <class A>
 constexpr int64_t kChunk =
     std::min<int64_t>(16384 / static_cast<int64_t>(sizeof(A)), 256 * Vec<A>::kSize);
 
-// Along dim, in the columns schedule: a block of a tile stays in cache between two looks. Memory is
-// always walked along inner: a walk along dim can meet loads that share their address modulo 4096
-// with a store still under way, and wait for it.
-constexpr int64_t kBlock = 16;
-
 // The largest dim whose columns stay in registers or in the first-level cache.
 constexpr int64_t kShortDim = 64;
 
@@ -493,7 +488,7 @@ SOFTMAX_EXT_INLINE void convert(const From* x, int64_t apart, T* y, int64_t n) {
     for (int64_t k = 1; k < count; ++k) {
       values.raw[k] = static_cast<A>(to_float(x[(i + k) * apart]));
     }
-    store(y + i, lanes, plain_nan(values));
+    store(y + i, lanes, std::is_same_v<T, From> ? values : plain_nan(values));
   });
 }
 
@@ -693,12 +688,12 @@ class Input {
 
 bool is_placed(const ForwardArgs& args) {
   return args.input_dtype != args.output_dtype ||
-         !is_direct(args.shape, args.dims, args.input_strides, args.input_dtype);
+         !is_direct(args.shape, args.dims, args.input_strides, args.input_dtype, kShortDim);
 }
 
 bool is_placed(const BackwardArgs& args) {
   return args.grad_input_dtype == args.output_dtype &&
-         !is_direct(args.shape, args.dims, args.grad_output_strides, args.output_dtype);
+         !is_direct(args.shape, args.dims, args.grad_output_strides, args.output_dtype, kBlock);
 }
 
 template <class T>

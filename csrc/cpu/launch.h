@@ -17,8 +17,14 @@ struct Threads {
   void (*parallel_for)(int64_t size, int64_t grain, Body body, void* context);
 };
 
+// Along dim, in the columns schedule: a block of a tile stays in cache between two looks. Memory is
+// always walked along inner: a walk along dim can meet loads that share their address modulo 4096
+// with a store still under way, and wait for it.
+constexpr int64_t kBlock = 16;
+
 // A step along dim of at most kNarrow bytes, as computed, does not fill registers, or fills few. Of a
-// longer dim than kShortDim, several steps then share a register: memory between steps has no place there.
+// longer dim than kShortDim, in a backward than kBlock, several steps may then share a register: memory
+// between steps has no place there.
 constexpr int64_t kNarrow = 512;
 constexpr int64_t kShortDim = 64;
 
@@ -27,16 +33,17 @@ constexpr bool is_narrow(const Shape& shape, DType dtype) {
 }
 
 // Whether the kernels read and write a tensor where it lies: what they compute with must, and what they
-// write; other input of the result's type or size is copied there first, a few rows at a time.
-constexpr bool is_direct(const Shape& shape, const Dims& dims, const Strides& strides,
-                         DType dtype) {
+// write; other input of the result's type or size is copied there first, a few rows at a time. short_dim:
+// kShortDim, or of a backward kBlock.
+constexpr bool is_direct(const Shape& shape, const Dims& dims, const Strides& strides, DType dtype,
+                         int64_t short_dim) {
   int64_t stretch = 1;
   for (int k = dims.outer + dims.inner - 1; k >= dims.outer; --k) {
     if (strides.of[k] != stretch) return false;
     stretch *= dims.sizes[k];
   }
   if (strides.dim == stretch) return true;
-  return shape.inner > 1 && (shape.dim <= kShortDim || !is_narrow(shape, dtype));
+  return shape.inner > 1 && (shape.dim <= short_dim || !is_narrow(shape, dtype));
 }
 
 // The kernels as compiled for one instruction set. Outputs (of a forward: that; of a backward: both) are

@@ -208,15 +208,15 @@ bool is_without_overlap(const at::Tensor& tensor) {
   return true;
 }
 
-// Whether the kernels write `output`, of the shape of `input`, where it lies. Otherwise a new result is
-// copied there.
-bool is_written_in_place(const at::Tensor& output, const Shape& shape, int64_t dim) {
+// Whether the kernels write `output` where it lies. Otherwise a new result is copied there.
+bool is_written_in_place(const at::Tensor& output, const Shape& shape, int64_t dim,
+                         int64_t short_dim) {
   if (output.is_contiguous() || output.numel() == 0) return true;
   if (!output.device().is_cpu() || !is_without_overlap(output)) return false;
   Dims dims = contiguous_dims(shape);
   Strides strides = contiguous_strides(shape);
   return find_strides({{&output, &strides}}, dim, dims) &&
-         cpu::is_direct(shape, dims, strides, to_dtype(output.scalar_type()));
+         cpu::is_direct(shape, dims, strides, to_dtype(output.scalar_type()), short_dim);
 }
 
 // Whether a tensor of a call may be read where it lies. The GPU kernels read contiguous memory.
@@ -264,7 +264,7 @@ void run_backward(const at::Tensor& grad_output, const at::Tensor& output, const
                                    {&grad_input, &args.grad_input_strides}},
                                   dim, args.dims);
   const auto is_direct = [&](const Strides& strides) {
-    return found && cpu::is_direct(shape, args.dims, strides, args.output_dtype);
+    return found && cpu::is_direct(shape, args.dims, strides, args.output_dtype, cpu::kBlock);
   };
   // A gradient that is not direct goes through grad_input, if there is room.
   const bool takes_gradient =
@@ -416,7 +416,7 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
   dim = at::maybe_wrap_dim(dim, input.dim());
   if (input.is_contiguous() && out.is_contiguous()) {
     at::assert_no_partial_overlap(out, input);
-  } else if (!is_written_in_place(out, shape, dim) || !can_be_read(input, out)) {
+  } else if (!is_written_in_place(out, shape, dim, cpu::kShortDim) || !can_be_read(input, out)) {
     out.copy_(forward(input, dim, dtype, op));
     return;
   }
@@ -428,7 +428,7 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
 void forward_in_place(const at::Tensor& input, int64_t dim, Op op) {
   const Shape shape = check_forward(input, dim, op);
   dim = at::maybe_wrap_dim(dim, input.dim());
-  if (is_written_in_place(input, shape, dim)) {
+  if (is_written_in_place(input, shape, dim, cpu::kShortDim)) {
     run_forward(input, shape, dim, op, input, /*output_is_new=*/false);
   } else {
     input.copy_(forward(input, dim, input.scalar_type(), op));
@@ -466,8 +466,8 @@ void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64
     at::assert_no_partial_overlap(grad_input, output);
   }
   dim = at::maybe_wrap_dim(dim, output.dim());
-  if (is_written_in_place(grad_input, shape, dim) && can_be_read(grad_output, grad_input) &&
-      can_be_read(output, grad_input) &&
+  if (is_written_in_place(grad_input, shape, dim, cpu::kBlock) &&
+      can_be_read(grad_output, grad_input) && can_be_read(output, grad_input) &&
       !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
     run_backward(grad_output, output, shape, dim, op, grad_input, /*grad_input_is_new=*/false);
   } else {
