@@ -213,8 +213,8 @@ def test_cast_of_the_result_rounds_to_nearest(
     assert_close_to_reference(actual, "softmax", input.double(), 0, dtype)
 
 
-# Bit patterns of float32's NaNs: quiet and signalling, of both signs, with every bit of the payload,
-# with the half alone that 16-bit types lack, and what a memset of 0xff leaves.
+# Bit patterns of float32's NaNs: quiet and signalling, of both signs, with all of the payload, with
+# the half alone that 16-bit types lack, and what a memset of 0xff leaves.
 NANS = [0x7FC00000, 0x7F800001, 0x7F808000, 0x7FFFFFFF, -0x400000, -0x7FFFFF, -1]
 
 
