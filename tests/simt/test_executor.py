@@ -74,6 +74,7 @@ def results(lane: str, toy: str, variant: str, **options: object) -> list[str]:
 # Each launches at a limit, some with very many threads: not for each seed.
 LAUNCHES = ["launch_threads", "launch_threads_z", "launch_grid_y", "launch_grid_z"]
 LAUNCHES += ["launch_shared", "launch_shared_unasked", "launch_cluster", "launch_cluster_blocks"]
+LAUNCHES += ["launch_cluster_unasked"]
 TOYS = re.findall(r"^    \{\"(\w+)\", \w+", SOURCE.read_text(), re.MULTILINE)
 
 
@@ -339,7 +340,13 @@ LAUNCHES_OUT_OF_RANGE = [
         ("launch_shared", "launch_shared", ".* asks for 232449 bytes", "the device has 232448$"),
         ("launch_shared_unasked", "launch_unasked", "49153 bytes of dynamic", "was given 49152$"),
         ("launch_cluster", "launch_cluster", r"clusters of \(4, 1, 1\) blocks", r"of \(6, 1, 1\)$"),
-        ("launch_cluster_blocks", "launch_cluster_blocks", "clusters of 9 blocks", "most are 8$"),
+        (
+            "launch_cluster_blocks",
+            "launch_cluster_blocks",
+            r"clusters of \(17, 1",
+            r"\(272, 1, 1\)$",
+        ),
+        ("launch_cluster_unasked", "cluster_unasked", "clusters of 9 blocks", "most are 8$"),
     ]
 ] + [
     # What one device has, another has not.

@@ -793,7 +793,21 @@ bool launch_cluster(bool planted) {
   return count(6, 32, 0, planted ? 4 : 3);  // planted: launch_cluster
 }
 bool launch_cluster_blocks(bool planted) {
-  return count(18, 32, 0, planted ? 9 : 6);  // planted: launch_cluster_blocks
+  return count(17 * 16, 32, 0, planted ? 17 : 16);  // planted: launch_cluster_blocks
+}
+bool launch_cluster_unasked(bool planted) {
+  Buffer<unsigned> threads(1);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {planted ? 9u : 8u, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = 72;
+  config.blockDim = 32;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  require(cudaLaunchKernelEx(&config, count_kernel, threads.data()));  // planted: cluster_unasked
+  require(cudaDeviceSynchronize());
+  return check(threads, [](size_t) { return 72 * 32; });
 }
 
 constexpr unsigned kClusterBlocks = 3;
@@ -1076,6 +1090,7 @@ const Toy kToys[] = {
     {"launch_shared_unasked", launch_shared_unasked},
     {"launch_cluster", launch_cluster},
     {"launch_cluster_blocks", launch_cluster_blocks},
+    {"launch_cluster_unasked", launch_cluster_unasked},
     {"cluster_sum_first", cluster_sum_first},
     {"cluster_sum_last", cluster_sum_last},
     {"cluster_ring_first", cluster_ring_first},
