@@ -66,19 +66,23 @@ std::optional<Batch> unwrap(const std::vector<at::Tensor*>& tensors) {
     dims.push_back(dim);
   }
   if (!first) return {};
+  const Batch batch{rank, *first, 1, [level, first](const at::Tensor& result) {
+                      return at::functorch::makeBatched(result, first, level);
+                    }};
   for (size_t k = 0; k < tensors.size(); ++k) {
     at::Tensor& tensor = *tensors[k];
+    // A view would not keep the order in memory of an outer vmap's dims.
+    if (dims[k] == first && rank > 0 && tensor.dim() == rank + 1) continue;
     if (dims[k]) {
       tensor = tensor.movedim(*dims[k], 0);
-      continue;
+    } else {
+      c10::SymDimVector sizes{size};
+      for (const c10::SymInt& each : tensor.sym_sizes()) sizes.push_back(each);
+      tensor = tensor.expand_symint(sizes);
     }
-    c10::SymDimVector sizes{size};
-    for (const c10::SymInt& each : tensor.sym_sizes()) sizes.push_back(each);
-    tensor = tensor.expand_symint(sizes);
+    tensor = batch.align(std::move(tensor));
   }
-  return Batch{rank, 1, *first, [level, first](const at::Tensor& result) {
-                 return at::functorch::makeBatched(result, first, level);
-               }};
+  return batch;
 }
 
 }  // namespace softmax_ext

@@ -50,22 +50,20 @@ bool operators_take(const at::Tensor& tensor);
 
 // A call of one sample's tensors under vmap, as a call on those of all samples.
 struct Batch {
-  int64_t rank;   // of one sample's tensors
-  int64_t count;  // of batch dims
-  int64_t
-      first;  // where the batch dims go: in the way of no copy of the first tensor that has them
+  int64_t rank;                                       // of one sample's tensors
+  int64_t first, count;                               // where in all samples' the batch dims are
   std::function<at::Tensor(const at::Tensor&)> wrap;  // the result of all samples, as vmap has it
 
-  // A tensor with the batch dims in front: of the same rank as the others, with a dim to reduce over
-  // if that is 0, and the batch dims where they go.
+  // From a tensor with the batch dims in front: one of the same rank as the others, with a dim to
+  // reduce over if that is 0, and the batch dims where they are in the others.
   at::Tensor align(at::Tensor tensor) const;
 
   // Where a dim of one sample's tensors is.
   int64_t physical(int64_t dim) const;
 };
 
-// Replaces the tensors by those of all samples, batch dims in front; one that is the same for all
-// samples is expanded. Does nothing where none of them has a batch dim.
+// Replaces the tensors by those of all samples. The first that has a batch dim stays as it lies in
+// memory, one that is the same for all samples is expanded. Nothing where none has a batch dim.
 std::optional<Batch> unwrap(const std::vector<at::Tensor*>& tensors);         // torch.vmap
 std::optional<Batch> unwrap_legacy(const std::vector<at::Tensor*>& tensors);  // is_grads_batched
 
@@ -210,7 +208,6 @@ struct Rules<Operator, at::Tensor(Args...)> {
                    std::apply([](auto&... arg) { return detail::tensors_of(arg...); }, physical));
     const std::optional<Batch> batch = unwrap(tensors);
     if (!batch) return std::apply(dispatch, physical);
-    for (at::Tensor* const tensor : tensors) *tensor = batch->align(*tensor);
     int64_t& dim = std::get<Operator::kDim>(physical);
     dim = batch->physical(dim);
     const at::Tensor result = std::apply(dispatch, physical);

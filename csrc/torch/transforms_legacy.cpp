@@ -20,11 +20,12 @@ std::optional<Batch> unwrap_legacy(const std::vector<at::Tensor*>& tensors) {
     rank = std::max(rank, tensor->dim());
   }
   const auto views = at::MultiBatchVmapTransform::logicalToPhysical(logical);
-  for (size_t k = 0; k < tensors.size(); ++k) *tensors[k] = views[k].tensor();
-  return Batch{rank, views[0].numBatchDims(), 0,
-               [map = views[0].getPhysicalToLogicalMap()](const at::Tensor& result) {
-                 return map.apply(result);
-               }};
+  const Batch batch{rank, 0, views[0].numBatchDims(),
+                    [map = views[0].getPhysicalToLogicalMap()](const at::Tensor& result) {
+                      return map.apply(result);
+                    }};
+  for (size_t k = 0; k < tensors.size(); ++k) *tensors[k] = batch.align(views[k].tensor());
+  return batch;
 }
 
 }  // namespace softmax_ext
