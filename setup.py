@@ -367,7 +367,7 @@ def extension() -> Any:
         cxx += ["-isystem", path]
     macros: list[tuple[str, str | None]] = [("SOFTMAX_EXT_X86", None)] if IS_X86 else []
     options: dict[str, Any] = {
-        "include_dirs": [str(INCLUDE)],
+        "include_dirs": [str(INCLUDE), str(ROOT / "csrc" / "torch" / "stubs")],
         "extra_link_args": [*SANITIZE, *([] if DEBUG else ["-Wl,-s"])],
     }
     if not WITH_CUDA:

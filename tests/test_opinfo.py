@@ -1,6 +1,8 @@
 """torch's own samples of its softmax functions: ours on them, and torch's with the switch on."""
 
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -21,11 +23,29 @@ def switched(function: Function) -> Function:
     return softmax_ext.enabled()(lambda *args, **kwargs: function(*args, **kwargs))
 
 
-@pytest.fixture(params=["our function", "switch"])
+def of_the_switch(info: Any) -> Function:
+    return switched(info.op)
+
+
+def of_ours(info: Any) -> Function:
+    return OURS[NAMES[info.name]]
+
+
+@pytest.fixture(params=[of_ours, of_the_switch], ids=["our function", "switch"])
 def find(request: pytest.FixtureRequest) -> Callable[[Any], Function]:
-    if request.param == "switch":
-        return lambda info: switched(info.op)
-    return lambda info: OURS[NAMES[info.name]]
+    return request.param  # type: ignore[no-any-return]
+
+
+@contextmanager
+def none_of_torchs(find: Callable[[Any], Function]) -> Iterator[None]:
+    """No softmax of torch's runs in the block, unless it is what `find` gives."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        yield
+    assert record.profiler is not None
+    assert record.profiler.kineto_results is not None
+    names = {event.name() for event in record.profiler.kineto_results.events()}
+    softmaxes = {name.split("::")[0] for name in names if re.match(r"\w+::\w*softm", name)}
+    assert softmaxes == ({"aten"} if find is of_the_switch else {"softmax_ext"})
 
 
 def samples(info: Any, device: str, dtype: torch.dtype, **kwargs: Any) -> Iterator[Any]:
@@ -72,9 +92,13 @@ def test_gradients(name: str, find: Callable[[Any], Function], device: str) -> N
             def function(x: torch.Tensor, each: Any = each) -> torch.Tensor:
                 return find(info)(x, *each.args, **each.kwargs)
 
-            options = {} if each.input.numel() == 0 else {"check_batched_grad": True}
-            assert torch.autograd.gradcheck(function, each.input, check_forward_ad=True, **options)
-            assert torch.autograd.gradgradcheck(function, each.input, check_fwd_over_rev=True)
+            full = each.input.numel() > 0
+            options = {"check_batched_grad": full, "check_batched_forward_grad": full}
+            with none_of_torchs(find):
+                assert torch.autograd.gradcheck(
+                    function, each.input, check_forward_ad=True, **options
+                )
+                assert torch.autograd.gradgradcheck(function, each.input, check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize("name", INFOS)
@@ -86,7 +110,8 @@ def test_vmap(name: str, find: Callable[[Any], Function], device: str) -> None:
         def function(x: torch.Tensor, f: Function, sample: Any = sample) -> torch.Tensor:
             return f(x, *sample.args, **sample.kwargs)
 
-        found = torch.vmap(lambda x: function(x, find(info)), in_dims=-1)(inputs)
+        with none_of_torchs(find):
+            found = torch.vmap(lambda x: function(x, find(info)), in_dims=-1)(inputs)
         expected = torch.stack([function(x, info.op) for x in inputs.unbind(-1)])
         torch.testing.assert_close(found, expected)
 

@@ -4,6 +4,7 @@ Each result equals what torch's own function gives in the same place.
 """
 
 import copy
+import re
 import warnings
 from typing import Any, ClassVar
 
@@ -45,6 +46,214 @@ def test_vmap_twice_and_out_dims(op: str, device: str) -> None:
         torch.vmap(torch.vmap(lambda x, f=f[op]: f(x, 0)), out_dims=1)(input) for f in (OURS, TORCH)
     )
     torch.testing.assert_close(ours, theirs)
+
+
+# A row of whole registers and more, of a part of one; columns of one and of several chunks.
+SHAPES = [(2, 3, 37), (3, 64, 5), (5, 300, 40), (2, 3, 1000)]
+
+
+def without_vmap(batch_dim: int, dim: int) -> int:
+    """The dim of all samples together that `dim` is of one."""
+    return dim if dim < batch_dim else dim + 1
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", EVERY)
+@pytest.mark.parametrize("batch_dim", [0, 1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_under_vmap(
+    shape: tuple[int, ...], batch_dim: int, op: str, dtype: torch.dtype, device: str
+) -> None:
+    """Those of the same memory without, of a result and of a gradient; contiguous and not."""
+    input = torch.randn(shape, device=device).to(dtype)
+    weights = torch.randn(shape, device=device).to(dtype)
+    for x in (input, input.transpose(0, 2).contiguous().transpose(0, 2)):
+        for dim in (0, 1):
+
+            def function(x: torch.Tensor, dim: int = dim) -> torch.Tensor:
+                return OURS[op](x, dim)
+
+            def gradient(x: torch.Tensor, w: torch.Tensor, f: Any = function) -> torch.Tensor:
+                return torch.func.vjp(f, x)[1](w)[0]
+
+            found = torch.vmap(function, batch_dim, batch_dim)(x)
+            leaf = x.clone().requires_grad_()
+            expected = OURS[op](leaf, without_vmap(batch_dim, dim))
+            assert torch.equal(found, expected)
+            assert found.is_contiguous()
+            (grad,) = torch.autograd.grad(expected, leaf, weights)
+            assert torch.equal(torch.vmap(gradient, batch_dim, batch_dim)(x, weights), grad)
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_bits_under_several_vmaps(op: str, device: str) -> None:
+    """One within another, over any dims, and a sample alone where each lies in memory as one."""
+    x = torch.randn(3, 4, 5, 37, device=device)
+    for outer in range(4):
+        for inner in range(3):
+            mapped = torch.vmap(lambda x: OURS[op](x, 1), inner, inner)
+            dims = [dim for dim in range(4) if dim != outer]
+            dims.remove(dims[inner])
+            found = torch.vmap(mapped, outer, outer)(x)
+            assert torch.equal(found, OURS[op](x, dims[1]))
+    alone = torch.stack([torch.stack([OURS[op](each, 1) for each in part]) for part in x])
+    assert torch.equal(torch.vmap(torch.vmap(lambda x: OURS[op](x, 1)))(x), alone)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("batched", ["grad_output", "output", "both, over other dims"])
+def test_vmap_of_the_backward_operator(batched: str, op: str, device: str) -> None:
+    """Where one of the two is the same for all samples, and where their batch dims differ."""
+    operator = getattr(torch.ops.softmax_ext, f"{op}_backward")
+    g, y = torch.randn(3, 4, 5, device=device), OURS[op](torch.randn(3, 4, 5, device=device), 1)
+    if batched == "grad_output":
+        args, in_dims = (g, y[0]), (0, None)
+        each = [operator(a, y[0], 0, torch.float32) for a in g]
+    elif batched == "output":
+        args, in_dims = (g[0], y), (None, 0)
+        each = [operator(g[0], b, 0, torch.float32) for b in y]
+    else:
+        args, in_dims = (g.movedim(0, 2).contiguous(), y), (2, 0)
+        each = [operator(a, b, 0, torch.float32) for a, b in zip(g, y, strict=True)]
+    found = torch.vmap(lambda a, b: operator(a, b, 0, torch.float32), in_dims)(*args)
+    torch.testing.assert_close(found, torch.stack(each))
+    with pytest.raises(RuntimeError, match="same size"):
+        torch.vmap(lambda a, b: operator(a, b, 0, torch.float32), (2, None))(g, y[0, 0])
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_vmap_of_numbers(op: str, device: str) -> None:
+    """A sample of no dims is a row of one element, in both passes and with a tangent."""
+    x = torch.randn(3, device=device, dtype=torch.float64)
+    for dim in (0, -1):
+
+        def apply(functions: Any, dim: int = dim) -> Any:
+            def function(x: torch.Tensor) -> torch.Tensor:
+                return functions[op](x, dim)
+
+            func = torch.func
+            return (
+                torch.vmap(function)(x),
+                torch.vmap(func.grad(function))(x),
+                torch.vmap(lambda x: func.jvp(function, (x,), (x,)))(x),
+            )
+
+        torch.testing.assert_close(apply(OURS), apply(TORCH))
+    with pytest.raises(IndexError, match="out of range"):
+        torch.vmap(lambda x: OURS[op](x, 1))(x)
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_vmap_over_nothing_of_it(op: str, device: str) -> None:
+    """The input is of an outer vmap, or of none."""
+    x, other = torch.randn(3, 4, device=device), torch.randn(5, 4, device=device)
+    for apply in (
+        lambda f: torch.vmap(lambda a: torch.vmap(lambda b: f(a, 0) + b)(other))(x),
+        lambda f: torch.vmap(lambda b: f(x[0], 0) + b)(other),
+        lambda f: torch.vmap(
+            lambda a: torch.func.grad(lambda w: torch.vmap(lambda b: f(a, 0) * w * b)(other).sum())(
+                a
+            )
+        )(x),
+    ):
+        torch.testing.assert_close(apply(OURS[op]), apply(TORCH[op]))
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_errors_under_transforms(op: str, device: str) -> None:
+    """torch's types: of a call that is wrong, and of a tensor that left the function it was of."""
+    x = torch.randn(3, 4, 5, device=device)
+    left: list[torch.Tensor] = []
+    torch.vmap(lambda x: left.append(x) or x)(x)  # type: ignore[func-returns-value]
+    calls: list[Any] = [
+        lambda f: torch.vmap(lambda x: f(x, 2))(x),
+        lambda f: torch.vmap(lambda x: f(x.long(), 0))(x),
+        lambda f: torch.func.jvp(lambda x: f(x, 3), (x,), (x,)),
+        lambda f: f(left[0], 0),
+    ]
+    for call in calls:
+        with pytest.raises(Exception) as expected:  # noqa: PT011
+            call(TORCH[op])
+        with pytest.raises(expected.type):
+            call(OURS[op])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_out_under_transforms(op: str, device: str) -> None:
+    """Refused as by torch, word for word."""
+    x = torch.randn(3, 4, device=device)
+    calls: list[Any] = [
+        lambda f: torch.vmap(lambda x: f(x, 0, out=torch.empty_like(x)))(x),
+        lambda f: torch.func.jvp(lambda x: f(x, 0, out=torch.empty_like(x)), (x,), (x,)),
+    ]
+    for call in calls:
+        messages = []
+        for function in (OURS[op], getattr(torch, op)):
+            with pytest.raises(RuntimeError) as caught:
+                call(function)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+
+
+def softmaxes_run(function: Any) -> set[str]:
+    """The softmax operators that run in a call, torch's and ours."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    events = profile.events()
+    assert events is not None
+    return {event.name for event in events if re.fullmatch(r"\w+::\w*softmax\w*", event.name)}
+
+
+RULES: dict[str, tuple[set[str], Any]] = {
+    "vmap": ({""}, lambda f, x: torch.vmap(f, 1)(x)),
+    "vmap in autocast": (
+        {""},
+        lambda f, x: torch.autocast(x.device.type, torch.bfloat16)(torch.vmap(f))(x),
+    ),
+    "in autocast": ({""}, lambda f, x: torch.autocast(x.device.type, torch.bfloat16)(f)(x)),
+    "jvp": ({"", "_backward"}, lambda f, x: torch.func.jvp(f, (x,), (x,))),
+    "grad": ({"", "_backward"}, lambda f, x: torch.func.grad(lambda x: f(x).prod())(x)),
+    "jacfwd": ({"", "_backward"}, lambda f, x: torch.func.jacfwd(f)(x)),
+    "jacrev": ({"", "_backward"}, lambda f, x: torch.func.jacrev(f)(x)),
+    "forward over reverse": (
+        {"", "_backward"},
+        lambda f, x: torch.func.hessian(lambda x: f(x).prod())(x),
+    ),
+    "reverse over forward": (
+        {"", "_backward"},
+        lambda f, x: torch.func.jacrev(torch.func.jacfwd(lambda x: f(x).prod()))(x),
+    ),
+    "batched gradients": (
+        {"", "_backward"},
+        lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("op", OPS)
+def test_only_our_operators_run(op: str, rule: str, device: str) -> None:
+    """Where torch's transforms must see a call; log-softmax has a tangent of its own."""
+    ends, apply = RULES[rule]
+    x = torch.randn(3, 4, device=device, dtype=torch.float64)
+    expected = {f"softmax_ext::{op}{end}" for end in ends}
+    if op == "log_softmax" and rule in ("jvp", "jacfwd"):
+        expected.remove("softmax_ext::log_softmax_backward")
+    assert softmaxes_run(lambda: apply(lambda x: OURS[op](x, 0), x)) == expected
+
+
+def test_batched_gradients_are_one_call(device: str) -> None:
+    """Not one for each of the batch."""
+    leaf = torch.randn(3, 4, device=device, requires_grad=True)
+    output = OURS["softmax"](leaf, 1)
+    basis = torch.eye(12, device=device).view(12, 3, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(output, leaf, basis, is_grads_batched=True)
+    events = profile.events()
+    assert events is not None
+    calls = [event for event in events if event.name == "softmax_ext::softmax_backward"]
+    # Of the batch, and the same for all of it.
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("op", EVERY)
@@ -90,6 +299,52 @@ def test_gradcheck_of_forward_mode_and_batched_gradients(dim: int, op: str, devi
     assert torch.autograd.gradgradcheck(
         lambda x: OURS[op](x, dim), input, check_fwd_over_rev=True, check_rev_over_rev=True
     )
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(3, 4), (1, 3), (4, 1)], ids=str)
+def test_gradcheck_of_the_backward_operator(
+    shape: tuple[int, int], dim: int, op: str, device: str
+) -> None:
+    """Its own tangent and gradients, of both of its tensors."""
+    operator = getattr(torch.ops.softmax_ext, f"{op}_backward")
+
+    def function(g: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return operator(g, y, dim, torch.float64)
+
+    g = torch.randn(shape, device=device, dtype=torch.float64, requires_grad=True)
+    y = OURS[op](torch.randn_like(g), dim).detach().requires_grad_()
+    assert torch.autograd.gradcheck(
+        function,
+        (g, y),
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+        check_undefined_grad=True,
+    )
+    assert torch.autograd.gradgradcheck(
+        function, (g, y), check_fwd_over_rev=True, check_rev_over_rev=True
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("op", EVERY)
+def test_tangents_are_rounded_once(op: str, dtype: torch.dtype, device: str) -> None:
+    """Of the result's dtype, also where that is another than the input's."""
+    x, t = (torch.randn(37, 20, device=device).to(dtype) for _ in range(2))
+    for dim in (0, 1):
+        for result in (dtype, torch.float32):
+            (y, found), (_, expected) = (
+                torch.func.jvp(
+                    lambda x, f=f, r=r, d=dim: f[op](x, d, dtype=r), (x.to(s),), (t.to(s),)
+                )
+                for f, r, s in ((OURS, result, dtype), (TORCH, torch.float64, torch.float64))
+            )
+            assert found.dtype == y.dtype == result
+            # Of the output as it is rounded, which the tangent is made of.
+            eps = torch.finfo(dtype if result == dtype else torch.float32).eps
+            torch.testing.assert_close(found.double(), expected, rtol=2 * eps, atol=8 * eps)
 
 
 @pytest.mark.parametrize("op", EVERY)

@@ -23,12 +23,6 @@ void softmax_in_place(at::Tensor& input, int64_t dim, Op op);
 // softmax(-input) into the input.
 void softmin_in_place(at::Tensor& input, int64_t dim);
 
-// The dispatcher's operators for autograd: what is below it runs, and is recorded.
-at::Tensor recorded_forward(const at::Tensor& input, int64_t dim,
-                            std::optional<at::ScalarType> dtype, Op op);
-at::Tensor recorded_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
-                             at::ScalarType input_dtype, Op op);
-
 // Gives the nodes' Python objects their names and attributes; once, at import.
 void add_node_types();
 

@@ -311,12 +311,15 @@ bool kernels_run_on(at::Device device) {
   return device.is_cpu() || (kBuiltWithCuda && device.is_cuda());
 }
 
+bool has_other_keys(c10::DispatchKeySet keys) {
+  return ((keys - kTakenKeys).raw_repr() & ~c10::full_backend_mask) != 0;
+}
+
 bool kernels_take(const at::Tensor& tensor) {
   const at::Device device = tensor.device();
   if (!kernels_run_on(device)) return false;
   const auto local = c10::impl::tls_local_dispatch_key_set();
-  const auto others = (tensor.key_set() | local.included_) - kTakenKeys;
-  if ((others.raw_repr() & ~c10::full_backend_mask) != 0) return false;
+  if (has_other_keys(tensor.key_set() | local.included_)) return false;
   const auto autocast =
       device.is_cpu() ? c10::DispatchKey::AutocastCPU : c10::DispatchKey::AutocastCUDA;
   if (!local.excluded_.has(autocast)) return false;

@@ -15,8 +15,12 @@ bool kernels_run_on(at::Device device);
 // Whether the kernels take a call on this tensor, here and now. They do not take what is not plain
 // strided memory on the CPU (or on a GPU, where built for it), nor a call that something else must
 // see: functorch transforms, forward-mode tangents, fake tensors and other modes, tracing,
-// autocast. Such a call goes to torch's own operator.
+// autocast. Such a call goes to the registered operators or to torch's own.
 bool kernels_take(const at::Tensor& tensor);
+
+// Whether there are keys, of a tensor or of a thread, besides those of plain memory, autograd and
+// autocast.
+bool has_other_keys(c10::DispatchKeySet keys);
 
 // A conversion to one of the kernels' output types can be part of the kernel.
 bool is_kernel_dtype(at::ScalarType dtype);         // as input
