@@ -72,10 +72,13 @@ class SavingNode : public torch::autograd::Node {
     std::vector<c10::IValue> args = std::move(packed).vec();
     const auto& compiler = getPyCompilerInterface();
     static const std::string function = [&] {
-      std::vector<at::TypePtr> schema(kSavedTensors, at::TensorType::get());
-      std::apply(
-          [&](const auto&... member) {
-            (schema.push_back(IValuePacker<std::decay_t<decltype(member)>>::packed_type()), ...);
+      const std::vector<at::TypePtr> schema = std::apply(
+          [](const auto&... member) {
+            std::vector<at::TypePtr> types(kSavedTensors + sizeof...(member),
+                                           at::TensorType::get());
+            size_t next = kSavedTensors;
+            ((types[next++] = IValuePacker<std::decay_t<decltype(member)>>::packed_type()), ...);
+            return types;
           },
           members(formula_));
       return compiler->bind_function(saved.get_py_compiler(), name(), call_packed, schema,
