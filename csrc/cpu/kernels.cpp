@@ -6,8 +6,10 @@
 //   columns      inner > 1: a thread takes tiles of neighbouring columns, in blocks along dim.
 //   short columns, packed columns
 //                a step along dim of at most 512 bytes, as computed: dims of up to 64 steps by
-//                registers of columns, of several slices where a step has less; longer ones by
-//                chunks of up to 16 rows of several steps each, which threads share if slices are few.
+//                registers of columns, of several slices where a step has less (up to 16 steps in a
+//                backward); longer ones by chunks of up to 16 rows of several steps each, which
+//                threads share if slices are few. A backward of 17 to 64 steps that are whole
+//                registers goes by tiles.
 //
 // A row is always reduced by the same chunks (blocks) in the same order, so its result depends
 // neither on the batch it is in nor on the number of threads. A column's may depend on inner. Input of
