@@ -6,7 +6,7 @@
 //   columns      inner > 1: a thread takes tiles of neighbouring columns, in blocks along dim.
 //   short columns, packed columns
 //                a step along dim of at most 512 bytes, as computed: dims of up to 64 steps by
-//                registers of columns, of several slices where a step has less (up to 16 steps in a
+//                registers of columns, of several slices where a step has less (up to 32 steps in a
 //                backward); longer ones by chunks of up to 16 rows of several steps each, which
 //                threads share if slices are few. A backward of 17 to 64 steps that are whole
 //                registers goes by tiles.
@@ -695,7 +695,8 @@ bool is_placed(const ForwardArgs& args) {
 
 bool is_placed(const BackwardArgs& args) {
   return args.grad_input_dtype == args.output_dtype &&
-         !is_direct(args.shape, args.dims, args.grad_output_strides, args.output_dtype, kBlock);
+         !is_direct(args.shape, args.dims, args.grad_output_strides, args.output_dtype,
+                    kGatheredDim);
 }
 
 template <class T>
@@ -1691,13 +1692,12 @@ void launch_backward(const BackwardArgs& args, const Threads& threads) {
         }
         if constexpr (std::is_same_v<T, G>) {
           const int64_t dim = args.shape.dim, inner = args.shape.inner;
-          // Over more than a block tiles walk along inner, in whole registers; to gather and to
-          // scatter takes longer than to pack.
+          // Over more than a block tiles walk along inner, in whole registers.
           const bool by_tiles =
               dim > kBlock && dim <= kShortDim && is_in_registers<T>(inner, /*in_place=*/true);
           const bool gathered = !is_in_registers<T>(inner, /*in_place=*/false);
           if (is_narrow(args.shape, args.output_dtype) && !by_tiles) {
-            if (dim > (gathered ? kBlock : kShortDim)) {
+            if (dim > (gathered ? kGatheredDim : kShortDim)) {
               return backward_packed_columns<op, T>(args, threads);
             }
             return backward_short_columns<op, T>(args, threads);

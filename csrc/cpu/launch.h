@@ -23,10 +23,12 @@ struct Threads {
 constexpr int64_t kBlock = 16;
 
 // A step along dim of at most kNarrow bytes, as computed, does not fill registers, or fills few. Of a
-// longer dim than kShortDim, in a backward than kBlock, several steps may then share a register: memory
-// between steps has no place there.
+// longer dim than kShortDim, in a backward than kGatheredDim, several steps may then share a register:
+// memory between steps has no place there. What of a backward would be gathered, and scattered again,
+// is sooner packed from there on.
 constexpr int64_t kNarrow = 512;
 constexpr int64_t kShortDim = 64;
+constexpr int64_t kGatheredDim = 32;
 
 constexpr bool is_narrow(const Shape& shape, DType dtype) {
   return shape.inner > 1 && shape.inner * (dtype == DType::kFloat64 ? 8 : 4) <= kNarrow;
@@ -34,7 +36,7 @@ constexpr bool is_narrow(const Shape& shape, DType dtype) {
 
 // Whether the kernels read and write a tensor where it lies: what they compute with must, and what they
 // write; other input of the result's type or size is copied there first, a few rows at a time. short_dim:
-// kShortDim, or of a backward kBlock.
+// kShortDim, or of a backward kGatheredDim.
 constexpr bool is_direct(const Shape& shape, const Dims& dims, const Strides& strides, DType dtype,
                          int64_t short_dim) {
   int64_t stretch = 1;

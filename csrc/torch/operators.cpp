@@ -264,7 +264,7 @@ void run_backward(const at::Tensor& grad_output, const at::Tensor& output, const
                                    {&grad_input, &args.grad_input_strides}},
                                   dim, args.dims);
   const auto is_direct = [&](const Strides& strides) {
-    return found && cpu::is_direct(shape, args.dims, strides, args.output_dtype, cpu::kBlock);
+    return found && cpu::is_direct(shape, args.dims, strides, args.output_dtype, cpu::kGatheredDim);
   };
   // A gradient that is not direct goes through grad_input, if there is room.
   const bool takes_gradient =
@@ -469,7 +469,7 @@ void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64
     at::assert_no_partial_overlap(grad_input, output);
   }
   dim = at::maybe_wrap_dim(dim, output.dim());
-  if (is_written_in_place(grad_input, shape, dim, cpu::kBlock) &&
+  if (is_written_in_place(grad_input, shape, dim, cpu::kGatheredDim) &&
       can_be_read(grad_output, grad_input) && can_be_read(output, grad_input) &&
       !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
     run_backward(grad_output, output, shape, dim, op, grad_input, /*grad_input_is_new=*/false);
