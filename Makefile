@@ -59,10 +59,12 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# A build of its own with warnings as errors and sanitizers, and all tests on it. libstdc++ is
-# loaded early too: without it the address sanitizer finds no exceptions to intercept.
+# A build of its own with warnings as errors and sanitizers, and all tests on it. Of the CPU kernels it
+# has those that are in use, which take minutes to compile so. libstdc++ is loaded early too: without it
+# the address sanitizer finds no exceptions to intercept.
 debug: build
-	SOFTMAX_EXT_DEBUG=1 $(python) setup.py -q build --build-lib build/debug/lib \
+	SOFTMAX_EXT_DEBUG=1 SOFTMAX_EXT_ISAS="$$($(python) -c 'import softmax_ext; print(softmax_ext.build_info().cpu_isa)')" \
+	  $(python) setup.py -q build --build-lib build/debug/lib \
 	  build_ext --build-temp build/debug/objects
 	cd build/debug/lib && \
 	  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so)" \

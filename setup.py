@@ -6,6 +6,8 @@ Environment:
     TORCH_CUDA_ARCH_LIST   the GPU architectures, as for any torch extension
     CXX, CC                the C++ compiler, by default c++; CC is the one that nvcc calls
     MAX_JOBS               parallel compiler runs; by default as many as cores and memory allow
+    SOFTMAX_EXT_ISAS       the instruction sets to compile the CPU kernels for, by default all: some
+                           of baseline, avx2 and avx512, with a space in between
     SOFTMAX_EXT_DEBUG=1    -O1 with address and undefined-behaviour sanitizers; warnings are errors
     SOFTMAX_EXT_LOCAL_VERSION
                            what follows the + in the version, by default the torch and CUDA of the
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +73,8 @@ VERSION = "0.2.0.dev0"  # a build adds what it was made for, see build_version()
 OLDEST_TORCH = (2, 11)
 NEWEST_TRIED_TORCH = (2, 15)
 
-# The CPU kernels are compiled once for each instruction set; which one runs is decided at import.
+# Of csrc/cpu, what is compiled once for each instruction set; which one runs is decided at import.
+KERNELS = ("softmax_forward", "softmax_backward")
 X86_ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -196,6 +200,18 @@ def wanted_jobs(default: int) -> int:
     return int(jobs)
 
 
+def wanted_isas(known: dict[str, list[str]]) -> dict[str, list[str]]:
+    """All instruction sets of this architecture, or those that SOFTMAX_EXT_ISAS names."""
+    names = os.environ.get("SOFTMAX_EXT_ISAS", "").split() or list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        sys.exit(
+            f"softmax_ext: SOFTMAX_EXT_ISAS names {', '.join(unknown)}; there are kernels for "
+            + ", ".join(known)
+        )
+    return {name: known[name] for name in known if name in names}
+
+
 def compiler(variable: str, default: str, language: str) -> list[str]:
     """The words of the compiler that the variable names. Exits if it does not run."""
     if not os.environ.get(variable):
@@ -222,7 +238,7 @@ DEBUG = flag("SOFTMAX_EXT_DEBUG")
 WITH_CUDA, WHY = decide_cuda()
 CUDA = torch.version.cuda if WITH_CUDA else None
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
-ISAS = X86_ISAS if IS_X86 else {"baseline": []}
+ISAS = wanted_isas(X86_ISAS if IS_X86 else {"baseline": []})
 
 WARNINGS = ["-Wall", "-Wextra"]
 if DEBUG or flag("CI"):
@@ -261,7 +277,7 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
             say(f"GPU architectures: {os.environ['TORCH_CUDA_ARCH_LIST']}")
         say(f"CPU instruction sets: {', '.join(ISAS)}; MAX_JOBS={jobs}")
         with ThreadPoolExecutor(jobs) as pool:
-            commands = list(pool.map(self.compile_kernels, ISAS))
+            commands = list(pool.map(self.compile_kernels, product(ISAS, KERNELS)))
         self.extensions[0].extra_objects += [command["output"] for command in commands]
         super().build_extensions()
         self.write_compile_commands(commands)
@@ -282,11 +298,12 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
             if WITH_CUDA:
                 self.extensions[0].extra_compile_args["nvcc"].append(f"-ccbin={host}")
 
-    def compile_kernels(self, isa: str) -> dict[str, str]:
-        """Compiles csrc/cpu/kernels.cpp for one instruction set, if anything in it is newer. It has
+    def compile_kernels(self, isa_and_name: tuple[str, str]) -> dict[str, str]:
+        """Compiles one of KERNELS for one instruction set, if anything in it is newer. It has
         nothing of torch or Python: builds for all of them share it."""
-        source = ROOT / "csrc" / "cpu" / "kernels.cpp"
-        output = ROOT / "build" / ("kernels-debug" if DEBUG else "kernels") / f"kernels_{isa}.o"
+        isa, name = isa_and_name
+        source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
+        output = ROOT / "build" / ("kernels-debug" if DEBUG else "kernels") / f"{name}_{isa}.o"
         output.parent.mkdir(parents=True, exist_ok=True)
         command = [*self.cxx, *OPTIMIZE, *SANITIZE, *WARNINGS, *ISA_WARNINGS]
         command += ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", f"-I{INCLUDE}"]
@@ -319,6 +336,7 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
             "torch": torch.__version__,
             "cuda": CUDA,
             "architectures": os.environ["TORCH_CUDA_ARCH_LIST"] if WITH_CUDA else None,
+            "isas": list(ISAS),
         }
         (library.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -356,7 +374,7 @@ class Sdist(sdist):
 
 
 def extension() -> Any:
-    sources = ["csrc/cpu/dispatch.cpp", "csrc/cpu/memory.cpp"]
+    sources = ["csrc/cpu/isa.cpp", "csrc/cpu/memory.cpp"]
     sources += [str(p) for p in sorted(Path("csrc/torch").glob("*.cpp"))]
     cxx = [*OPTIMIZE, *SANITIZE, *WARNINGS, "-fvisibility=hidden"]
     # at::parallel_for is OpenMP code in a header. Its runtime is the one that torch has loaded:
@@ -365,7 +383,7 @@ def extension() -> Any:
     # Only our own code is to be free of warnings.
     for path in cpp_extension.include_paths("cuda" if WITH_CUDA else "cpu"):
         cxx += ["-isystem", path]
-    macros: list[tuple[str, str | None]] = [("SOFTMAX_EXT_X86", None)] if IS_X86 else []
+    macros: list[tuple[str, str | None]] = [(f"SOFTMAX_EXT_{isa.upper()}", None) for isa in ISAS]
     options: dict[str, Any] = {
         "include_dirs": [str(INCLUDE), str(ROOT / "csrc" / "torch" / "stubs")],
         "extra_link_args": [*SANITIZE, *([] if DEBUG else ["-Wl,-s"])],

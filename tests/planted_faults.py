@@ -28,14 +28,17 @@ ROWS = "csrc/cuda/row_kernels.cuh"
 COLUMNS = "csrc/cuda/column_kernels.cuh"
 PACKED = "csrc/cuda/packed_kernels.cuh"
 DEVICE = "csrc/cuda/device.cuh"
-CPU = "csrc/cpu/kernels.cpp"
+CPU_ROWS = "csrc/cpu/rows.h"
+CPU_COLUMNS = "csrc/cpu/columns.h"
+CPU_NARROW = "csrc/cpu/narrow_columns.h"
+CPU_INPUT = "csrc/cpu/input.h"
 VEC = "csrc/cpu/vec.h"
 
-VALUES = "tests/test_forward.py tests/test_extremes.py"
-GRADIENTS = "tests/test_backward.py"
-BITS = "tests/test_batch_invariance.py"
-LAYOUT = "tests/test_layout.py"
-STRIDES = "tests/test_layout_strides.py"
+VALUES = "tests/test_softmax_forward.py tests/test_softmax_extremes.py"
+GRADIENTS = "tests/test_softmax_backward.py"
+BITS = "tests/test_softmax_batch_invariance.py"
+LAYOUT = "tests/test_softmax_layout.py"
+STRIDES = "tests/test_softmax_layout_strides.py"
 HOST = "tests/simt/kernels"
 
 
@@ -62,7 +65,7 @@ FAULTS = [
     Fault(
         "a lane without an element counts as 0",
         "cpu register rows",
-        CPU,
+        CPU_ROWS,
         "load(row, All{}, kLowest<A>) : load(row, lanes, kLowest<A>);",
         "load(row, All{}, kLowest<A>) : load(row, lanes, A(0));",
         VALUES,
@@ -71,7 +74,7 @@ FAULTS = [
     Fault(
         "the last row of a few has the sum of the first",
         "cpu register rows",
-        CPU,
+        CPU_ROWS,
         "    const auto formula = of_lane(formulas, r);\n    V result;",
         "    const auto formula = of_lane(formulas, r + 1 < rows ? r : 0);\n    V result;",
         VALUES,
@@ -80,7 +83,7 @@ FAULTS = [
     Fault(
         "the max leaves out the last element",
         "cpu short rows",
-        CPU,
+        CPU_ROWS,
         "lanes[r] = lane_max(static_cast<const T*>(x[r]), n);",
         "lanes[r] = lane_max(static_cast<const T*>(x[r]), n - 1);",
         VALUES,
@@ -89,7 +92,7 @@ FAULTS = [
     Fault(
         "the gradient of all rows with the sum of the first",
         "cpu short rows",
-        CPU,
+        CPU_ROWS,
         "store_gradient(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);",
         "store_gradient(grads[r], outputs[r], grad_inputs[r], dim, sums[0]);",
         GRADIENTS,
@@ -98,7 +101,7 @@ FAULTS = [
     Fault(
         "the last chunk is not in the sum",
         "cpu long rows",
-        CPU,
+        CPU_ROWS,
         "for (int64_t k = 1; k < chunks; ++k) state = combine(state, states[k]);",
         "for (int64_t k = 1; k + 1 < chunks; ++k) state = combine(state, states[k]);",
         VALUES,
@@ -107,7 +110,7 @@ FAULTS = [
     Fault(
         "the exps of a chunk are not scaled to the row's max",
         "cpu long rows",
-        CPU,
+        CPU_ROWS,
         "return formula.of_exp(e * weight);",
         "return formula.of_exp(e);",
         VALUES,
@@ -116,7 +119,7 @@ FAULTS = [
     Fault(
         "all rows that threads share have the sum of the first",
         "cpu split rows",
-        CPU,
+        CPU_ROWS,
         "store_chunk(t / chunks, t % chunks, states[t], of_rows[t / chunks]);",
         "store_chunk(t / chunks, t % chunks, states[t], of_rows[0]);",
         VALUES,
@@ -125,7 +128,7 @@ FAULTS = [
     Fault(
         "the end of a row past the caches is that of another place",
         "cpu streamed rows",
-        CPU,
+        CPU_ROWS,
         "store_as<From>(y + begin + i, lanes, value(begin + i, lanes));",
         "store_as<From>(y + begin + i, lanes, value(i, lanes));",
         LAYOUT,
@@ -134,7 +137,7 @@ FAULTS = [
     Fault(
         "a sum so far is not scaled to a larger max",
         "cpu columns",
-        CPU,
+        CPU_COLUMNS,
         "sums[v].scale(exp_of_nonpositive(old - shifts[v]));",
         "sums[v].scale(V(A(1)));",
         VALUES,
@@ -143,7 +146,7 @@ FAULTS = [
     Fault(
         "the last slice of several is not stored",
         "cpu narrow columns",
-        CPU,
+        CPU_NARROW,
         "tile.scatter(output, first, count, args.shape);",
         "tile.scatter(output, first, std::max<int64_t>(count - 1, 1), args.shape);",
         VALUES,
@@ -152,7 +155,7 @@ FAULTS = [
     Fault(
         "a step left over of several packed ones is not in the max",
         "cpu narrow columns",
-        CPU,
+        CPU_NARROW,
         "const int64_t from = kept * packing.inner, n = groups / 2 * packing.inner;",
         "const int64_t from = kept * packing.inner, n = (groups / 2 - 1) * packing.inner;",
         VALUES,
@@ -170,10 +173,10 @@ FAULTS = [
     Fault(
         "a gradient of any size, dtype and memory is taken",
         "torch operators",
-        "csrc/torch/operators.cpp",
+        "csrc/torch/softmax.cpp",
         "  check_gradient(grad_output, output, dim, input_dtype, op);\n  return to_shape",
         "  return to_shape",
-        "tests/test_entries.py",
+        "tests/test_softmax_entries.py",
     ),
     Fault(
         "compiled autograd gives a formula none of its members",
@@ -186,7 +189,7 @@ FAULTS = [
     Fault(
         "the columns of a partial register have no sum",
         "cpu columns",
-        CPU,
+        CPU_COLUMNS,
         "add_block(sums[v], block_sums[v], begin);",
         "if (v < width / kSize) add_block(sums[v], block_sums[v], begin);",
         GRADIENTS,
@@ -195,7 +198,7 @@ FAULTS = [
     Fault(
         "the steps of a gradient are a column too far apart",
         "cpu columns",
-        CPU,
+        CPU_COLUMNS,
         "        const T* grad = grad_tile + d * grad_step;\n"
         "        const T* y = y_tile + d * y_step;\n"
         "        for_each_vector",
@@ -208,7 +211,7 @@ FAULTS = [
     Fault(
         "rows of the next run are as far as those of the last",
         "cpu strides",
-        CPU,
+        CPU_INPUT,
         "if (++k == size && r + 1 < count) {",
         "if (++k > size && r + 1 < count) {",
         STRIDES,
@@ -217,7 +220,7 @@ FAULTS = [
     Fault(
         "columns of several inner dims are one",
         "cpu strides",
-        CPU,
+        CPU_INPUT,
         "dims_.sizes[last] - column % dims_.sizes[last]);",
         "dims_.sizes[last]);",
         STRIDES,
@@ -226,7 +229,7 @@ FAULTS = [
     Fault(
         "the last rows of a square are not transposed",
         "cpu strides",
-        CPU,
+        CPU_INPUT,
         "k < std::min(kSize, rows - r); ++k) {",
         "k < std::min(kSize, rows - r - 1); ++k) {",
         STRIDES,
@@ -244,7 +247,7 @@ FAULTS = [
     Fault(
         "int16 is read as uint16",
         "cpu casts",
-        CPU,
+        CPU_INPUT,
         "return f(static_cast<const int16_t*>(data));",
         "return f(static_cast<const uint16_t*>(data));",
         VALUES,
@@ -253,7 +256,7 @@ FAULTS = [
     Fault(
         "an input of another type is converted for the first chunk only",
         "cpu casts",
-        CPU,
+        CPU_ROWS,
         "if (!is_placed) input.place_rows(",
         "if (!is_placed && k == 0) input.place_rows(",
         VALUES,
@@ -465,7 +468,7 @@ FAULTS = [
     Fault(
         "out= that overlaps the input is written all the same",
         "torch operators",
-        "csrc/torch/operators.cpp",
+        "csrc/torch/softmax.cpp",
         "    at::assert_no_partial_overlap(out, input);\n",
         "",
         LAYOUT,
@@ -473,7 +476,7 @@ FAULTS = [
     Fault(
         "out= in the memory of a part of the input is written where it lies",
         "torch operators",
-        "csrc/torch/operators.cpp",
+        "csrc/torch/tensors.cpp",
         "begin == output_begin && input.strides() == output.strides() &&",
         "begin == output_begin &&",
         STRIDES,
@@ -481,7 +484,7 @@ FAULTS = [
     Fault(
         "rows in the memory of one another are written where they lie",
         "torch operators",
-        "csrc/torch/operators.cpp",
+        "csrc/torch/tensors.cpp",
         "if (stride <= last) return false;",
         "",
         STRIDES,
@@ -489,7 +492,7 @@ FAULTS = [
     Fault(
         "out= keeps its version",
         "torch operators",
-        "csrc/torch/operators.cpp",
+        "csrc/torch/softmax.cpp",
         "  out.unsafeGetTensorImpl()->bump_version();\n",
         "",
         LAYOUT,
@@ -497,7 +500,7 @@ FAULTS = [
     Fault(
         "the second derivative of softmax lacks a term",
         "autograd",
-        "csrc/torch/formulas.h",
+        "csrc/torch/softmax_formulas.h",
         "(v * (g - sum(g * y, dim)) - g * sum(v * y, dim))",
         "(v * (g - sum(g * y, dim)))",
         GRADIENTS,
@@ -505,7 +508,7 @@ FAULTS = [
     Fault(
         "the second derivative of log_softmax is not scaled by the gradient's sum",
         "autograd",
-        "csrc/torch/formulas.h",
+        "csrc/torch/softmax_formulas.h",
         "(-v * y.exp() * sum(g, dim)).to(dtype)",
         "(-v * y.exp()).to(dtype)",
         GRADIENTS,
@@ -521,7 +524,7 @@ FAULTS = [
     Fault(
         "a result of another type is not of that type",
         "switch",
-        "csrc/torch/override.cpp",
+        "csrc/torch/softmax_override.cpp",
         "if (!half_to_float) return dtype;",
         "return dtype;",
         "tests/test_switch.py",
@@ -537,15 +540,15 @@ FAULTS = [
     Fault(
         "the implicit dim of three dimensions is 1",
         "python",
-        "softmax_ext/functional.py",
+        "softmax_ext/functional/softmax.py",
         "return 0 if ndim in (0, 1, 3) else 1",
         "return 0 if ndim in (0, 1) else 1",
-        "tests/test_errors.py tests/test_modules.py",
+        "tests/test_softmax_errors.py tests/test_softmax_modules.py",
     ),
     Fault(
         "softmin casts before it negates",
         "python",
-        "softmax_ext/functional.py",
+        "softmax_ext/functional/softmax.py",
         "return _C.softmax(-input, dim, dtype, out)",
         "return _C.softmax(-input.to(dtype or input.dtype), dim, dtype, out)",
         VALUES,
@@ -604,8 +607,8 @@ class Copy:
 
     def _build(self, isa: str = "") -> None:
         """What has changed; the CPU kernels for one instruction set, if that is given."""
-        for path in self.tree.glob("build/*/kernels_*.o"):
-            if isa and path.stem != f"kernels_{isa}":
+        for path in self.tree.glob("build/kernels/*.o"):
+            if isa and not path.stem.endswith(f"_{isa}"):
                 os.utime(path)
         host = "import lanes; lanes.build('o2', 'kernels')"
         for built in (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_in_place import IN_PLACE
+from test_softmax_in_place import IN_PLACE
 from test_switch import telling
 from test_threads_and_isa import run
 from tolerances import FLOATING, OPS, OURS, TORCH

@@ -11,9 +11,9 @@ import softmax_ext
 MODULES = [
     "softmax_ext",
     *(
-        f"softmax_ext.{module.name}"
-        for module in pkgutil.iter_modules(softmax_ext.__path__)
-        if not module.name.startswith("_")
+        module.name
+        for module in pkgutil.walk_packages(softmax_ext.__path__, "softmax_ext.")
+        if "._" not in module.name
     ),
 ]
 PUBLIC = (

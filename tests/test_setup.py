@@ -130,7 +130,8 @@ def test_metadata(setup, checkout):
     assert wanted - names == {"softmax_ext/_build.json"}
 
     installed = [path for path in (checkout / "installed").rglob("*") if path.is_file()]
-    assert {path.parent.name for path in installed} == {"softmax_ext"}
+    folders = {str(path.parent.relative_to(checkout / "installed")) for path in installed}
+    assert folders == {"softmax_ext", "softmax_ext/functional", "softmax_ext/modules"}
     assert {path.suffix for path in installed} == {".py", ".pyi", ".typed", ".json"}
 
 
@@ -233,7 +234,7 @@ def test_several_words_reach_the_kernels_and_nvcc(setup, monkeypatch, tmp_path, 
     assert build.compiler.compiler_so[1:] == ["-O2", "-fPIC"]
     assert os.environ["TORCH_DONT_CHECK_COMPILER_ABI"] == "1"
     with mock.patch("subprocess.run") as run:
-        setup.BuildExt.compile_kernels(build, "baseline")
+        setup.BuildExt.compile_kernels(build, ("baseline", "softmax_forward"))
     assert run.call_args.args[0][:2] == ["env", "g++"]
 
 
@@ -270,3 +271,14 @@ def test_a_target_installs_what_it_needs(setup, tmp_path, target, extras):
     assert f'"torch>={setup.dotted(setup.OLDEST_TORCH)}"' in printed
     assert printed.count(' -e ".') == 1
     assert f' -e ".{extras}"' in printed
+
+
+def test_instruction_sets_by_choice(setup, monkeypatch):
+    known = setup.X86_ISAS
+    monkeypatch.delenv("SOFTMAX_EXT_ISAS", raising=False)
+    assert setup.wanted_isas(known) == known
+    monkeypatch.setenv("SOFTMAX_EXT_ISAS", "avx512 baseline")
+    assert list(setup.wanted_isas(known)) == ["baseline", "avx512"]
+    monkeypatch.setenv("SOFTMAX_EXT_ISAS", "avx2 sse9")
+    with pytest.raises(SystemExit, match=r"SOFTMAX_EXT_ISAS names sse9; .* baseline, avx2, avx512"):
+        setup.wanted_isas(known)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_in_place import IN_PLACE
+from test_softmax_in_place import IN_PLACE
 from tolerances import OPS, OURS, TORCH
 
 import softmax_ext

@@ -56,7 +56,7 @@ struct Kernels {
   void (*launch_backward)(const BackwardArgs& args, const Threads& threads);
 };
 
-// Those that this processor can run, fastest first; the last is the portable one.
+// Those that this build has and this processor can run, fastest first.
 struct KernelList {
   const Kernels* items[3];
   int size;
@@ -68,3 +68,8 @@ const KernelList& usable_kernels();
 const Kernels& kernels();
 
 }  // namespace softmax_ext::cpu
+
+// A function's name for the instruction set that a file is compiled for, which SOFTMAX_EXT_ISA names.
+#define SOFTMAX_EXT_CONCAT_(a, b) a##_##b
+#define SOFTMAX_EXT_CONCAT(a, b) SOFTMAX_EXT_CONCAT_(a, b)
+#define SOFTMAX_EXT_OF_ISA(function) SOFTMAX_EXT_CONCAT(function, SOFTMAX_EXT_ISA)

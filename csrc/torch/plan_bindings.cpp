@@ -1,10 +1,10 @@
-#include "plan_bindings.h"
+#include "bindings.h"
 
 #include <optional>
 #include <string>
 
-#include "operators.h"
 #include "softmax_ext/plan.h"
+#include "tensors.h"
 
 namespace pybind11::detail {
 

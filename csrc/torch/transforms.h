@@ -33,7 +33,7 @@
 
 #include "cuda.h"
 #include "node.h"
-#include "operators.h"
+#include "tensors.h"
 
 namespace softmax_ext {
 

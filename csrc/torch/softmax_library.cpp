@@ -1,8 +1,9 @@
-// The operators that the dispatcher knows, torch.ops.softmax_ext: what a compiled graph calls.
+// softmax and log-softmax as the dispatcher knows them, torch.ops.softmax_ext: what a compiled graph
+// calls.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include "formulas.h"
+#include "softmax_formulas.h"
 #include "transforms.h"
 
 namespace softmax_ext {
@@ -19,7 +20,7 @@ at::Tensor autocast(const at::Tensor& input, int64_t dim, std::optional<at::Scal
 
 }  // namespace
 
-TORCH_LIBRARY(softmax_ext, library) {
+TORCH_LIBRARY_FRAGMENT(softmax_ext, library) {
   Rules<Forward<Op::kSoftmax>>::define(library);
   Rules<Forward<Op::kLogSoftmax>>::define(library);
   Rules<Backward<Op::kSoftmax>>::define(library);

@@ -1,4 +1,4 @@
-#include "autograd.h"
+#include "softmax_autograd.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/WrapDimUtils.h>
@@ -8,10 +8,11 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
-#include "formulas.h"
 #include "node.h"
 #include "node_type.h"
-#include "operators.h"
+#include "softmax.h"
+#include "softmax_formulas.h"
+#include "tensors.h"
 #include "transforms.h"
 
 namespace softmax_ext {
@@ -47,7 +48,7 @@ void check_in_place(const at::Tensor& input, int64_t dim, Op op) {
   torch::autograd::check_inplace(input, torch::autograd::compute_requires_grad(input));
   at::assert_no_internal_overlap(input);
   check_inference(input, op);
-  check_storage(op, "input", input);
+  check_storage(name(op), "input", input);
 }
 
 // A result that was made elsewhere.
@@ -67,7 +68,7 @@ at::Tensor softmax(const at::Tensor& input, int64_t dim, std::optional<at::Scala
 void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarType> dtype, Op op,
                  at::Tensor& out) {
   if (!kernels_take(input) || !kernels_take(out)) {
-    if (kernels_take(input)) check_storage(op, "input", input);
+    if (kernels_take(input)) check_storage(name(op), "input", input);
     op == Op::kSoftmax ? at::softmax_out(out, input, dim, dtype)
                        : at::log_softmax_out(out, input, dim, dtype);
     return;

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_entries import shrunk
+from test_softmax_entries import shrunk
 from tolerances import INTEGERS, OPS, OURS, TORCH
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -63,7 +63,7 @@ def test_wrong_types(op: str, device: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_wrong_values(op: str, device: str) -> None:
-    """Of the forward pass; test_entries.py has those of the backward pass."""
+    """Of the forward pass; test_softmax_entries.py has those of the backward pass."""
     ones = torch.ones(3, 5, device=device)
     for arguments, error, words in (
         ((ones, 2), IndexError, r"range of \[-2, 1\], but got 2"),

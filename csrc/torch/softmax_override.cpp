@@ -1,4 +1,4 @@
-#include "override.h"
+#include "softmax_override.h"
 
 #include <ATen/TensorUtils.h>
 #include <ATen/ops/_log_softmax_backward_data_cpu_dispatch.h>
@@ -12,7 +12,8 @@
 #include <optional>
 
 #include "cuda.h"
-#include "operators.h"
+#include "softmax.h"
+#include "tensors.h"
 
 #if defined(SOFTMAX_EXT_CUDA)
 #include <ATen/ops/_log_softmax_backward_data_cuda_dispatch.h>

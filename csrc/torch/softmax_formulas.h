@@ -1,4 +1,4 @@
-// The operators of transforms.h and their derivatives, each written once.
+// softmax and log-softmax as operators of transforms.h, and their derivatives, each written once.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -10,7 +10,8 @@
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/softmax.h>
 
-#include "operators.h"
+#include "softmax.h"
+#include "tensors.h"
 #include "transforms.h"
 
 namespace softmax_ext {
@@ -188,7 +189,7 @@ struct GradientOfGradient {
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
                                             const std::array<at::Tensor, 2>& saved) const {
     if (!grads[0].defined()) return {at::Tensor(), at::Tensor()};
-    check_storage(op, "grad", grads[0]);
+    check_storage(name(op), "grad", grads[0]);
     const at::ScalarType dtype = saved[1].scalar_type();
     const at::Tensor grad = grads[0].to(dtype);
     check_gradient(saved[0], saved[1], dim, dtype, op);

@@ -112,7 +112,7 @@ def test_what_is_kept_is_known_and_given_back() -> None:
 ADDRESS_SPACE = """
 import resource, sys, torch, softmax_ext
 sys.path.insert(0, sys.argv[1])
-from test_large_outputs import result_of
+from test_softmax_large_outputs import result_of
 torch.set_num_threads(1)
 result_of()
 assert softmax_ext.memory_stats().kept_blocks == 1
@@ -176,7 +176,7 @@ def test_the_system_may_take_it() -> None:
 LIMIT = """
 import sys, torch, softmax_ext
 sys.path.insert(0, sys.argv[1])
-from test_large_outputs import mapping, result_of
+from test_softmax_large_outputs import mapping, result_of
 results = [result_of() for _ in range(3)]
 places = [result.data_ptr() for result in results]
 while results:
@@ -243,7 +243,7 @@ FORK = """
 import os, sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from test_large_outputs import is_right, result_of
+from test_softmax_large_outputs import is_right, result_of
 held = result_of()
 place = result_of().data_ptr()  # freed, and so kept
 child = os.fork()
@@ -264,7 +264,7 @@ def test_a_child_has_its_own() -> None:
 FORK_AMID = """
 import os, signal, sys, threading, torch, softmax_ext
 sys.path.insert(0, sys.argv[1])
-from test_large_outputs import result_of
+from test_softmax_large_outputs import result_of
 torch.set_num_threads(1)
 stop = threading.Event()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import BACKWARD, FORWARD
+from test_softmax_kernels import BACKWARD, FORWARD
 from tolerances import FLOATING, INTEGERS, OPS, OURS, TORCH
 from torch.autograd import forward_ad
 
@@ -97,7 +97,7 @@ def test_integers_with_a_dtype(op: str, dtype: torch.dtype, device: str) -> None
     assert not output.requires_grad
 
 
-# As the derivatives of softmax_ext.softmax are checked (test_backward.py).
+# As the derivatives of softmax_ext.softmax are checked (test_softmax_backward.py).
 DERIVATIVE_CASES = [((5,), 0), ((3, 4), 1), ((3, 4), 0), ((2, 3, 4), -2), ((), 0)]
 
 

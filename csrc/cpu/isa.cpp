@@ -8,32 +8,53 @@
 
 namespace softmax_ext::cpu {
 
-extern const Kernels kernels_baseline;
-#if defined(SOFTMAX_EXT_X86)
-extern const Kernels kernels_avx2;
-extern const Kernels kernels_avx512;
+#define SOFTMAX_EXT_KERNELS(isa)                                        \
+  void launch_forward_##isa(const ForwardArgs& args, const Threads&);   \
+  void launch_backward_##isa(const BackwardArgs& args, const Threads&); \
+  constexpr Kernels kernels_##isa = {#isa, launch_forward_##isa, launch_backward_##isa};
+
+#if defined(SOFTMAX_EXT_AVX512)
+SOFTMAX_EXT_KERNELS(avx512)
+#endif
+#if defined(SOFTMAX_EXT_AVX2)
+SOFTMAX_EXT_KERNELS(avx2)
+#endif
+#if defined(SOFTMAX_EXT_BASELINE)
+SOFTMAX_EXT_KERNELS(baseline)
 #endif
 
 namespace {
 
 KernelList find_usable() {
   KernelList list{};
-#if defined(SOFTMAX_EXT_X86)
+#if defined(SOFTMAX_EXT_AVX2) || defined(SOFTMAX_EXT_AVX512)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
+#endif
+#if defined(SOFTMAX_EXT_AVX512)
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   if (avx512) list.items[list.size++] = &kernels_avx512;
+#endif
+#if defined(SOFTMAX_EXT_AVX2)
   if (avx2) list.items[list.size++] = &kernels_avx2;
 #endif
+#if defined(SOFTMAX_EXT_BASELINE)
   list.items[list.size++] = &kernels_baseline;
+#endif
   return list;
 }
 
 const Kernels* choose() {
   const KernelList& usable = usable_kernels();
+  if (usable.size == 0) {
+    throw std::runtime_error(
+        "this build lacks the CPU kernels for this processor's instruction set, since "
+        "SOFTMAX_EXT_ISAS "
+        "named others when it was made");
+  }
   const char* forced = std::getenv("SOFTMAX_EXT_ISA");
   if (forced == nullptr || *forced == '\0') return usable.items[0];
   std::string names;

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_layout import LAYOUTS
+from test_softmax_layout import LAYOUTS
 from tolerances import FLOATING, OPS, OURS, TORCH
 
 import softmax_ext

@@ -1,4 +1,4 @@
-// The operators on torch tensors. Without autograd; autograd.h adds that.
+// softmax and log-softmax of torch tensors, without autograd; softmax_autograd.h adds that.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,31 +9,8 @@
 
 namespace softmax_ext {
 
-// Whether there are kernels for this device in this build.
-bool kernels_run_on(at::Device device);
-
-// Whether the kernels take a call on this tensor, here and now. They do not take what is not plain
-// strided memory on the CPU (or on a GPU, where built for it), nor a call that something else must
-// see: functorch transforms, forward-mode tangents, fake tensors and other modes, tracing,
-// autocast. Such a call goes to the registered operators or to torch's own.
-bool kernels_take(const at::Tensor& tensor);
-
-// Whether there are keys, of a tensor or of a thread, besides those of plain memory, autograd and
-// autocast.
-bool has_other_keys(c10::DispatchKeySet keys);
-
-// A conversion to one of the kernels' output types can be part of the kernel.
-bool is_kernel_dtype(at::ScalarType dtype);         // as input
-bool is_kernel_output_dtype(at::ScalarType dtype);  // as output: floating
-
 // The output's type, checked: floating, with an integer input only if asked for.
 at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarType> dtype, Op op);
-
-// The kernels' name of such a type.
-DType to_dtype(at::ScalarType dtype);
-
-// Raises unless all that a tensor sees is in its storage, which may have been resized to less.
-void check_storage(Op op, const char* argument, const at::Tensor& tensor);
 
 // An input of a type that the kernels do not take, as one that they do.
 at::Tensor cast(const at::Tensor& input, at::ScalarType dtype, Op op);

@@ -1,0 +1,15 @@
+// The parts of softmax_ext._C.
+#pragma once
+
+#include <torch/csrc/utils/pybind.h>
+
+namespace softmax_ext {
+
+// Adds softmax, log_softmax, their forms in place, and override_torch, the switch.
+void bind_softmax(py::module_& module);
+
+// Adds plan(), Plan, and what names and bounds its members: SCHEDULES, HOLDS, LIMITS. Plans are of any
+// device, in every build.
+void bind_plan(py::module_& module);
+
+}  // namespace softmax_ext

@@ -1,0 +1,12 @@
+"""The functions, with the signatures of torch.nn.functional; a file for each family."""
+
+from softmax_ext.functional.softmax import (
+    log_softmax,
+    log_softmax_,
+    softmax,
+    softmax_,
+    softmin,
+    softmin_,
+)
+
+__all__ = ["log_softmax", "log_softmax_", "softmax", "softmax_", "softmin", "softmin_"]
