@@ -16,6 +16,7 @@
 // another type is first rounded to the output's, in the output's memory, one row or tile at a time.
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <new>
 #include <numeric>
 #include <type_traits>
@@ -64,71 +65,92 @@ void parallel_for(const Threads& threads, int64_t size, int64_t grain, F body) {
       &body);
 }
 
-// A few rows, each as far from the one before; and wherever they lie.
+// A few slices of a tensor, each `next` from the one before.
 template <class T>
-struct EvenRows {
+struct Few {
   T* first;
   int64_t next;
 
-  SOFTMAX_EXT_INLINE T* operator[](int64_t r) const { return first + r * next; }
+  SOFTMAX_EXT_INLINE T* operator[](int64_t k) const { return first + k * next; }
+  SOFTMAX_EXT_INLINE void skip(int64_t count) { first += count * next; }
 };
 
-template <class T>
-struct AnyRows {
-  T* rows[kRegisterBytes / sizeof(float)];
-
-  SOFTMAX_EXT_INLINE T* operator[](int64_t r) const { return rows[r]; }
+// `size` slices along one outer dim. `index` is of the first.
+struct Group {
+  int64_t size;
+  int64_t index[Dims::kMax];
 };
 
-// The slices of a tensor whose columns lie side by side: a step from another is `step` elements apart, a
-// slice from the one before it `next` where the last outer dim goes on.
+// The slices of a tensor whose columns lie side by side: a step from another is `step` elements apart.
 template <class T>
 struct Slices {
   const Dims* dims;
   const Strides* strides;
   T* data;
-  int64_t step, next;
+  int64_t step;
 
   Slices(const Dims& dims, const Strides& strides, T* data)
-      : dims(&dims),
-        strides(&strides),
-        data(data),
-        step(strides.dim),
-        next(strides.of[dims.outer - 1]) {}
+      : dims(&dims), strides(&strides), data(data), step(strides.dim) {}
 
   SOFTMAX_EXT_INLINE T* operator[](int64_t slice) const {
     return data + outer_offset(*dims, *strides, dims->outer, slice);
   }
-
-  // Slices that are rows: those from `row` on.
-  SOFTMAX_EXT_INLINE EvenRows<T> rows(int64_t row, int64_t, std::true_type /*even*/) const {
-    return {(*this)[row], next};
-  }
-  AnyRows<T> rows(int64_t row, int64_t count, std::false_type /*even*/) const {
-    AnyRows<T> result;
-    const int64_t size = dims->sizes[dims->outer - 1];
-    const auto first = [&](int64_t run) {
-      return data + outer_offset(*dims, *strides, dims->outer - 1, run);
-    };
-    int64_t run = row / size, k = row % size;
-    T* of_run = first(run);
-    for (int64_t r = 0; r < count; ++r) {
-      result.rows[r] = of_run + k * next;
-      if (++k == size && r + 1 < count) {
-        k = 0;
-        of_run = first(++run);
-      }
-    }
-    return result;
+  SOFTMAX_EXT_INLINE Few<T> operator()(const Group& group, int along) const {
+    return {data + outer_offset(*dims, *strides, group.index), strides->of[along]};
   }
 };
 
-// Slices from `slice` on, `count` at most, each as far from the one before.
-SOFTMAX_EXT_INLINE int64_t even(const Dims& dims, int64_t slice, int64_t count) {
-  if (dims.outer == 1) return count;
-  const int64_t size = dims.sizes[dims.outer - 1];
-  return std::min(count, size - slice % size);
-}
+// All slices of a call, in groups along one outer dim: in each tensor these are even, so that the next one
+// is an addition away.
+class Groups {
+ public:
+  // Of at most `most` slices each, which are worked on `few` at a time. along_last: no other dim will do.
+  Groups(const Dims& dims, int64_t few, int64_t most, std::initializer_list<const Strides*> tensors,
+         bool along_last)
+      : most_(most), loops_(dims.outer), along_(dims.outer - 1) {
+    // Along the dim of which the fewest are left over; of equals, the last.
+    const auto times = [&](int k) { return ceil_div(dims.sizes[k], few); };
+    for (int k = along_; k-- > 0 && !along_last;) {
+      if (dims.sizes[k] * times(along_) > dims.sizes[along_] * times(k)) along_ = k;
+    }
+    size_ = dims.sizes[along_];
+    // Its loop is outside those of dims with shorter strides in some tensor, which is so walked in tiles:
+    // small ones, to stay in the first-level cache.
+    int place = 0;
+    const auto is_within = [&](const Strides* strides) {
+      return strides->of[place] != 0 && strides->of[place] < strides->of[along_];
+    };
+    while (place < along_ && std::none_of(tensors.begin(), tensors.end(), is_within)) ++place;
+    if (place < along_ && !along_last) most_ = std::clamp<int64_t>(32, few, most);
+    for (int j = 0; j < loops_; ++j) {
+      order_[j] = j < place || j > along_ ? j : j == place ? along_ : j - 1;
+      sizes_[j] = j == place ? ceil_div(size_, most_) : dims.sizes[order_[j]];
+      count_ *= sizes_[j];
+    }
+  }
+
+  int64_t count() const { return count_; }
+  int along() const { return along_; }
+
+  SOFTMAX_EXT_INLINE Group operator[](int64_t i) const {
+    Group group;
+    for (int j = loops_ - 1; j > 0; --j) {
+      group.index[order_[j]] = i % sizes_[j];
+      i /= sizes_[j];
+    }
+    group.index[order_[0]] = i;
+    int64_t& first = group.index[along_];
+    first *= most_;
+    group.size = std::min(most_, size_ - first);
+    return group;
+  }
+
+ private:
+  int64_t most_, size_, count_ = 1;
+  int loops_, along_;
+  int order_[Dims::kMax];  // of the outer dims
+  int64_t sizes_[Dims::kMax];
+};
 
 // step(i, lanes) for each vector of [0, n); the last may be partial.
 template <int kSize, class Step>
@@ -299,8 +321,8 @@ SOFTMAX_EXT_INLINE F of_lane(const F& formulas, int64_t r) {
 }
 
 // `rows` rows of at most a register each, which are read once.
-template <Op op, class T, class In, class Out>
-void forward_rows_of_a_register(const In& x, const Out& y, int64_t n, int64_t rows) {
+template <Op op, class T>
+void forward_rows_of_a_register(const Few<const T>& x, const Few<T>& y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const First lanes{n};
@@ -336,11 +358,11 @@ void forward_rows_of_a_register(const In& x, const Out& y, int64_t n, int64_t ro
 
 // `rows` rows of n elements, together or alone at most one chunk. Step by step for all of them, which
 // hides the latency of each step.
-template <Op op, Write write, class T, class In, class Out>
-void forward_short_rows(const In& x, const Out& y, int64_t n, int64_t rows) {
+template <Op op, Write write, class T>
+void forward_short_rows(const Few<const T>& x, const Few<T>& y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  if (n <= V::kSize) return forward_rows_of_a_register<op, T>(x, y, n, rows);
+  if (n <= V::kSize) return forward_rows_of_a_register<op>(x, y, n, rows);
   // The exps are kept in the output's memory, or beside it where that is narrower, or streamed to.
   constexpr bool kKeep = op == Op::kSoftmax;
   constexpr bool kStreamed = write == Write::kStreamed;
@@ -352,11 +374,10 @@ void forward_short_rows(const In& x, const Out& y, int64_t n, int64_t rows) {
   };
   V lanes[V::kSize];
   alignas(64) A maxes[V::kSize] = {};
-  for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(static_cast<const T*>(x[r]), n);
+  for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x[r], n);
   max_over_lanes(lanes, rows, maxes);
   for (int64_t r = 0; r < rows; ++r) {
-    lanes[r] = lane_sum_of_exp<kKeep>(static_cast<const T*>(x[r]), kept_of(r), n, maxes[r],
-                                      /*keep_all=*/kStreamed);
+    lanes[r] = lane_sum_of_exp<kKeep>(x[r], kept_of(r), n, maxes[r], /*keep_all=*/kStreamed);
   }
   const ExactSum<V> sum = exact_sum_over_lanes(lanes, rows);
   const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum.sum, sum.rest);
@@ -374,26 +395,35 @@ void forward_short_rows(const In& x, const Out& y, int64_t n, int64_t rows) {
   }
 }
 
-// Calls few(first, count, whether these lie at even distances) for all rows of at most one chunk each,
-// when they can be read: as many as have at most `elements` together, from one to one for each lane of a
-// register.
-template <class A, class Input, class Few>
-void for_each_short_row(const Shape& shape, const Dims& dims, const Input& input, int64_t elements,
-                        const Threads& threads, Few few) {
-  const int64_t most = std::clamp<int64_t>(elements / shape.dim, 1, Vec<A>::kSize);
-  parallel_for(threads, shape.rows(), grain<A>(shape.dim), [&](int64_t begin, int64_t end) {
-    input.for_each_few_rows(begin, end, most, [&](int64_t first, int64_t end) {
-      input.place_rows(first, end - first, 0, shape.dim);
-      for (int64_t row = first; row < end; row += most) {
-        const int64_t count = std::min(most, end - row);
-        if (even(dims, row, count) == count) {
-          few(row, count, std::true_type{});
-        } else {
-          few(row, count, std::false_type{});
-        }
-      }
-    });
-  });
+// work(size, slices of each tensor) for all slices, when they can be read: in groups of at most `most`, for
+// work on `few` at a time.
+template <class A, class Input, class Work, class... T>
+void for_each_group(const Shape& shape, const Dims& dims, const Input& input, int64_t few,
+                    int64_t most, const Threads& threads, Work work, const Slices<T>&... tensors) {
+  const Groups groups(dims, few, most, {tensors.strides...}, input.is_placed());
+  parallel_for(threads, groups.count(), ceil_div(grain<A>(shape.dim * shape.inner), most),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const Group group = groups[i];
+                   input.place_group(group, groups.along(), shape);
+                   work(group.size, tensors(group, groups.along())...);
+                 }
+               });
+}
+
+// work(count, rows of each tensor) for all rows, of at most one chunk each: as many as have at most `elements`
+// together, from one to one for each lane of a register.
+template <class A, class Input, class Work, class... T>
+void for_each_few_rows(const Shape& shape, const Dims& dims, const Input& input, int64_t elements,
+                       const Threads& threads, Work work, const Slices<T>&... tensors) {
+  const int64_t few = std::clamp<int64_t>(elements / shape.dim, 1, Vec<A>::kSize);
+  const int64_t most = few < Vec<A>::kSize ? few : 4 * few;
+  for_each_group<A>(
+      shape, dims, input, few, std::max(most, input.together()), threads,
+      [&](int64_t size, Few<T>... rows) {
+        for (; size > 0; size -= few, (rows.skip(few), ...)) work(std::min(few, size), rows...);
+      },
+      tensors...);
 }
 
 struct Sum {
@@ -444,15 +474,15 @@ void reduce_and_store(int64_t rows, int64_t dim, const Input& input, const Threa
     parallel_for(threads, rows, /*grain=*/1, [&](int64_t begin, int64_t end) {
       const Buffer<State> buffer(chunks);
       State* const states = buffer.data();
-      input.for_each_few_rows(begin, end, 1, [&](int64_t row, int64_t end) {
-        const bool together = end - row > 1 && input.is_placed();
-        if (together) input.place_rows(row, end - row, 0, dim);
-        for (; row < end; ++row) {
-          for (int64_t k = 0; k < chunks; ++k) states[k] = reduce_chunk(row, k, together);
-          const State of_row = combine_chunks(states);
-          for (int64_t k = 0; k < chunks; ++k) store_chunk(row, k, states[k], of_row);
+      for (int64_t row = begin, placed = begin; row < end; ++row) {
+        if (const int64_t few = std::min(input.together(), end - row); row == placed && few > 1) {
+          input.place_rows(row, few, 0, dim);
+          placed = row + few;
         }
-      });
+        for (int64_t k = 0; k < chunks; ++k) states[k] = reduce_chunk(row, k, row < placed);
+        const State of_row = combine_chunks(states);
+        for (int64_t k = 0; k < chunks; ++k) store_chunk(row, k, states[k], of_row);
+      }
     });
     return;
   }
@@ -613,47 +643,41 @@ class Input {
         strides_(strides),
         is_placed_(is_placed),
         result_(result),
-        together_(shape.inner == 1 && strides.of[dims.outer - 1] < strides.dim ? 64 / size_of(dtype)
-                                                                               : int64_t{1}) {}
+        together_(is_placed && shape.inner == 1 && strides.of[dims.outer - 1] < strides.dim
+                      ? 64 / size_of(dtype)
+                      : int64_t{1}) {}
 
   Slices<const T> slices;
 
   bool is_placed() const { return is_placed_; }
 
-  // f(first, end) for rows to be placed together: `count`, or those that a line of memory has a part of.
-  template <class F>
-  SOFTMAX_EXT_INLINE void for_each_few_rows(int64_t begin, int64_t end, int64_t count, F f) const {
-    const int64_t most = is_placed_ ? std::max(count, together_) : end - begin;
-    for (int64_t row = begin; row < end; row += most) f(row, std::min(row + most, end));
-  }
+  // Rows to be placed together: those that a line of memory has a part of.
+  int64_t together() const { return together_; }
 
   // n elements of `count` rows, from element i on. inner is 1.
   SOFTMAX_EXT_INLINE void place_rows(int64_t row, int64_t count, int64_t i, int64_t n) const {
     if (!is_placed_) return;
+    const int last = dims_.outer - 1;
     for (const int64_t end = row + count; row < end;) {
-      const int64_t some = even(dims_, row, end - row);
-      place(outer_offset(dims_, strides_, dims_.outer, row) + i * strides_.dim,
-            strides_.of[dims_.outer - 1], strides_.dim, result_[row] + i, result_.next, some, n);
+      const int64_t some = std::min(end - row, dims_.sizes[last] - row % dims_.sizes[last]);
+      place(outer_offset(dims_, strides_, dims_.outer, row) + i * strides_.dim, strides_.of[last],
+            strides_.dim, result_[row] + i, result_.strides->of[last], some, n);
       row += some;
     }
   }
 
-  // `count` slices. inner is more than 1.
-  void place_slices(int64_t slice, int64_t count, const Shape& shape) const {
+  void place_group(const Group& group, int along, const Shape& shape) const {
     if (!is_placed_) return;
-    // Where the elements of each lie evenly, so may those of some.
-    const int64_t apart = strides_.of[dims_.outer];
-    const bool even_elements =
-        dims_.inner == 1 && strides_.dim == shape.inner * apart && result_.step == shape.inner;
-    for (const int64_t end = slice + count; slice < end;) {
-      const int64_t some = even_elements ? even(dims_, slice, end - slice) : 1;
-      if (even_elements) {
-        place(outer_offset(dims_, strides_, dims_.outer, slice), strides_.of[dims_.outer - 1],
-              apart, result_[slice], result_.next, some, shape.dim * shape.inner);
-      } else {
-        place_columns(slice, 0, shape.inner, 0, shape.dim);
-      }
-      slice += some;
+    const int64_t offset = outer_offset(dims_, strides_, group.index), next = strides_.of[along];
+    const Few<T> to = result_(group, along);
+    // Where the elements of each lie evenly, so do those of all.
+    const int64_t apart = shape.inner == 1 ? strides_.dim : strides_.of[dims_.outer];
+    if (dims_.inner <= 1 && strides_.dim == shape.inner * apart && result_.step == shape.inner) {
+      place(offset, next, apart, to.first, to.next, group.size, shape.dim * shape.inner);
+      return;
+    }
+    for (int64_t s = 0; s < group.size; ++s) {
+      place_columns(offset + s * next, to[s], 0, shape.inner, 0, shape.dim);
     }
   }
 
@@ -661,9 +685,17 @@ class Input {
   SOFTMAX_EXT_INLINE void place_columns(int64_t slice, int64_t column, int64_t width, int64_t begin,
                                         int64_t end) const {
     if (!is_placed_) return;
+    place_columns(outer_offset(dims_, strides_, dims_.outer, slice), result_[slice], column, width,
+                  begin, end);
+  }
+
+ private:
+  // The slice begins at `offset`, and goes to y.
+  void place_columns(int64_t offset, T* y, int64_t column, int64_t width, int64_t begin,
+                     int64_t end) const {
     const int last = dims_.outer + dims_.inner - 1;
-    const int64_t offset = outer_offset(dims_, strides_, dims_.outer, slice) + begin * strides_.dim;
-    T* y = result_[slice] + begin * result_.step;
+    offset += begin * strides_.dim;
+    y += begin * result_.step;
     for (const int64_t end_column = column + width; column < end_column;) {
       const int64_t some =
           std::min(end_column - column, dims_.sizes[last] - column % dims_.sizes[last]);
@@ -672,8 +704,6 @@ class Input {
       column += some;
     }
   }
-
- private:
   void place(int64_t offset, int64_t next, int64_t apart, T* y, int64_t y_next, int64_t rows,
              int64_t n) const {
     visit(dtype_, data_, [=](auto x) { convert(x + offset, next, apart, y, y_next, rows, n); });
@@ -733,21 +763,19 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
   const Slices<T> output = output_of<T>(args);
   const Input<T> input = input_of<T>(args);
   if (dim <= kChunk<A>) {
-    // The processor does not foresee rows that lie behind as much of something else.
-    const bool far = input.slices.next >= 2 * dim;
-    for_each_short_row<A>(args.shape, args.dims, input, kChunk<A> / 2, threads,
-                          [&](int64_t row, int64_t count, auto even) {
-                            const auto x = input.slices.rows(row, count, even);
-                            if constexpr (even()) {
-                              constexpr int64_t kLine = 64 / sizeof(T);
-                              for (int64_t r = 0; far && r < count; ++r) {
-                                for (int64_t i = 0; i < dim; i += kLine)
-                                  __builtin_prefetch(x[count + r] + i);
-                              }
-                            }
-                            forward_short_rows<op, write, T>(x, output.rows(row, count, even), dim,
-                                                             count);
-                          });
+    for_each_few_rows<A>(
+        args.shape, args.dims, input, kChunk<A> / 2, threads,
+        [&](int64_t count, const Few<const T>& x, const Few<T>& y) {
+          // The processor does not foresee rows that lie behind as much of something else.
+          if (x.next >= 2 * dim) {
+            constexpr int64_t kLine = 64 / sizeof(T);
+            for (int64_t r = count; r < 2 * count; ++r) {
+              for (int64_t i = 0; i < dim; i += kLine) __builtin_prefetch(x[r] + i);
+            }
+          }
+          forward_short_rows<op, write>(x, y, dim, count);
+        },
+        input.slices, output);
     return;
   }
   // Where a row stays in cache, the exps of a chunk are kept in the output's memory. They are
@@ -793,59 +821,72 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
       });
 }
 
+// A first look at the output while stores pass the caches would wait behind them.
+template <Op op, Write write>
+constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
+
+// What the gradient of a row needs summed, lane by lane. `ahead`: the output is fetched before it is used.
+template <Op op, class T, class V = Vec<compute_t<T>>>
+SOFTMAX_EXT_INLINE V lane_sum_of_terms(const T* grad, const T* y, int64_t n, bool ahead) {
+  using A = compute_t<T>;
+  return fold(
+      n, V(A(0)),
+      [=](V sum, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+        if (ahead) __builtin_prefetch(y + k);
+        return sum + Backward<op, V>::term(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
+      },
+      Add{});
+}
+
+template <Op op, Write write, class T, class G, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE void store_gradient(const T* grad, const T* y, G* grad_input, int64_t n, A sum) {
+  const Backward<op, Vec<A>> formula{sum};
+  store_each<write, T>(grad_input, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+    return formula.of(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
+  });
+}
+
+template <Op op, Write write, class T, class G>
+void backward_short_rows(Few<const T> grads, Few<const T> outputs, Few<G> grad_inputs, int64_t dim,
+                         int64_t rows) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  V lanes[V::kSize];
+  alignas(64) A sums[V::kSize];
+  for (int64_t r = 0; r < rows; ++r) {
+    lanes[r] = lane_sum_of_terms<op>(grads[r], outputs[r], dim, kAhead<op, write>);
+  }
+  rounded_sum_over_lanes(lanes, rows, sums);
+  for (int64_t r = 0; r < rows; ++r) {
+    store_gradient<op, write>(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);
+  }
+}
+
 template <Op op, class T, class G, Write write>
 void backward_rows(const BackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
-  using V = Vec<A>;
   const int64_t dim = args.shape.dim;
   const Gradients<T, G> tensors(args);
-  constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
-  const bool ahead = kAhead && dim * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
-  const auto lane_sum = [=](const T* grad, const T* y, int64_t n) SOFTMAX_EXT_LAMBDA {
-    return fold(
-        n, V(A(0)),
-        [=](V sum, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-          // A first look at the output while stores pass the caches would wait behind them.
-          if constexpr (kAhead) {
-            if (ahead) __builtin_prefetch(y + k);
-          }
-          return sum + Backward<op, V>::term(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
-        },
-        Add{});
-  };
-  const auto store_gradient = [](const T* grad, const T* y, G* grad_input, int64_t n,
-                                 A sum) SOFTMAX_EXT_LAMBDA {
-    const Backward<op, V> formula{sum};
-    store_each<write, T>(grad_input, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-      return formula.of(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
-    });
-  };
   if (dim <= kChunk<A>) {
-    for_each_short_row<A>(args.shape, args.dims, tensors.grads, kChunk<A> / 4, threads,
-                          [&](int64_t row, int64_t count, auto even) {
-                            const auto grads = tensors.grads.slices.rows(row, count, even);
-                            const auto outputs = tensors.outputs.rows(row, count, even);
-                            const auto grad_inputs = tensors.grad_inputs.rows(row, count, even);
-                            V lanes[V::kSize];
-                            alignas(64) A sums[V::kSize];
-                            for (int64_t r = 0; r < count; ++r)
-                              lanes[r] = lane_sum(grads[r], outputs[r], dim);
-                            rounded_sum_over_lanes(lanes, count, sums);
-                            for (int64_t r = 0; r < count; ++r) {
-                              store_gradient(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);
-                            }
-                          });
+    for_each_few_rows<A>(
+        args.shape, args.dims, tensors.grads, kChunk<A> / 4, threads,
+        [&](int64_t count, const Few<const T>& grads, const Few<const T>& outputs,
+            const Few<G>& grad_inputs) {
+          backward_short_rows<op, write>(grads, outputs, grad_inputs, dim, count);
+        },
+        tensors.grads.slices, tensors.outputs, tensors.grad_inputs);
     return;
   }
+  const bool ahead = kAhead<op, write> && dim * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   reduce_and_store<Sum, A>(
       args.shape.rows(), dim, tensors.grads, threads,
       [&](int64_t row, int64_t i, int64_t n) {
-        return Sum{exact_sum_over_lanes(
-            lane_sum(tensors.grads.slices[row] + i, tensors.outputs[row] + i, n))};
+        return Sum{exact_sum_over_lanes(lane_sum_of_terms<op>(tensors.grads.slices[row] + i,
+                                                              tensors.outputs[row] + i, n, ahead))};
       },
       [&](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
-        store_gradient(tensors.grads.slices[row] + i, tensors.outputs[row] + i,
-                       tensors.grad_inputs[row] + i, n, static_cast<A>(of_row.sum));
+        store_gradient<op, write>(tensors.grads.slices[row] + i, tensors.outputs[row] + i,
+                                  tensors.grad_inputs[row] + i, n, static_cast<A>(of_row.sum));
       });
 }
 
@@ -1005,8 +1046,8 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   const Gradients<T, G> tensors(args);
   const int64_t grad_step = tensors.grads.slices.step, y_step = tensors.outputs.step;
   const int64_t grad_input_step = tensors.grad_inputs.step;
-  constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
-  const bool ahead = kAhead && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
+  const bool ahead =
+      kAhead<op, write> && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   // The processor does not foresee the first lines of a step that lies in another page.
   const bool far = y_step * static_cast<int64_t>(sizeof(T)) >= 4096;
   // What is in the first caches waits for instructions; elsewhere memory is walked step by step.
@@ -1024,8 +1065,8 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
         const T* grad = grad_tile + d * grad_step;
         const T* y = y_tile + d * y_step;
         for_each_vector<kSize>(width, [=, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-          if constexpr (kAhead) {
-            if (ahead) __builtin_prefetch(y + c);  // as in backward_rows
+          if constexpr (kAhead<op, write>) {
+            if (ahead) __builtin_prefetch(y + c);
           }
           if (steps() == 1 && far) {
             __builtin_prefetch(grad + grad_step + c);
@@ -1088,31 +1129,21 @@ struct Gathered {
       store(data + d * stride + width - kSize, All{}, Vec<A>(A(0)));
     }
   }
-  void gather(const Slices<const T>& slices, int64_t first, int64_t count, const Shape& shape) {
-    for (int64_t s = 0, n; s < count; s += n) {
-      n = even(*slices.dims, first + s, count - s);
-      copy_stretches(data + s * shape.inner, shape.inner, stride, slices[first + s], slices.next,
-                     slices.step, n, shape.dim, shape.inner);
-    }
+  // Of slices whose steps are `step` apart.
+  void gather(Few<const T> slices, int64_t step, int64_t count, const Shape& shape) {
+    copy_stretches(data, shape.inner, stride, slices.first, slices.next, step, count, shape.dim,
+                   shape.inner);
   }
-  void scatter(const Slices<T>& slices, int64_t first, int64_t count, const Shape& shape) const {
-    for (int64_t s = 0, n; s < count; s += n) {
-      n = even(*slices.dims, first + s, count - s);
-      copy_stretches(slices[first + s], slices.next, slices.step, data + s * shape.inner,
-                     shape.inner, stride, n, shape.dim, shape.inner);
-    }
+  void scatter(Few<T> slices, int64_t step, int64_t count, const Shape& shape) const {
+    copy_stretches(slices.first, slices.next, step, data, shape.inner, stride, count, shape.dim,
+                   shape.inner);
   }
 };
 
-// few(first, count) for all slices, as many as are gathered at a time.
-template <class A, class Few>
-void for_each_few_slices(const Shape& shape, const Threads& threads, Few few) {
-  const int64_t lanes = std::min(kLanes<A>, kGathered<A> / shape.dim);
-  const int64_t count = std::max<int64_t>(lanes / shape.inner, 1);
-  parallel_for(threads, shape.outer, grain<A>(shape.dim * shape.inner),
-               [=](int64_t begin, int64_t end) {
-                 for (int64_t s = begin; s < end; s += count) few(s, std::min(count, end - s));
-               });
+// Slices that are gathered at a time.
+template <class A>
+int64_t gathered_slices(const Shape& shape) {
+  return std::max<int64_t>(std::min(kLanes<A>, kGathered<A> / shape.dim) / shape.inner, 1);
 }
 
 // Whether slices are worked on where they are: in whole registers, of which the last may repeat columns
@@ -1123,14 +1154,20 @@ bool is_in_registers(int64_t inner, bool in_place) {
   return inner % kSize == 0 || (inner > 3 * kSize && !in_place);
 }
 
-// step(c, count) for each register of `width` columns: for `kTogether` at a time, from c on, or for one.
-// The steps of one hide the latency of those of another.
+// step(c, count) for each register of `width` columns: for `kTogether` at a time, from c on, for two, or for
+// one. The steps of one hide the latency of those of another.
 template <class A, int kTogether, class Step>
 SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
   constexpr int64_t kSize = Vec<A>::kSize;
   int64_t c = 0;
   for (; c + kTogether * kSize <= width; c += kTogether * kSize) {
     step(c, std::integral_constant<int, kTogether>{});
+  }
+  if constexpr (kTogether > 2) {
+    if (c + 2 * kSize <= width) {
+      step(c, std::integral_constant<int, 2>{});
+      c += 2 * kSize;
+    }
   }
   for (; c < width; c += kSize) {
     step(std::min(c, width - kSize), std::integral_constant<int, 1>{});
@@ -1191,27 +1228,28 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
   const Slices<T> output = output_of<T>(args);
   const Input<T> input = input_of<T>(args);
   const bool in_place = input.slices.data == output.data;
-  for_each_few_slices<A>(args.shape, threads, [&](int64_t first, int64_t count) {
-    input.place_slices(first, count, args.shape);
-    if (is_in_registers<T>(inner, in_place)) {
-      const int64_t x_step = input.slices.step, y_step = output.step;
-      for (int64_t s = first; s < first + count; ++s) {
-        const T* x = input.slices[s];
-        T* y = output[s];
-        for_each_register<A, 2>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-          forward_registers<op, count()>(x + c, x_step, y + c, y_step, dim);
+  const int64_t x_step = input.slices.step, y_step = output.step;
+  const int64_t count = gathered_slices<A>(args.shape);
+  for_each_group<A>(
+      args.shape, args.dims, input, count, count, threads,
+      [&](int64_t size, Few<const T> x, Few<T> y) {
+        if (is_in_registers<T>(inner, in_place)) {
+          for (int64_t s = 0; s < size; ++s) {
+            for_each_register<A, 2>(inner, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+              forward_registers<op, count()>(x[s] + c, x_step, y[s] + c, y_step, dim);
+            });
+          }
+          return;
+        }
+        Gathered<T> tile(dim, size * inner);
+        tile.gather(x, x_step, size, args.shape);
+        for_each_register<A, 2>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+          T* columns = tile.data + c;
+          forward_registers<op, count()>(columns, tile.stride, columns, tile.stride, dim);
         });
-      }
-      return;
-    }
-    Gathered<T> tile(dim, count * inner);
-    tile.gather(input.slices, first, count, args.shape);
-    for_each_register<A, 2>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-      T* columns = tile.data + c;
-      forward_registers<op, count()>(columns, tile.stride, columns, tile.stride, dim);
-    });
-    tile.scatter(output, first, count, args.shape);
-  });
+        tile.scatter(y, y_step, size, args.shape);
+      },
+      input.slices, output);
 }
 
 template <Op op, int count, class T>
@@ -1251,31 +1289,31 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
   const Slices<const T>&grads = tensors.grads.slices, &outputs = tensors.outputs;
   const Slices<T>& grad_inputs = tensors.grad_inputs;
   const bool in_place = grad_inputs.data == grads.data || grad_inputs.data == outputs.data;
-  for_each_few_slices<A>(args.shape, threads, [&](int64_t first, int64_t count) {
-    tensors.grads.place_slices(first, count, args.shape);
-    if (is_in_registers<T>(inner, in_place)) {
-      const int64_t grad_step = grads.step, y_step = outputs.step, to_step = grad_inputs.step;
-      for (int64_t s = first; s < first + count; ++s) {
-        const T* grad = grads[s];
-        const T* y = outputs[s];
-        T* grad_input = grad_inputs[s];
-        for_each_register<A, 4>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-          backward_registers<op, count()>(grad + c, grad_step, y + c, y_step, grad_input + c,
-                                          to_step, dim);
+  const int64_t grad_step = grads.step, y_step = outputs.step, to_step = grad_inputs.step;
+  const int64_t count = gathered_slices<A>(args.shape);
+  for_each_group<A>(
+      args.shape, args.dims, tensors.grads, count, count, threads,
+      [&](int64_t size, Few<const T> grad, Few<const T> y, Few<T> grad_input) {
+        if (is_in_registers<T>(inner, in_place)) {
+          for (int64_t s = 0; s < size; ++s) {
+            for_each_register<A, 4>(inner, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+              backward_registers<op, count()>(grad[s] + c, grad_step, y[s] + c, y_step,
+                                              grad_input[s] + c, to_step, dim);
+            });
+          }
+          return;
+        }
+        Gathered<T> of_grads(dim, size * inner), of_outputs(dim, size * inner);
+        of_grads.gather(grad, grad_step, size, args.shape);
+        of_outputs.gather(y, y_step, size, args.shape);
+        for_each_register<A, 4>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+          const int64_t step = of_grads.stride;
+          backward_registers<op, count()>(of_grads.data + c, step, of_outputs.data + c, step,
+                                          of_grads.data + c, step, dim);
         });
-      }
-      return;
-    }
-    Gathered<T> of_grads(dim, count * inner), of_outputs(dim, count * inner);
-    of_grads.gather(grads, first, count, args.shape);
-    of_outputs.gather(outputs, first, count, args.shape);
-    for_each_register<A, 4>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-      const int64_t step = of_grads.stride;
-      backward_registers<op, count()>(of_grads.data + c, step, of_outputs.data + c, step,
-                                      of_grads.data + c, step, dim);
-    });
-    of_grads.scatter(grad_inputs, first, count, args.shape);
-  });
+        of_grads.scatter(grad_input, to_step, size, args.shape);
+      },
+      grads, outputs, grad_inputs);
 }
 
 // States of lanes, with room for a register beyond them.
