@@ -28,6 +28,7 @@ ROWS = "csrc/cuda/row_kernels.cuh"
 COLUMNS = "csrc/cuda/column_kernels.cuh"
 PACKED = "csrc/cuda/packed_kernels.cuh"
 DEVICE = "csrc/cuda/device.cuh"
+CPU_SLICES = "csrc/cpu/slices.h"
 CPU_ROWS = "csrc/cpu/rows.h"
 CPU_COLUMNS = "csrc/cpu/columns.h"
 CPU_NARROW = "csrc/cpu/narrow_columns.h"
@@ -84,8 +85,8 @@ FAULTS = [
         "the max leaves out the last element",
         "cpu short rows",
         CPU_ROWS,
-        "lanes[r] = lane_max(static_cast<const T*>(x[r]), n);",
-        "lanes[r] = lane_max(static_cast<const T*>(x[r]), n - 1);",
+        "lanes[r] = lane_max(x[r], n);",
+        "lanes[r] = lane_max(x[r], n - 1);",
         VALUES,
         "avx2",
     ),
@@ -93,8 +94,8 @@ FAULTS = [
         "the gradient of all rows with the sum of the first",
         "cpu short rows",
         CPU_ROWS,
-        "store_gradient(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);",
-        "store_gradient(grads[r], outputs[r], grad_inputs[r], dim, sums[0]);",
+        "store_gradient<op, write>(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);",
+        "store_gradient<op, write>(grads[r], outputs[r], grad_inputs[r], dim, sums[0]);",
         GRADIENTS,
         "baseline",
     ),
@@ -147,8 +148,8 @@ FAULTS = [
         "the last slice of several is not stored",
         "cpu narrow columns",
         CPU_NARROW,
-        "tile.scatter(output, first, count, args.shape);",
-        "tile.scatter(output, first, std::max<int64_t>(count - 1, 1), args.shape);",
+        "tile.scatter(y, y_step, size, args.shape);",
+        "tile.scatter(y, y_step, std::max<int64_t>(size - 1, 1), args.shape);",
         VALUES,
         "avx2",
     ),
@@ -209,11 +210,11 @@ FAULTS = [
         "baseline",
     ),
     Fault(
-        "rows of the next run are as far as those of the last",
+        "slices of a group lie along the last dim, whichever that is of",
         "cpu strides",
-        CPU_INPUT,
-        "if (++k == size && r + 1 < count) {",
-        "if (++k > size && r + 1 < count) {",
+        CPU_SLICES,
+        "strides->of[along]};",
+        "strides->of[dims->outer - 1]};",
         STRIDES,
         "avx512",
     ),

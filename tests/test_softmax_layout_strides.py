@@ -18,6 +18,7 @@ IN_PLACE = {"softmax": softmax_ext.softmax_, "log_softmax": softmax_ext.log_soft
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "rows of a register": ((3, 11, 7), 2),
     "rows of whole registers": ((3, 5, 64), 2),
+    "rows of several groups": ((4, 37, 7), 2),
     "short rows": ((9, 3, 203), 2),
     "rows of two to a chunk": ((2, 3, 1031), 2),
     "rows of several chunks": ((2, 3, 9001), 2),

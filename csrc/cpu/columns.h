@@ -171,8 +171,8 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   const Gradients<T, G> tensors(args);
   const int64_t grad_step = tensors.grads.slices.step, y_step = tensors.outputs.step;
   const int64_t grad_input_step = tensors.grad_inputs.step;
-  constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
-  const bool ahead = kAhead && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
+  const bool ahead =
+      kAhead<op, write> && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   // The processor does not foresee the first lines of a step that lies in another page.
   const bool far = y_step * static_cast<int64_t>(sizeof(T)) >= 4096;
   // What is in the first caches waits for instructions; elsewhere memory is walked step by step.
@@ -190,8 +190,8 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
         const T* grad = grad_tile + d * grad_step;
         const T* y = y_tile + d * y_step;
         for_each_vector<kSize>(width, [=, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-          if constexpr (kAhead) {
-            if (ahead) __builtin_prefetch(y + c);  // as in backward_rows
+          if constexpr (kAhead<op, write>) {
+            if (ahead) __builtin_prefetch(y + c);
           }
           if (steps() == 1 && far) {
             __builtin_prefetch(grad + grad_step + c);

@@ -80,5 +80,9 @@ constexpr bool kWhole = std::is_same_v<Lanes, All>;
 // How an output is written.
 enum class Write { kCached, kStreamed };
 
+// A first look at the output while stores pass the caches would wait behind them.
+template <Op op, Write write>
+constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
+
 }  // namespace
 }  // namespace softmax_ext::cpu

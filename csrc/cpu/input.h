@@ -1,81 +1,15 @@
-// The tensors of a call as the schedules see them: where rows and slices lie, and input of another type
-// or not side by side, which is copied to the result's memory in parts and read there.
+// The tensors of a call as the schedules see them. Input of another type, or not side by side, is copied to
+// the result's memory in parts and read there.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-#include "loops.h"
+#include "slices.h"
 #include "vec.h"
 
 namespace softmax_ext::cpu {
 namespace {
-
-// A few rows, each as far from the one before; and wherever they lie.
-template <class T>
-struct EvenRows {
-  T* first;
-  int64_t next;
-
-  SOFTMAX_EXT_INLINE T* operator[](int64_t r) const { return first + r * next; }
-};
-
-template <class T>
-struct AnyRows {
-  T* rows[kRegisterBytes / sizeof(float)];
-
-  SOFTMAX_EXT_INLINE T* operator[](int64_t r) const { return rows[r]; }
-};
-
-// The slices of a tensor whose columns lie side by side: a step from another is `step` elements apart, a
-// slice from the one before it `next` where the last outer dim goes on.
-template <class T>
-struct Slices {
-  const Dims* dims;
-  const Strides* strides;
-  T* data;
-  int64_t step, next;
-
-  Slices(const Dims& dims, const Strides& strides, T* data)
-      : dims(&dims),
-        strides(&strides),
-        data(data),
-        step(strides.dim),
-        next(strides.of[dims.outer - 1]) {}
-
-  SOFTMAX_EXT_INLINE T* operator[](int64_t slice) const {
-    return data + outer_offset(*dims, *strides, dims->outer, slice);
-  }
-
-  // Slices that are rows: those from `row` on.
-  SOFTMAX_EXT_INLINE EvenRows<T> rows(int64_t row, int64_t, std::true_type /*even*/) const {
-    return {(*this)[row], next};
-  }
-  AnyRows<T> rows(int64_t row, int64_t count, std::false_type /*even*/) const {
-    AnyRows<T> result;
-    const int64_t size = dims->sizes[dims->outer - 1];
-    const auto first = [&](int64_t run) {
-      return data + outer_offset(*dims, *strides, dims->outer - 1, run);
-    };
-    int64_t run = row / size, k = row % size;
-    T* of_run = first(run);
-    for (int64_t r = 0; r < count; ++r) {
-      result.rows[r] = of_run + k * next;
-      if (++k == size && r + 1 < count) {
-        k = 0;
-        of_run = first(++run);
-      }
-    }
-    return result;
-  }
-};
-
-// Slices from `slice` on, `count` at most, each as far from the one before.
-SOFTMAX_EXT_INLINE int64_t even(const Dims& dims, int64_t slice, int64_t count) {
-  if (dims.outer == 1) return count;
-  const int64_t size = dims.sizes[dims.outer - 1];
-  return std::min(count, size - slice % size);
-}
 
 // n elements that are `apart`, rounded to T.
 template <class T, class From>
@@ -218,47 +152,41 @@ class Input {
         strides_(strides),
         is_placed_(is_placed),
         result_(result),
-        together_(shape.inner == 1 && strides.of[dims.outer - 1] < strides.dim ? 64 / size_of(dtype)
-                                                                               : int64_t{1}) {}
+        together_(is_placed && shape.inner == 1 && strides.of[dims.outer - 1] < strides.dim
+                      ? 64 / size_of(dtype)
+                      : int64_t{1}) {}
 
   Slices<const T> slices;
 
   bool is_placed() const { return is_placed_; }
 
-  // f(first, end) for rows to be placed together: `count`, or those that a line of memory has a part of.
-  template <class F>
-  SOFTMAX_EXT_INLINE void for_each_few_rows(int64_t begin, int64_t end, int64_t count, F f) const {
-    const int64_t most = is_placed_ ? std::max(count, together_) : end - begin;
-    for (int64_t row = begin; row < end; row += most) f(row, std::min(row + most, end));
-  }
+  // Rows to be placed together: those that a line of memory has a part of.
+  int64_t together() const { return together_; }
 
   // n elements of `count` rows, from element i on. inner is 1.
   SOFTMAX_EXT_INLINE void place_rows(int64_t row, int64_t count, int64_t i, int64_t n) const {
     if (!is_placed_) return;
+    const int last = dims_.outer - 1;
     for (const int64_t end = row + count; row < end;) {
-      const int64_t some = even(dims_, row, end - row);
-      place(outer_offset(dims_, strides_, dims_.outer, row) + i * strides_.dim,
-            strides_.of[dims_.outer - 1], strides_.dim, result_[row] + i, result_.next, some, n);
+      const int64_t some = std::min(end - row, dims_.sizes[last] - row % dims_.sizes[last]);
+      place(outer_offset(dims_, strides_, dims_.outer, row) + i * strides_.dim, strides_.of[last],
+            strides_.dim, result_[row] + i, result_.strides->of[last], some, n);
       row += some;
     }
   }
 
-  // `count` slices. inner is more than 1.
-  void place_slices(int64_t slice, int64_t count, const Shape& shape) const {
+  void place_group(const Group& group, int along, const Shape& shape) const {
     if (!is_placed_) return;
-    // Where the elements of each lie evenly, so may those of some.
-    const int64_t apart = strides_.of[dims_.outer];
-    const bool even_elements =
-        dims_.inner == 1 && strides_.dim == shape.inner * apart && result_.step == shape.inner;
-    for (const int64_t end = slice + count; slice < end;) {
-      const int64_t some = even_elements ? even(dims_, slice, end - slice) : 1;
-      if (even_elements) {
-        place(outer_offset(dims_, strides_, dims_.outer, slice), strides_.of[dims_.outer - 1],
-              apart, result_[slice], result_.next, some, shape.dim * shape.inner);
-      } else {
-        place_columns(slice, 0, shape.inner, 0, shape.dim);
-      }
-      slice += some;
+    const int64_t offset = outer_offset(dims_, strides_, group.index), next = strides_.of[along];
+    const Few<T> to = result_(group, along);
+    // Where the elements of each lie evenly, so do those of all.
+    const int64_t apart = shape.inner == 1 ? strides_.dim : strides_.of[dims_.outer];
+    if (dims_.inner <= 1 && strides_.dim == shape.inner * apart && result_.step == shape.inner) {
+      place(offset, next, apart, to.first, to.next, group.size, shape.dim * shape.inner);
+      return;
+    }
+    for (int64_t s = 0; s < group.size; ++s) {
+      place_columns(offset + s * next, to[s], 0, shape.inner, 0, shape.dim);
     }
   }
 
@@ -266,9 +194,17 @@ class Input {
   SOFTMAX_EXT_INLINE void place_columns(int64_t slice, int64_t column, int64_t width, int64_t begin,
                                         int64_t end) const {
     if (!is_placed_) return;
+    place_columns(outer_offset(dims_, strides_, dims_.outer, slice), result_[slice], column, width,
+                  begin, end);
+  }
+
+ private:
+  // The slice begins at `offset`, and goes to y.
+  void place_columns(int64_t offset, T* y, int64_t column, int64_t width, int64_t begin,
+                     int64_t end) const {
     const int last = dims_.outer + dims_.inner - 1;
-    const int64_t offset = outer_offset(dims_, strides_, dims_.outer, slice) + begin * strides_.dim;
-    T* y = result_[slice] + begin * result_.step;
+    offset += begin * strides_.dim;
+    y += begin * result_.step;
     for (const int64_t end_column = column + width; column < end_column;) {
       const int64_t some =
           std::min(end_column - column, dims_.sizes[last] - column % dims_.sizes[last]);
@@ -277,8 +213,6 @@ class Input {
       column += some;
     }
   }
-
- private:
   void place(int64_t offset, int64_t next, int64_t apart, T* y, int64_t y_next, int64_t rows,
              int64_t n) const {
     visit(dtype_, data_, [=](auto x) { convert(x + offset, next, apart, y, y_next, rows, n); });
@@ -329,6 +263,22 @@ struct Gradients {
               args.shape, args.dims,
               {args.dims, args.grad_input_strides, static_cast<T*>(args.grad_input)}) {}
 };
+
+// work(size, slices of each tensor) for all slices, when they can be read: in groups of at most `most`, for
+// work on `few` at a time.
+template <class A, class Input, class Work, class... T>
+void for_each_group(const Shape& shape, const Dims& dims, const Input& input, int64_t few,
+                    int64_t most, const Threads& threads, Work work, const Slices<T>&... tensors) {
+  const Groups groups(dims, few, most, {tensors.strides...}, input.is_placed());
+  parallel_for(threads, groups.count(), ceil_div(grain<A>(shape.dim * shape.inner), most),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const Group group = groups[i];
+                   input.place_group(group, groups.along(), shape);
+                   work(group.size, tensors(group, groups.along())...);
+                 }
+               });
+}
 
 }  // namespace
 }  // namespace softmax_ext::cpu

@@ -41,31 +41,21 @@ struct Gathered {
       store(data + d * stride + width - kSize, All{}, Vec<A>(A(0)));
     }
   }
-  void gather(const Slices<const T>& slices, int64_t first, int64_t count, const Shape& shape) {
-    for (int64_t s = 0, n; s < count; s += n) {
-      n = even(*slices.dims, first + s, count - s);
-      copy_stretches(data + s * shape.inner, shape.inner, stride, slices[first + s], slices.next,
-                     slices.step, n, shape.dim, shape.inner);
-    }
+  // Of slices whose steps are `step` apart.
+  void gather(Few<const T> slices, int64_t step, int64_t count, const Shape& shape) {
+    copy_stretches(data, shape.inner, stride, slices.first, slices.next, step, count, shape.dim,
+                   shape.inner);
   }
-  void scatter(const Slices<T>& slices, int64_t first, int64_t count, const Shape& shape) const {
-    for (int64_t s = 0, n; s < count; s += n) {
-      n = even(*slices.dims, first + s, count - s);
-      copy_stretches(slices[first + s], slices.next, slices.step, data + s * shape.inner,
-                     shape.inner, stride, n, shape.dim, shape.inner);
-    }
+  void scatter(Few<T> slices, int64_t step, int64_t count, const Shape& shape) const {
+    copy_stretches(slices.first, slices.next, step, data, shape.inner, stride, count, shape.dim,
+                   shape.inner);
   }
 };
 
-// few(first, count) for all slices, as many as are gathered at a time.
-template <class A, class Few>
-void for_each_few_slices(const Shape& shape, const Threads& threads, Few few) {
-  const int64_t lanes = std::min(kLanes<A>, kGathered<A> / shape.dim);
-  const int64_t count = std::max<int64_t>(lanes / shape.inner, 1);
-  parallel_for(threads, shape.outer, grain<A>(shape.dim * shape.inner),
-               [=](int64_t begin, int64_t end) {
-                 for (int64_t s = begin; s < end; s += count) few(s, std::min(count, end - s));
-               });
+// Slices that are gathered at a time.
+template <class A>
+int64_t gathered_slices(const Shape& shape) {
+  return std::max<int64_t>(std::min(kLanes<A>, kGathered<A> / shape.dim) / shape.inner, 1);
 }
 
 // Whether slices are worked on where they are: in whole registers, of which the last may repeat columns
@@ -76,14 +66,20 @@ bool is_in_registers(int64_t inner, bool in_place) {
   return inner % kSize == 0 || (inner > 3 * kSize && !in_place);
 }
 
-// step(c, count) for each register of `width` columns: for `kTogether` at a time, from c on, or for one.
-// The steps of one hide the latency of those of another.
+// step(c, count) for each register of `width` columns: for `kTogether` at a time, from c on, for two, or for
+// one. The steps of one hide the latency of those of another.
 template <class A, int kTogether, class Step>
 SOFTMAX_EXT_INLINE void for_each_register(int64_t width, Step step) {
   constexpr int64_t kSize = Vec<A>::kSize;
   int64_t c = 0;
   for (; c + kTogether * kSize <= width; c += kTogether * kSize) {
     step(c, std::integral_constant<int, kTogether>{});
+  }
+  if constexpr (kTogether > 2) {
+    if (c + 2 * kSize <= width) {
+      step(c, std::integral_constant<int, 2>{});
+      c += 2 * kSize;
+    }
   }
   for (; c < width; c += kSize) {
     step(std::min(c, width - kSize), std::integral_constant<int, 1>{});
@@ -144,27 +140,28 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
   const Slices<T> output = output_of<T>(args);
   const Input<T> input = input_of<T>(args);
   const bool in_place = input.slices.data == output.data;
-  for_each_few_slices<A>(args.shape, threads, [&](int64_t first, int64_t count) {
-    input.place_slices(first, count, args.shape);
-    if (is_in_registers<T>(inner, in_place)) {
-      const int64_t x_step = input.slices.step, y_step = output.step;
-      for (int64_t s = first; s < first + count; ++s) {
-        const T* x = input.slices[s];
-        T* y = output[s];
-        for_each_register<A, 2>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-          forward_registers<op, count()>(x + c, x_step, y + c, y_step, dim);
+  const int64_t x_step = input.slices.step, y_step = output.step;
+  const int64_t count = gathered_slices<A>(args.shape);
+  for_each_group<A>(
+      args.shape, args.dims, input, count, count, threads,
+      [&](int64_t size, Few<const T> x, Few<T> y) {
+        if (is_in_registers<T>(inner, in_place)) {
+          for (int64_t s = 0; s < size; ++s) {
+            for_each_register<A, 2>(inner, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+              forward_registers<op, count()>(x[s] + c, x_step, y[s] + c, y_step, dim);
+            });
+          }
+          return;
+        }
+        Gathered<T> tile(dim, size * inner);
+        tile.gather(x, x_step, size, args.shape);
+        for_each_register<A, 2>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+          T* columns = tile.data + c;
+          forward_registers<op, count()>(columns, tile.stride, columns, tile.stride, dim);
         });
-      }
-      return;
-    }
-    Gathered<T> tile(dim, count * inner);
-    tile.gather(input.slices, first, count, args.shape);
-    for_each_register<A, 2>(tile.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-      T* columns = tile.data + c;
-      forward_registers<op, count()>(columns, tile.stride, columns, tile.stride, dim);
-    });
-    tile.scatter(output, first, count, args.shape);
-  });
+        tile.scatter(y, y_step, size, args.shape);
+      },
+      input.slices, output);
 }
 
 template <Op op, int count, class T>
@@ -204,31 +201,31 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
   const Slices<const T>&grads = tensors.grads.slices, &outputs = tensors.outputs;
   const Slices<T>& grad_inputs = tensors.grad_inputs;
   const bool in_place = grad_inputs.data == grads.data || grad_inputs.data == outputs.data;
-  for_each_few_slices<A>(args.shape, threads, [&](int64_t first, int64_t count) {
-    tensors.grads.place_slices(first, count, args.shape);
-    if (is_in_registers<T>(inner, in_place)) {
-      const int64_t grad_step = grads.step, y_step = outputs.step, to_step = grad_inputs.step;
-      for (int64_t s = first; s < first + count; ++s) {
-        const T* grad = grads[s];
-        const T* y = outputs[s];
-        T* grad_input = grad_inputs[s];
-        for_each_register<A, 4>(inner, [=](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-          backward_registers<op, count()>(grad + c, grad_step, y + c, y_step, grad_input + c,
-                                          to_step, dim);
+  const int64_t grad_step = grads.step, y_step = outputs.step, to_step = grad_inputs.step;
+  const int64_t count = gathered_slices<A>(args.shape);
+  for_each_group<A>(
+      args.shape, args.dims, tensors.grads, count, count, threads,
+      [&](int64_t size, Few<const T> grad, Few<const T> y, Few<T> grad_input) {
+        if (is_in_registers<T>(inner, in_place)) {
+          for (int64_t s = 0; s < size; ++s) {
+            for_each_register<A, 4>(inner, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+              backward_registers<op, count()>(grad[s] + c, grad_step, y[s] + c, y_step,
+                                              grad_input[s] + c, to_step, dim);
+            });
+          }
+          return;
+        }
+        Gathered<T> of_grads(dim, size * inner), of_outputs(dim, size * inner);
+        of_grads.gather(grad, grad_step, size, args.shape);
+        of_outputs.gather(y, y_step, size, args.shape);
+        for_each_register<A, 4>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
+          const int64_t step = of_grads.stride;
+          backward_registers<op, count()>(of_grads.data + c, step, of_outputs.data + c, step,
+                                          of_grads.data + c, step, dim);
         });
-      }
-      return;
-    }
-    Gathered<T> of_grads(dim, count * inner), of_outputs(dim, count * inner);
-    of_grads.gather(grads, first, count, args.shape);
-    of_outputs.gather(outputs, first, count, args.shape);
-    for_each_register<A, 4>(of_grads.width, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
-      const int64_t step = of_grads.stride;
-      backward_registers<op, count()>(of_grads.data + c, step, of_outputs.data + c, step,
-                                      of_grads.data + c, step, dim);
-    });
-    of_grads.scatter(grad_inputs, first, count, args.shape);
-  });
+        of_grads.scatter(grad_input, to_step, size, args.shape);
+      },
+      grads, outputs, grad_inputs);
 }
 
 // States of lanes, with room for a register beyond them.

@@ -90,8 +90,8 @@ SOFTMAX_EXT_INLINE F of_lane(const F& formulas, int64_t r) {
 }
 
 // `rows` rows of at most a register each, which are read once.
-template <Op op, class T, class In, class Out>
-void forward_rows_of_a_register(const In& x, const Out& y, int64_t n, int64_t rows) {
+template <Op op, class T>
+void forward_rows_of_a_register(const Few<const T>& x, const Few<T>& y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const First lanes{n};
@@ -127,11 +127,11 @@ void forward_rows_of_a_register(const In& x, const Out& y, int64_t n, int64_t ro
 
 // `rows` rows of n elements, together or alone at most one chunk. Step by step for all of them, which
 // hides the latency of each step.
-template <Op op, Write write, class T, class In, class Out>
-void forward_short_rows(const In& x, const Out& y, int64_t n, int64_t rows) {
+template <Op op, Write write, class T>
+void forward_short_rows(const Few<const T>& x, const Few<T>& y, int64_t n, int64_t rows) {
   using A = compute_t<T>;
   using V = Vec<A>;
-  if (n <= V::kSize) return forward_rows_of_a_register<op, T>(x, y, n, rows);
+  if (n <= V::kSize) return forward_rows_of_a_register<op>(x, y, n, rows);
   // The exps are kept in the output's memory, or beside it where that is narrower, or streamed to.
   constexpr bool kKeep = op == Op::kSoftmax;
   constexpr bool kStreamed = write == Write::kStreamed;
@@ -143,11 +143,10 @@ void forward_short_rows(const In& x, const Out& y, int64_t n, int64_t rows) {
   };
   V lanes[V::kSize];
   alignas(64) A maxes[V::kSize] = {};
-  for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(static_cast<const T*>(x[r]), n);
+  for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x[r], n);
   max_over_lanes(lanes, rows, maxes);
   for (int64_t r = 0; r < rows; ++r) {
-    lanes[r] = lane_sum_of_exp<kKeep>(static_cast<const T*>(x[r]), kept_of(r), n, maxes[r],
-                                      /*keep_all=*/kStreamed);
+    lanes[r] = lane_sum_of_exp<kKeep>(x[r], kept_of(r), n, maxes[r], /*keep_all=*/kStreamed);
   }
   const ExactSum<V> sum = exact_sum_over_lanes(lanes, rows);
   const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum.sum, sum.rest);
@@ -165,26 +164,19 @@ void forward_short_rows(const In& x, const Out& y, int64_t n, int64_t rows) {
   }
 }
 
-// Calls few(first, count, whether these lie at even distances) for all rows of at most one chunk each,
-// when they can be read: as many as have at most `elements` together, from one to one for each lane of a
-// register.
-template <class A, class Input, class Few>
-void for_each_short_row(const Shape& shape, const Dims& dims, const Input& input, int64_t elements,
-                        const Threads& threads, Few few) {
-  const int64_t most = std::clamp<int64_t>(elements / shape.dim, 1, Vec<A>::kSize);
-  parallel_for(threads, shape.rows(), grain<A>(shape.dim), [&](int64_t begin, int64_t end) {
-    input.for_each_few_rows(begin, end, most, [&](int64_t first, int64_t end) {
-      input.place_rows(first, end - first, 0, shape.dim);
-      for (int64_t row = first; row < end; row += most) {
-        const int64_t count = std::min(most, end - row);
-        if (even(dims, row, count) == count) {
-          few(row, count, std::true_type{});
-        } else {
-          few(row, count, std::false_type{});
-        }
-      }
-    });
-  });
+// work(count, rows of each tensor) for all rows, of at most one chunk each: as many as have at most `elements`
+// together, from one to one for each lane of a register.
+template <class A, class Input, class Work, class... T>
+void for_each_few_rows(const Shape& shape, const Dims& dims, const Input& input, int64_t elements,
+                       const Threads& threads, Work work, const Slices<T>&... tensors) {
+  const int64_t few = std::clamp<int64_t>(elements / shape.dim, 1, Vec<A>::kSize);
+  const int64_t most = few < Vec<A>::kSize ? few : 4 * few;
+  for_each_group<A>(
+      shape, dims, input, few, std::max(most, input.together()), threads,
+      [&](int64_t size, Few<T>... rows) {
+        for (; size > 0; size -= few, (rows.skip(few), ...)) work(std::min(few, size), rows...);
+      },
+      tensors...);
 }
 
 struct Sum {
@@ -219,15 +211,15 @@ void reduce_and_store(int64_t rows, int64_t dim, const Input& input, const Threa
     parallel_for(threads, rows, /*grain=*/1, [&](int64_t begin, int64_t end) {
       const Buffer<State> buffer(chunks);
       State* const states = buffer.data();
-      input.for_each_few_rows(begin, end, 1, [&](int64_t row, int64_t end) {
-        const bool together = end - row > 1 && input.is_placed();
-        if (together) input.place_rows(row, end - row, 0, dim);
-        for (; row < end; ++row) {
-          for (int64_t k = 0; k < chunks; ++k) states[k] = reduce_chunk(row, k, together);
-          const State of_row = combine_chunks(states);
-          for (int64_t k = 0; k < chunks; ++k) store_chunk(row, k, states[k], of_row);
+      for (int64_t row = begin, placed = begin; row < end; ++row) {
+        if (const int64_t few = std::min(input.together(), end - row); row == placed && few > 1) {
+          input.place_rows(row, few, 0, dim);
+          placed = row + few;
         }
-      });
+        for (int64_t k = 0; k < chunks; ++k) states[k] = reduce_chunk(row, k, row < placed);
+        const State of_row = combine_chunks(states);
+        for (int64_t k = 0; k < chunks; ++k) store_chunk(row, k, states[k], of_row);
+      }
     });
     return;
   }
@@ -253,21 +245,19 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
   const Slices<T> output = output_of<T>(args);
   const Input<T> input = input_of<T>(args);
   if (dim <= kChunk<A>) {
-    // The processor does not foresee rows that lie behind as much of something else.
-    const bool far = input.slices.next >= 2 * dim;
-    for_each_short_row<A>(args.shape, args.dims, input, kChunk<A> / 2, threads,
-                          [&](int64_t row, int64_t count, auto even) {
-                            const auto x = input.slices.rows(row, count, even);
-                            if constexpr (even()) {
-                              constexpr int64_t kLine = 64 / sizeof(T);
-                              for (int64_t r = 0; far && r < count; ++r) {
-                                for (int64_t i = 0; i < dim; i += kLine)
-                                  __builtin_prefetch(x[count + r] + i);
-                              }
-                            }
-                            forward_short_rows<op, write, T>(x, output.rows(row, count, even), dim,
-                                                             count);
-                          });
+    for_each_few_rows<A>(
+        args.shape, args.dims, input, kChunk<A> / 2, threads,
+        [&](int64_t count, const Few<const T>& x, const Few<T>& y) {
+          // The processor does not foresee rows that lie behind as much of something else.
+          if (x.next >= 2 * dim) {
+            constexpr int64_t kLine = 64 / sizeof(T);
+            for (int64_t r = count; r < 2 * count; ++r) {
+              for (int64_t i = 0; i < dim; i += kLine) __builtin_prefetch(x[r] + i);
+            }
+          }
+          forward_short_rows<op, write>(x, y, dim, count);
+        },
+        input.slices, output);
     return;
   }
   // Where a row stays in cache, the exps of a chunk are kept in the output's memory. They are
@@ -313,59 +303,68 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
       });
 }
 
+// What the gradient of a row needs summed, lane by lane. `ahead`: the output is fetched before it is used.
+template <Op op, class T, class V = Vec<compute_t<T>>>
+SOFTMAX_EXT_INLINE V lane_sum_of_terms(const T* grad, const T* y, int64_t n, bool ahead) {
+  using A = compute_t<T>;
+  return fold(
+      n, V(A(0)),
+      [=](V sum, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+        if (ahead) __builtin_prefetch(y + k);
+        return sum + Backward<op, V>::term(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
+      },
+      Add{});
+}
+
+template <Op op, Write write, class T, class G, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE void store_gradient(const T* grad, const T* y, G* grad_input, int64_t n, A sum) {
+  const Backward<op, Vec<A>> formula{sum};
+  store_each<write, T>(grad_input, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+    return formula.of(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
+  });
+}
+
+template <Op op, Write write, class T, class G>
+void backward_short_rows(Few<const T> grads, Few<const T> outputs, Few<G> grad_inputs, int64_t dim,
+                         int64_t rows) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  V lanes[V::kSize];
+  alignas(64) A sums[V::kSize];
+  for (int64_t r = 0; r < rows; ++r) {
+    lanes[r] = lane_sum_of_terms<op>(grads[r], outputs[r], dim, kAhead<op, write>);
+  }
+  rounded_sum_over_lanes(lanes, rows, sums);
+  for (int64_t r = 0; r < rows; ++r) {
+    store_gradient<op, write>(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);
+  }
+}
+
 template <Op op, class T, class G, Write write>
 void backward_rows(const BackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
-  using V = Vec<A>;
   const int64_t dim = args.shape.dim;
   const Gradients<T, G> tensors(args);
-  constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
-  const bool ahead = kAhead && dim * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
-  const auto lane_sum = [=](const T* grad, const T* y, int64_t n) SOFTMAX_EXT_LAMBDA {
-    return fold(
-        n, V(A(0)),
-        [=](V sum, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-          // A first look at the output while stores pass the caches would wait behind them.
-          if constexpr (kAhead) {
-            if (ahead) __builtin_prefetch(y + k);
-          }
-          return sum + Backward<op, V>::term(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
-        },
-        Add{});
-  };
-  const auto store_gradient = [](const T* grad, const T* y, G* grad_input, int64_t n,
-                                 A sum) SOFTMAX_EXT_LAMBDA {
-    const Backward<op, V> formula{sum};
-    store_each<write, T>(grad_input, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-      return formula.of(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
-    });
-  };
   if (dim <= kChunk<A>) {
-    for_each_short_row<A>(args.shape, args.dims, tensors.grads, kChunk<A> / 4, threads,
-                          [&](int64_t row, int64_t count, auto even) {
-                            const auto grads = tensors.grads.slices.rows(row, count, even);
-                            const auto outputs = tensors.outputs.rows(row, count, even);
-                            const auto grad_inputs = tensors.grad_inputs.rows(row, count, even);
-                            V lanes[V::kSize];
-                            alignas(64) A sums[V::kSize];
-                            for (int64_t r = 0; r < count; ++r)
-                              lanes[r] = lane_sum(grads[r], outputs[r], dim);
-                            rounded_sum_over_lanes(lanes, count, sums);
-                            for (int64_t r = 0; r < count; ++r) {
-                              store_gradient(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);
-                            }
-                          });
+    for_each_few_rows<A>(
+        args.shape, args.dims, tensors.grads, kChunk<A> / 4, threads,
+        [&](int64_t count, const Few<const T>& grads, const Few<const T>& outputs,
+            const Few<G>& grad_inputs) {
+          backward_short_rows<op, write>(grads, outputs, grad_inputs, dim, count);
+        },
+        tensors.grads.slices, tensors.outputs, tensors.grad_inputs);
     return;
   }
+  const bool ahead = kAhead<op, write> && dim * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   reduce_and_store<Sum, A>(
       args.shape.rows(), dim, tensors.grads, threads,
       [&](int64_t row, int64_t i, int64_t n) {
-        return Sum{exact_sum_over_lanes(
-            lane_sum(tensors.grads.slices[row] + i, tensors.outputs[row] + i, n))};
+        return Sum{exact_sum_over_lanes(lane_sum_of_terms<op>(tensors.grads.slices[row] + i,
+                                                              tensors.outputs[row] + i, n, ahead))};
       },
       [&](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
-        store_gradient(tensors.grads.slices[row] + i, tensors.outputs[row] + i,
-                       tensors.grad_inputs[row] + i, n, static_cast<A>(of_row.sum));
+        store_gradient<op, write>(tensors.grads.slices[row] + i, tensors.outputs[row] + i,
+                                  tensors.grad_inputs[row] + i, n, static_cast<A>(of_row.sum));
       });
 }
 

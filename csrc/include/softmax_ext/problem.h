@@ -93,6 +93,13 @@ constexpr int64_t outer_offset(const Dims& dims, const Strides& strides, int cou
   return offset + i * strides.of[0];
 }
 
+// The same of an index of each.
+constexpr int64_t outer_offset(const Dims& dims, const Strides& strides, const int64_t* index) {
+  int64_t offset = 0;
+  for (int k = 0; k < dims.outer; ++k) offset += index[k] * strides.of[k];
+  return offset;
+}
+
 // The same of an index of the inner dims, of which there are some.
 constexpr int64_t inner_offset(const Dims& dims, const Strides& strides, int64_t i) {
   int64_t offset = 0;
