@@ -208,20 +208,26 @@ bool is_without_overlap(const at::Tensor& tensor) {
   return true;
 }
 
+// Whether the kernels of its device read and write a tensor of these strides where it lies. short_dim:
+// of cpu::is_direct.
+bool is_direct(const at::Tensor& tensor, const Shape& shape, const Dims& dims,
+               const Strides& strides, int64_t short_dim) {
+  if (tensor.is_contiguous()) return true;
+  const DType dtype = to_dtype(tensor.scalar_type());
+  return tensor.device().is_cpu()
+             ? cpu::is_direct(shape, dims, strides, dtype, short_dim)
+             : cuda::is_direct(shape, dims, strides, tensor.const_data_ptr(), dtype);
+}
+
 // Whether the kernels write `output` where it lies. Otherwise a new result is copied there.
 bool is_written_in_place(const at::Tensor& output, const Shape& shape, int64_t dim,
                          int64_t short_dim) {
   if (output.is_contiguous() || output.numel() == 0) return true;
-  if (!output.device().is_cpu() || !is_without_overlap(output)) return false;
+  if (!is_without_overlap(output)) return false;
   Dims dims = contiguous_dims(shape);
   Strides strides = contiguous_strides(shape);
   return find_strides({{&output, &strides}}, dim, dims) &&
-         cpu::is_direct(shape, dims, strides, to_dtype(output.scalar_type()), short_dim);
-}
-
-// Whether a tensor of a call may be read where it lies. The GPU kernels read contiguous memory.
-bool is_read_in_place(const at::Tensor& tensor) {
-  return tensor.device().is_cpu() || tensor.is_contiguous();
+         is_direct(output, shape, dims, strides, short_dim);
 }
 
 void run_forward(const at::Tensor& input, const Shape& shape, int64_t dim, Op op,
@@ -238,9 +244,11 @@ void run_forward(const at::Tensor& input, const Shape& shape, int64_t dim, Op op
                    shape,
                    op,
                    output_is_new};
-  if (is_read_in_place(input) &&
-      find_strides({{&input, &args.input_strides}, {&output, &args.output_strides}}, dim,
-                   args.dims)) {
+  // Those of the CPU place other input where the output is to be.
+  if (find_strides({{&input, &args.input_strides}, {&output, &args.output_strides}}, dim,
+                   args.dims) &&
+      (input.device().is_cpu() ||
+       is_direct(input, shape, args.dims, args.input_strides, cpu::kShortDim))) {
     launch(args, input.device());
   } else {
     run_forward(input.contiguous(), shape, dim, op, output, output_is_new);
@@ -258,19 +266,19 @@ void run_backward(const at::Tensor& grad_output, const at::Tensor& output, const
                     shape,
                     op,
                     grad_input_is_new};
-  const bool found = is_read_in_place(grad_output) && is_read_in_place(output) &&
-                     find_strides({{&grad_output, &args.grad_output_strides},
+  const bool found = find_strides({{&grad_output, &args.grad_output_strides},
                                    {&output, &args.output_strides},
                                    {&grad_input, &args.grad_input_strides}},
                                   dim, args.dims);
-  const auto is_direct = [&](const Strides& strides) {
-    return found && cpu::is_direct(shape, args.dims, strides, args.output_dtype, cpu::kGatheredDim);
+  const auto is_taken = [&](const at::Tensor& tensor, const Strides& strides) {
+    return found && is_direct(tensor, shape, args.dims, strides, cpu::kGatheredDim);
   };
-  // A gradient that is not direct goes through grad_input, if there is room.
+  // A gradient that is not direct goes through grad_input on the CPU, if there is room.
   const bool takes_gradient =
-      is_direct(args.grad_output_strides) ||
-      (found && args.output_dtype == args.grad_input_dtype && args.output != args.grad_input);
-  if (takes_gradient && is_direct(args.output_strides)) {
+      is_taken(grad_output, args.grad_output_strides) ||
+      (found && output.device().is_cpu() && args.output_dtype == args.grad_input_dtype &&
+       args.output != args.grad_input);
+  if (takes_gradient && is_taken(output, args.output_strides)) {
     launch(args, output.device());
   } else {
     run_backward(takes_gradient ? grad_output : grad_output.contiguous(), output.contiguous(),

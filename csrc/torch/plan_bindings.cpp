@@ -101,14 +101,15 @@ Plan plan_of(const py::kwargs& values) {
   return plan;
 }
 
-// The plan of a workload on a device, neither of which need exist; of `schedule`, if it is not to be
-// chosen. None where there is nothing to launch.
+// The plan of contiguous tensors on a device, none of which need exist; of `schedule`, if it is not to
+// be chosen. None where there is nothing to launch.
 std::optional<Plan> plan(int64_t outer, int64_t dim, int64_t inner, at::ScalarType load_dtype,
                          at::ScalarType store_dtype, int inputs, bool aligned, int sm_count,
                          int shared_bytes, int compute_capability,
                          std::optional<Schedule> schedule) {
-  const Workload work{
-      {outer, dim, inner}, to_dtype(load_dtype), to_dtype(store_dtype), inputs, aligned};
+  Workload work =
+      workload({outer, dim, inner}, to_dtype(load_dtype), to_dtype(store_dtype), inputs);
+  if (!aligned) work.aligned = 1;
   const DeviceProperties device{sm_count, shared_bytes, compute_capability};
   const Plan made = schedule ? make_plan(work, device, *schedule) : make_plan(work, device);
   return made.blocks == 0 ? std::nullopt : std::optional(made);
