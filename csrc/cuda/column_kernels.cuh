@@ -32,6 +32,7 @@ class ColumnBlock {
   using Element = typename Pass::Element;
   using Result = typename Pass::Result;
   static constexpr int kColumns = Pass::kColumns;
+  static constexpr int kTensors = Pass::kInputs + 1;
   using Inputs = const Element* const (&)[Pass::kInputs];
 
   __device__ __forceinline__ ColumnBlock(const Shape& shape, const ColumnStrides& strides,
@@ -50,10 +51,12 @@ class ColumnBlock {
   }
 
   __device__ __forceinline__ void begin(int64_t tile) {
-    outer_ = tile / tiles_of_outer();
-    column_ =
-        (tile - outer_ * tiles_of_outer()) * width() + static_cast<int>(threadIdx.x) * kColumns;
-    exists_ = column_ < shape_.inner;
+    const int64_t outer = tile / tiles_of_outer();
+    const int64_t column =
+        (tile - outer * tiles_of_outer()) * width() + static_cast<int>(threadIdx.x) * kColumns;
+    exists_ = column < shape_.inner;
+#pragma unroll
+    for (int i = 0; i < kTensors; ++i) offsets_[i] = strides_.outer.offset(i, outer) + column;
   }
 
   __device__ __forceinline__ void fetch(Inputs inputs) const {
@@ -163,8 +166,7 @@ class ColumnBlock {
 
   // Of tensor i, the element that step s of the part has in the thread's first column.
   __device__ __forceinline__ int64_t place(int i, const Part& part, int s) const {
-    return strides_.outer.offset(i, outer_) + column_ + part.first * strides_.steps[i] +
-           s * strides_.steps[i];
+    return offsets_[i] + part.first * strides_.steps[i] + s * strides_.steps[i];
   }
   // In shared memory, the packet of input i. Threads side by side have theirs side by side.
   __device__ __forceinline__ Held* held(const Part& part, int s, int i) const {
@@ -200,11 +202,10 @@ class ColumnBlock {
   const ColumnStrides& strides_;
   ColumnSplit split_;
   bool is_held_;
-  A* maxima_;      // [part][column]
-  State* states_;  // [part][column], and behind them [block of the team][column]
-  Held* held_;     // [step][input][thread]
-  int64_t outer_ = 0;
-  int64_t column_ = 0;  // the thread's first
+  A* maxima_;                    // [part][column]
+  State* states_;                // [part][column], and behind them [block of the team][column]
+  Held* held_;                   // [step][input][thread]
+  int64_t offsets_[kTensors]{};  // the thread's first column
   bool exists_ = false;
 };
 

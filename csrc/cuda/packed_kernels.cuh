@@ -216,9 +216,10 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   const int64_t of_outer = shape.dim * shape.inner;
   for_each_slab(shape, packing, [&](auto offset, int outer) {
     const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In, true> in(memory, input + offset(0), elements);
+    const In* const from = input + offset(0);
+    const Slab<In, true> in(memory, from, elements);
     const Slab<Out, true> out(memory + packing.bytes, output + offset(1), elements);
-    in.copy_from(input + offset(0));
+    in.copy_from(from);
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       A x[kWidth];
@@ -270,11 +271,13 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   const int64_t of_outer = shape.dim * shape.inner;
   for_each_slab(shape, packing, [&](auto offset, int outer) {
     const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In, true> grad(memory, grad_output + offset(0), elements);
-    const Slab<In, true> y(memory + packing.bytes, output + offset(1), elements);
+    const In* const from_grad = grad_output + offset(0);
+    const In* const from_y = output + offset(1);
+    const Slab<In, true> grad(memory, from_grad, elements);
+    const Slab<In, true> y(memory + packing.bytes, from_y, elements);
     const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset(2), elements);
-    grad.copy_from(grad_output + offset(0));
-    y.copy_from(output + offset(1));
+    grad.copy_from(from_grad);
+    y.copy_from(from_y);
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       const int vectors = one ? 1 : row.vectors<kWidth>();
@@ -373,9 +376,10 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   const int64_t of_outer = shape.dim * shape.inner;
   for_each_slab(shape, packing, [&](auto offset, int outer) {
     const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In, true> in[1] = {{memory, input + offset(0), elements}};
+    const In* const from = input + offset(0);
+    const Slab<In, true> in[1] = {{memory, from, elements}};
     const Slab<Out, true> out(memory + packing.bytes, output + offset(1), elements);
-    in[0].copy_from(input + offset(0));
+    in[0].copy_from(from);
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       run_packed_column<ForwardColumns<op, 1, In, Out>>(row, split, in, out);
@@ -393,13 +397,14 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   const int64_t of_outer = shape.dim * shape.inner;
   for_each_slab(shape, packing, [&](auto offset, int outer) {
     const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In, true> in[2] = {{memory, grad_output + offset(0), elements},
-                                  {memory + packing.bytes, output + offset(1), elements}};
+    const In* const from[2] = {grad_output + offset(0), output + offset(1)};
+    const Slab<In, true> in[2] = {{memory, from[0], elements},
+                                  {memory + packing.bytes, from[1], elements}};
     const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset(2), elements);
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
-      const In* const from = (i == 0 ? grad_output : output) + offset(i);
-      Slab<In, true>(memory + i * packing.bytes, from, elements).copy_from(from);
+      const In* const of_input = i == 0 ? from[0] : from[1];
+      Slab<In, true>(memory + i * packing.bytes, of_input, elements).copy_from(of_input);
     }
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
@@ -442,9 +447,10 @@ __global__ void __launch_bounds__(limits::kPackedThreads)
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int dim = static_cast<int>(shape.dim);
   for_each_slab(shape, packing, [&](auto offset, int rows) {
-    const Slab<In, false> in(memory, input + offset(0), rows * dim);
+    const In* const in_slab = input + offset(0);
+    const Slab<In, false> in(memory, in_slab, rows * dim);
     const Slab<Out, false> out(memory + packing.bytes, output + offset(1), rows * dim);
-    in.copy_from(input + offset(0));
+    in.copy_from(in_slab);
     __syncthreads();
 #pragma unroll 1
     for (int row = static_cast<int>(threadIdx.x); row < rows; row += static_cast<int>(blockDim.x)) {
@@ -486,11 +492,13 @@ __global__ void __launch_bounds__(limits::kPackedThreads)
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int dim = static_cast<int>(shape.dim);
   for_each_slab(shape, packing, [&](auto offset, int rows) {
-    const Slab<In, false> grad(memory, grad_output + offset(0), rows * dim);
-    const Slab<In, false> y(memory + packing.bytes, output + offset(1), rows * dim);
+    const In* const grad_slab = grad_output + offset(0);
+    const In* const y_slab = output + offset(1);
+    const Slab<In, false> grad(memory, grad_slab, rows * dim);
+    const Slab<In, false> y(memory + packing.bytes, y_slab, rows * dim);
     const Slab<Out, false> out(memory + 2 * packing.bytes, grad_input + offset(2), rows * dim);
-    grad.copy_from(grad_output + offset(0));
-    y.copy_from(output + offset(1));
+    grad.copy_from(grad_slab);
+    y.copy_from(y_slab);
     __syncthreads();
 #pragma unroll 1
     for (int row = static_cast<int>(threadIdx.x); row < rows; row += static_cast<int>(blockDim.x)) {

@@ -220,14 +220,11 @@ bool is_direct(const at::Tensor& tensor, const Shape& shape, const Dims& dims,
 }
 
 // Whether the kernels write `output` where it lies. Otherwise a new result is copied there.
-bool is_written_in_place(const at::Tensor& output, const Shape& shape, int64_t dim,
-                         int64_t short_dim) {
+bool is_written_in_place(const at::Tensor& output, int64_t dim, int64_t short_dim) {
   if (output.is_contiguous() || output.numel() == 0) return true;
   if (!is_without_overlap(output)) return false;
-  Dims dims = contiguous_dims(shape);
-  Strides strides = contiguous_strides(shape);
-  return find_strides({{&output, &strides}}, dim, dims) &&
-         is_direct(output, shape, dims, strides, short_dim);
+  const std::optional<Layout> layout = layout_of(output, dim);
+  return layout && is_direct(output, layout->shape, layout->dims, layout->strides, short_dim);
 }
 
 void run_forward(const at::Tensor& input, const Shape& shape, int64_t dim, Op op,
@@ -402,6 +399,14 @@ void check_gradient(const at::Tensor& grad_output, const at::Tensor& output, int
   check_storage(op, "output", output);
 }
 
+std::optional<Layout> layout_of(const at::Tensor& tensor, int64_t dim) {
+  const Shape shape = to_shape(tensor, dim);
+  Layout layout{shape, contiguous_dims(shape), contiguous_strides(shape)};
+  dim = at::maybe_wrap_dim(dim, tensor.dim());
+  if (!find_strides({{&tensor, &layout.strides}}, dim, layout.dims)) return std::nullopt;
+  return layout;
+}
+
 at::Tensor cast(const at::Tensor& input, at::ScalarType dtype, Op op) {
   check_storage(op, "input", input);
   return input.to(dtype);
@@ -427,7 +432,7 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
   dim = at::maybe_wrap_dim(dim, input.dim());
   if (input.is_contiguous() && out.is_contiguous()) {
     at::assert_no_partial_overlap(out, input);
-  } else if (!is_written_in_place(out, shape, dim, cpu::kShortDim) || !can_be_read(input, out)) {
+  } else if (!is_written_in_place(out, dim, cpu::kShortDim) || !can_be_read(input, out)) {
     out.copy_(forward(input, dim, dtype, op));
     return;
   }
@@ -439,7 +444,7 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
 void forward_in_place(const at::Tensor& input, int64_t dim, Op op) {
   const Shape shape = check_forward(input, dim, op);
   dim = at::maybe_wrap_dim(dim, input.dim());
-  if (is_written_in_place(input, shape, dim, cpu::kShortDim)) {
+  if (is_written_in_place(input, dim, cpu::kShortDim)) {
     run_forward(input, shape, dim, op, input, /*output_is_new=*/false);
   } else {
     input.copy_(forward(input, dim, input.scalar_type(), op));
@@ -477,7 +482,7 @@ void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64
     at::assert_no_partial_overlap(grad_input, output);
   }
   dim = at::maybe_wrap_dim(dim, output.dim());
-  if (is_written_in_place(grad_input, shape, dim, cpu::kGatheredDim) &&
+  if (is_written_in_place(grad_input, dim, cpu::kGatheredDim) &&
       can_be_read(grad_output, grad_input) && can_be_read(output, grad_input) &&
       !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
     run_backward(grad_output, output, shape, dim, op, grad_input, /*grad_input_is_new=*/false);

@@ -43,6 +43,14 @@ at::Tensor cast(const at::Tensor& input, at::ScalarType dtype, Op op);
 void check_gradient(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim,
                     at::ScalarType input_dtype, Op op);
 
+// Where the elements of a tensor lie, seen as (outer, dim, inner); none where it has too many dims.
+struct Layout {
+  Shape shape;
+  Dims dims;
+  Strides strides;
+};
+std::optional<Layout> layout_of(const at::Tensor& tensor, int64_t dim);
+
 // The calls that reach a kernel. Each checks all that the kernel relies on, so that it can be called
 // with any strided tensors on a device that kernels_run_on, and any dim.
 

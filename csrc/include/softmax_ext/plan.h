@@ -590,34 +590,6 @@ constexpr bool has_slabs(const Workload& work) {
   return work.run == work.shape.outer || 2 * bytes >= limits::kSlabBytes;
 }
 
-// What is left of a workload where one of its tensors lies so.
-inline Workload with_tensor(Workload work, const void* data, DType dtype, const Dims& dims,
-                            const Strides& strides) {
-  const Shape& shape = work.shape;
-  const int64_t size = size_of(dtype);
-  // The lowest bit of all is what they are a multiple of.
-  auto places = static_cast<uint64_t>(reinterpret_cast<uintptr_t>(data)) | limits::kVectorBytes;
-  const auto at_multiples_of = [&](int64_t stride) {
-    places |= static_cast<uint64_t>(stride * size);
-  };
-  for (int k = 0; k < dims.outer; ++k) {
-    if (dims.sizes[k] > 1) at_multiples_of(strides.of[k]);
-  }
-  if (shape.inner > 1 && shape.dim > 1) at_multiples_of(strides.dim);
-  const auto bytes = static_cast<int64_t>(places & (~places + 1));
-  if (bytes < limits::kVectorBytes) {
-    const auto neighbours = std::max<int64_t>(1, bytes / size);
-    work.aligned = static_cast<int>(std::min<int64_t>(work.aligned, neighbours));
-  }
-
-  const int last = dims.outer - 1;
-  const int64_t one = shape.dim * shape.inner;
-  const bool is_dense = shape.dim == 1 || strides.dim == shape.inner;
-  const bool goes_on = dims.sizes[last] == 1 || strides.of[last] == one;
-  work.run = std::min(work.run, !is_dense ? 0 : goes_on ? dims.sizes[last] : 1);
-  return work;
-}
-
 }  // namespace detail
 
 // The plan of that schedule for the workload; blocks is 0 where it cannot take it, or where there is
@@ -676,19 +648,47 @@ constexpr Plan make_plan(const Workload& work, const DeviceProperties& device) {
   return make_plan(work, device, choose(work, device));
 }
 
+// What is left of a workload where one of its tensors lies so.
+inline Workload with_tensor(Workload work, const void* data, DType dtype, const Dims& dims,
+                            const Strides& strides) {
+  const Shape& shape = work.shape;
+  const int64_t size = size_of(dtype);
+  // The lowest bit of all is what they are a multiple of.
+  auto places = static_cast<uint64_t>(reinterpret_cast<uintptr_t>(data)) | limits::kVectorBytes;
+  const auto at_multiples_of = [&](int64_t stride) {
+    places |= static_cast<uint64_t>(stride * size);
+  };
+  for (int k = 0; k < dims.outer; ++k) {
+    if (dims.sizes[k] > 1) at_multiples_of(strides.of[k]);
+  }
+  if (shape.inner > 1 && shape.dim > 1) at_multiples_of(strides.dim);
+  const auto bytes = static_cast<int64_t>(places & (~places + 1));
+  if (bytes < limits::kVectorBytes) {
+    const auto neighbours = std::max<int64_t>(1, bytes / size);
+    work.aligned = static_cast<int>(std::min<int64_t>(work.aligned, neighbours));
+  }
+
+  const int last = dims.outer - 1;
+  const int64_t one = shape.dim * shape.inner;
+  const bool is_dense = shape.dim == 1 || strides.dim == shape.inner;
+  const bool goes_on = dims.sizes[last] == 1 || strides.of[last] == one;
+  work.run = std::min(work.run, !is_dense ? 0 : goes_on ? dims.sizes[last] : 1);
+  return work;
+}
+
 inline Workload workload(const ForwardArgs& args) {
   Workload work = workload(args.shape, args.input_dtype, args.output_dtype, 1);
-  work = detail::with_tensor(work, args.input, args.input_dtype, args.dims, args.input_strides);
-  return detail::with_tensor(work, args.output, args.output_dtype, args.dims, args.output_strides);
+  work = with_tensor(work, args.input, args.input_dtype, args.dims, args.input_strides);
+  return with_tensor(work, args.output, args.output_dtype, args.dims, args.output_strides);
 }
 
 inline Workload workload(const BackwardArgs& args) {
   Workload work = workload(args.shape, args.output_dtype, args.grad_input_dtype, 2);
-  work = detail::with_tensor(work, args.grad_output, args.output_dtype, args.dims,
-                             args.grad_output_strides);
-  work = detail::with_tensor(work, args.output, args.output_dtype, args.dims, args.output_strides);
-  return detail::with_tensor(work, args.grad_input, args.grad_input_dtype, args.dims,
-                             args.grad_input_strides);
+  work =
+      with_tensor(work, args.grad_output, args.output_dtype, args.dims, args.grad_output_strides);
+  work = with_tensor(work, args.output, args.output_dtype, args.dims, args.output_strides);
+  return with_tensor(work, args.grad_input, args.grad_input_dtype, args.dims,
+                     args.grad_input_strides);
 }
 
 namespace cuda {
@@ -703,8 +703,7 @@ inline bool is_direct(const Shape& shape, const Dims& dims, const Strides& strid
   if (dims.outer > 1 && shape.outer > limits::kMaxOuter) return false;
   if (shape.inner > 1 ? strides.of[dims.outer] != 1 : shape.dim > 1 && strides.dim != 1)
     return false;
-  const Workload work =
-      detail::with_tensor(workload(shape, dtype, dtype, 1), data, dtype, dims, strides);
+  const Workload work = with_tensor(workload(shape, dtype, dtype, 1), data, dtype, dims, strides);
   return !detail::is_narrow(work) || detail::has_slabs(work);
 }
 
