@@ -465,8 +465,8 @@ FAULTS = [
         "the gradient's rows are written where those of the output lie",
         "cuda strides",
         ROWS,
-        "PartWriter<Out, kWidth, vectors> writer(grad_input + place.of(2), part);",
-        "PartWriter<Out, kWidth, vectors> writer(grad_input + place.of(1), part);",
+        "    Out* const to = grad_input + place.of(2);\n    PartWriter",
+        "    Out* const to = grad_input + place.of(1);\n    PartWriter",
         HOST,
     ),
     Fault(

@@ -214,7 +214,8 @@ struct ForwardChunk {
 
   __device__ __forceinline__ void store(State state, Place place, Part part) {
     const F formula(state.max, state.sum);
-    PartWriter<Out, kWidth, vectors> writer(output + place.of(1), part);
+    Out* const to = output + place.of(1);
+    PartWriter<Out, kWidth, vectors> writer(to, part);
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
       if (no_more<kWidth>(k, part.end())) break;
@@ -228,8 +229,9 @@ struct ForwardChunk {
     writer.finish();
     constexpr int kRoom = vectors * limits::kWarp * kWidth;
     if (part.lane < part.rest(kRoom)) {
-      place.first += kRoom - part.lead + part.lane;
-      output[place.of(1)] = ToElement<Out>::of(formula.of(from_element<A>(input[place.of(0)])));
+      const int element = kRoom - part.lead + part.lane;
+      const In* const from = input + place.of(0);
+      to[element] = ToElement<Out>::of(formula.of(from_element<A>(from[element])));
     }
   }
 };
@@ -289,7 +291,8 @@ struct BackwardChunk {
 
   __device__ __forceinline__ void store(State state, Place place, Part part) {
     const B formula{state.sum};
-    PartWriter<Out, kWidth, vectors> writer(grad_input + place.of(2), part);
+    Out* const to = grad_input + place.of(2);
+    PartWriter<Out, kWidth, vectors> writer(to, part);
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
       if (no_more<kWidth>(k, part.end())) break;
@@ -308,9 +311,11 @@ struct BackwardChunk {
     writer.finish();
     constexpr int kRoom = vectors * limits::kWarp * kWidth;
     if (part.lane < part.rest(kRoom)) {
-      place.first += kRoom - part.lead + part.lane;
-      grad_input[place.of(2)] = ToElement<Out>::of(formula.of(
-          from_element<A>(grad_output[place.of(0)]), from_element<A>(output[place.of(1)])));
+      const int element = kRoom - part.lead + part.lane;
+      const In* const from_grad = grad_output + place.of(0);
+      const In* const from_output = output + place.of(1);
+      to[element] = ToElement<Out>::of(
+          formula.of(from_element<A>(from_grad[element]), from_element<A>(from_output[element])));
     }
   }
 };
