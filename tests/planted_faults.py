@@ -292,10 +292,10 @@ FAULTS = [
         "cuda short",
         ROWS,
         "    for (int k = 0; k < vectors; ++k) {\n"
-        "      const int place = (k * part.lanes + part.lane) * kWidth;\n"
+        "      const int first = (k * part.lanes + part.lane) * kWidth;\n"
         "      A values[kWidth];",
         "    for (int k = 0; k < vectors; ++k) {\n"
-        "      const int place = (k * limits::kWarp + part.lane) * kWidth;\n"
+        "      const int first = (k * limits::kWarp + part.lane) * kWidth;\n"
         "      A values[kWidth];",
         HOST,
     ),

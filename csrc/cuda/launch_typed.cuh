@@ -39,8 +39,16 @@ inline Packing packing_of(const Workload& work, const Plan& plan, const OuterStr
   const int64_t outer = plan.items / shape.inner;
   const int64_t bytes = slab_bytes(outer * shape.dim * shape.inner, size_of(work.load_type));
   const int64_t of_run = slabs_of_run(work.run, outer);
-  return {static_cast<int>(outer), static_cast<int>(bytes),         plan.group, work.run,
-          Divisor::of(of_run),     shape.outer / work.run * of_run, strides};
+  // Of one run nothing is divided, and it may have more slabs than a Divisor takes.
+  const Divisor divisor = Divisor::of(work.run < shape.outer ? of_run : 1);
+  const int64_t slabs = shape.outer / work.run * of_run;
+  return {static_cast<int>(outer),
+          static_cast<int>(bytes),
+          plan.group,
+          work.run,
+          divisor,
+          slabs,
+          strides};
 }
 
 // In the order of the kernels' arguments.

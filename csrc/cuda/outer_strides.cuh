@@ -57,7 +57,7 @@ OuterStrides outer_strides(const Dims& dims, const Tensors&... tensors) {
   OuterStrides result{};
   result.dims = dims.outer;
   for (int k = 0; k < dims.outer; ++k) {
-    result.sizes[k] = Divisor::of(dims.sizes[k]);
+    if (k > 0) result.sizes[k] = Divisor::of(dims.sizes[k]);
     int tensor = 0;
     ((result.of[tensor++][k] = tensors.of[k]), ...);
   }
