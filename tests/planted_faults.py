@@ -37,6 +37,7 @@ BITS = "tests/test_batch_invariance.py"
 LAYOUT = "tests/test_layout.py"
 STRIDES = "tests/test_layout_strides.py"
 HOST = "tests/simt/kernels"
+HOST_STRIDES = f"{HOST}/test_strides.py"
 
 
 @dataclass(frozen=True)
@@ -459,7 +460,7 @@ FAULTS = [
         "csrc/cuda/outer_strides.cuh",
         "offset += (rest - quotient * sizes[k].size) * of[tensor][k];",
         "offset += (rest - quotient * sizes[k].size) * of[tensor][k - 1];",
-        HOST,
+        HOST_STRIDES,
     ),
     Fault(
         "the gradient's rows are written where those of the output lie",
@@ -467,7 +468,7 @@ FAULTS = [
         ROWS,
         "    Out* const to = grad_input + place.of(2);\n    PartWriter",
         "    Out* const to = grad_input + place.of(1);\n    PartWriter",
-        HOST,
+        HOST_STRIDES,
     ),
     Fault(
         "the steps of what is written are as far apart as those of what is read",
@@ -475,7 +476,7 @@ FAULTS = [
         COLUMNS,
         ".store(output + place(Pass::kInputs, part, s));",
         ".store(output + place(Pass::kInputs - 1, part, s));",
-        HOST,
+        HOST_STRIDES,
     ),
     Fault(
         "a slab goes on into the next run",
@@ -483,7 +484,7 @@ FAULTS = [
         PACKED,
         "      end = (run + 1) * packing.run;\n",
         "",
-        HOST,
+        HOST_STRIDES,
     ),
     Fault(
         "a plan of shared memory without that of the states",
