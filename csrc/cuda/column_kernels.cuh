@@ -32,19 +32,19 @@ class ColumnBlock {
   using Element = typename Pass::Element;
   using Result = typename Pass::Result;
   static constexpr int kColumns = Pass::kColumns;
-  static constexpr int kTensors = Pass::kInputs + 1;
   using Inputs = const Element* const (&)[Pass::kInputs];
 
   __device__ __forceinline__ ColumnBlock(const Shape& shape, const ColumnStrides& strides,
                                          const ColumnSplit& split, const ColumnMemory& places,
-                                         bool is_held, unsigned char* memory)
+                                         bool is_held, unsigned char* memory, int64_t* apart)
       : shape_(shape),
         strides_(strides),
         split_(split),
         is_held_(is_held),
         maxima_(reinterpret_cast<A*>(memory)),
         states_(reinterpret_cast<State*>(memory + places.states)),
-        held_(reinterpret_cast<Held*>(memory + places.elements)) {}
+        held_(reinterpret_cast<Held*>(memory + places.elements)),
+        apart_(apart) {}
 
   __device__ __forceinline__ int64_t tiles_of_outer() const {
     return (shape_.inner + width() - 1) / width();
@@ -54,19 +54,26 @@ class ColumnBlock {
     const int64_t outer = tile / tiles_of_outer();
     const int64_t column =
         (tile - outer * tiles_of_outer()) * width() + static_cast<int>(threadIdx.x) * kColumns;
+    const int64_t offset = strides_.outer.offset(Pass::kInputs, outer);
     exists_ = column < shape_.inner;
-#pragma unroll
-    for (int i = 0; i < kTensors; ++i) offsets_[i] = strides_.outer.offset(i, outer) + column;
+    offset_ = offset + column;
+    if (thread() < Pass::kInputs) {
+      apart_[thread()] = strides_.outer.offset(thread(), outer) - offset;
+    }
+    __syncthreads();
   }
 
   __device__ __forceinline__ void fetch(Inputs inputs) const {
     if (!is_held_) return;
     for_each_part([&](const Part& part) {
+      const Element* from[Pass::kInputs];
+#pragma unroll
+      for (int i = 0; i < Pass::kInputs; ++i) from[i] = inputs[i] + place(i, part, 0);
 #pragma unroll 8
       for (int s = 0; s < part.size; ++s) {
 #pragma unroll
         for (int i = 0; i < Pass::kInputs; ++i) {
-          Held::copy(held(part, s, i), inputs[i] + place(i, part, s));
+          Held::copy(held(part, s, i), from[i] + s * strides_.steps[i]);
         }
       }
     });
@@ -166,7 +173,9 @@ class ColumnBlock {
 
   // Of tensor i, the element that step s of the part has in the thread's first column.
   __device__ __forceinline__ int64_t place(int i, const Part& part, int s) const {
-    return offsets_[i] + part.first * strides_.steps[i] + s * strides_.steps[i];
+    int64_t offset = offset_ + (part.first + s) * strides_.steps[i];
+    if (i < Pass::kInputs) offset += *static_cast<const volatile int64_t*>(apart_ + i);
+    return offset;
   }
   // In shared memory, the packet of input i. Threads side by side have theirs side by side.
   __device__ __forceinline__ Held* held(const Part& part, int s, int i) const {
@@ -202,10 +211,13 @@ class ColumnBlock {
   const ColumnStrides& strides_;
   ColumnSplit split_;
   bool is_held_;
-  A* maxima_;                    // [part][column]
-  State* states_;                // [part][column], and behind them [block of the team][column]
-  Held* held_;                   // [step][input][thread]
-  int64_t offsets_[kTensors]{};  // the thread's first column
+  A* maxima_;      // [part][column]
+  State* states_;  // [part][column], and behind them [block of the team][column]
+  Held* held_;     // [step][input][thread]
+  // Of an input, how far behind the place in the result an element lies, in shared memory: read anew
+  // where it is needed, it takes no registers.
+  int64_t* apart_;
+  int64_t offset_ = 0;  // of the thread's first column in the result
   bool exists_ = false;
 };
 
@@ -216,9 +228,10 @@ __device__ __forceinline__ void run_columns(
     const ColumnMemory& places, bool is_held) {
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   SOFTMAX_EXT_STATIC_SHARED(uint64_t, barrier, 1);
+  SOFTMAX_EXT_STATIC_SHARED(int64_t, apart, Pass::kInputs);
   const Mail mail(barrier);
   if (gridDim.y > 1) mail.open();
-  ColumnBlock<Pass> block(shape, strides, split, places, is_held, memory);
+  ColumnBlock<Pass> block(shape, strides, split, places, is_held, memory, apart);
   const int64_t tiles = shape.outer * block.tiles_of_outer();
   int64_t done = 0;
 #pragma unroll 1
