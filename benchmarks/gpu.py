@@ -43,6 +43,7 @@ from benchmarks.common import (
 from benchmarks.gpu_cells import (
     GIB,
     LAUNCHES,
+    LAYOUTS,
     TENSORS,
     Budget,
     Cell,
@@ -292,14 +293,17 @@ def measure(
         Exception: whatever softmax_ext did not do right; others are then not measured.
     """
     sets = cell.buffer_sets(device.l2_bytes)
-    xs = [
-        torch.randn(cell.shape, dtype=DTYPES[cell.dtype], device=device.name) for _ in range(sets)
-    ]
-    out_dtype = DTYPES[cell.out_dtype or cell.dtype]
+    backward = cell.mode in ("backward", "both")
+
+    def tensors(dtype: str, layout: str) -> list[torch.Tensor]:
+        make = partial(torch.randn, dtype=DTYPES[dtype], device=device.name)
+        return [LAYOUTS[layout](make, cell.shape) for _ in range(sets)]
+
+    xs = tensors(cell.dtype, "contiguous" if backward else cell.layout)
     # The forward pass has no use for gradients: the check's stand-in takes no memory.
     grads = xs
-    if cell.mode in ("backward", "both"):
-        grads = [torch.randn(cell.shape, dtype=out_dtype, device=device.name) for _ in range(sets)]
+    if backward:
+        grads = tensors(cell.out_dtype or cell.dtype, cell.layout)
     clock, target, most = device.seconds, device.batch_seconds, LAUNCHES
     if cell.is_call:  # enough for the wait at the end not to count
         clock, target, most = partial(wall_seconds, device=device.name), 5 * target, 1000

@@ -56,7 +56,8 @@ def measured(device: str) -> dict[Cell, float]:
     document = json.loads((RESULTS / MEASURED[device] / "results.json").read_text())
     fractions = {}
     for entry in document["cells"]:
-        cell = Cell(**{f.name: entry[f.name] for f in fields(Cell)} | {"shape": (*entry["shape"],)})
+        given = {f.name: entry[f.name] for f in fields(Cell) if f.name in entry}
+        cell = Cell(**given | {"shape": (*entry["shape"],)})
         ours = entry["contenders"]["softmax_ext"]
         if "fraction_of_copy" in ours:
             fractions[cell] = ours["fraction_of_copy"]

@@ -32,7 +32,9 @@ def default_folder() -> Path:
 
 
 def shape_of(entry: Entry) -> str:
-    return "x".join(map(str, entry["shape"])) + f", {entry['dim']}"
+    layout = entry.get("layout", "contiguous")
+    of_layout = "" if layout == "contiguous" else f", {layout}"
+    return "x".join(map(str, entry["shape"])) + f", {entry['dim']}{of_layout}"
 
 
 def dtype_of(entry: Entry) -> str:

@@ -261,13 +261,13 @@ def predict(plan: Plan, work: Work, resident: int, device: Device) -> tuple[floa
     return times[limiter], "latency" if times[limiter] < 2 * end else limiter
 
 
-def estimate(plan: Plan, work: Work, kernel: str, cast_bytes: int, device: Device) -> Estimate:
-    """kernel: its line in BUDGETS. cast_bytes: what a cast by torch, before it or after, moves."""
+def estimate(plan: Plan, work: Work, kernel: str, of_torch: int, device: Device) -> Estimate:
+    """kernel: its line in BUDGETS. of_torch: bytes of a cast or a copy before it, or after."""
     registers = registers_of(kernel, device)
     resident = resident_blocks(plan.threads, plan.shared_bytes, registers, device)
     microseconds, limiter = predict(plan, work, resident, device)
-    if cast_bytes:
-        microseconds += cast_bytes / (device.bandwidth * 1e3) + _LOAD
+    if of_torch:
+        microseconds += of_torch / (device.bandwidth * 1e3) + _LOAD
     return Estimate(
         registers=registers,
         occupancy=resident * plan.threads / device.threads,

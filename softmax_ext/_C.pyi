@@ -47,4 +47,7 @@ def plan(
     shared_bytes: int,
     compute_capability: int,
     schedule: str | None = None,
+    like: Tensor | None = None,
+    like_dim: int = 0,
 ) -> Plan | None: ...
+def is_direct_on_cuda(tensor: Tensor, dim: int) -> bool: ...

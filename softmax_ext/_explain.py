@@ -124,6 +124,7 @@ class Explanation:
         copy_fraction: the time of a copy that moves each tensor once, over the expected time.
         cast_first: the dtypes have no kernel, and a cast by torch comes before it (in backward,
             after it), which is in bytes_moved and microseconds.
+        copy_first: the tensor is not read where it lies, but copied by torch first; likewise.
         device, bandwidth: the name, and the GB/s of a copy that were taken.
     """
 
@@ -144,6 +145,7 @@ class Explanation:
     limiter: str
     copy_fraction: float
     cast_first: bool
+    copy_first: bool
     device: str
     bandwidth: float
     _bandwidth_source: str = "given"
@@ -157,6 +159,7 @@ class Explanation:
             ("schedule", f"{self.schedule}, row held in {self.hold}"),
             ("kernel", str(self.kernel)),
             ("cast first", "by torch: no kernel for these dtypes" if self.cast_first else "no"),
+            ("copy first", "by torch: no kernel for these strides" if self.copy_first else "no"),
             ("launch", f"{self.blocks} blocks of {self.threads} threads, {self.team} to a row"),
             ("registers", "unknown" if self.registers is None else str(self.registers)),
             ("vectors", str(self.vectors)),
@@ -192,11 +195,14 @@ class Work:
         return self.outer * self.inner
 
 
-def make_plan(work: Work, device: Device) -> Plan | None:
-    """None where there is nothing to launch."""
+def make_plan(work: Work, device: Device, like: Tensor | None = None, dim: int = 0) -> Plan | None:
+    """like: where what is read lies, if the kernels read it there. None where there is nothing to
+    launch."""
     plan: Plan | None = _C.plan(
         *(work.outer, work.dim, work.inner, work.read, work.written, work.inputs, True),
         *(device.sm_count, device.shared_bytes_of_block, device.compute_capability),
+        like=like,
+        like_dim=dim,
     )
     return plan
 
@@ -251,12 +257,13 @@ def _time_model() -> Any:
     return importlib.import_module("benchmarks.time_model")
 
 
-def _estimate(plan: Plan, work: Work, kernel: str, cast_bytes: int, device: Device) -> Estimate:
+def _estimate(plan: Plan, work: Work, kernel: str, of_torch: int, device: Device) -> Estimate:
+    """of_torch: bytes that a cast or a copy before the kernel, or after it, moves."""
     model = _time_model()
     if model is not None:
-        estimate: Estimate = model.estimate(plan, work, kernel, cast_bytes, device)
+        estimate: Estimate = model.estimate(plan, work, kernel, of_torch, device)
         return estimate
-    moved = kernel_bytes(plan, work) + cast_bytes
+    moved = kernel_bytes(plan, work) + of_torch
     return Estimate(None, None, None, moved / (device.bandwidth * 1e3), "bandwidth")
 
 
@@ -296,12 +303,13 @@ def explain(
     No GPU is needed. The time is that of a model on paper (docs/performance_model.md), from the
     launch, the bytes, the instructions and the latencies: an estimate of the kernel's own time,
     without that of the call. Only a checkout has the model (benchmarks/time_model.py); an installed
-    package takes the time of the bytes at the bandwidth of a copy. Pointers are taken to be
-    multiples of 16 bytes. log_softmax has the same plan.
+    package takes the time of the bytes at the bandwidth of a copy. Memory is taken to begin at a
+    multiple of 16 bytes, and tensors to be contiguous but for the one that is given.
+    log_softmax has the same plan.
 
     Args:
-        shape: of the input; or a tensor, whose shape and dtype are taken, and whose device if it is
-            on a GPU and none is given.
+        shape: of the input; or a tensor, whose shape, strides (backward those of the output's
+            gradient) and dtype are taken, and whose device if it is on a GPU and none is given.
         dtype: of the input.
         dim: of which the slices sum to 1.
         out_dtype: of the output, if it is another than `dtype`.
@@ -360,13 +368,23 @@ def explain(
         backward,
     )
     once = work.elements * (dtype.itemsize + (2 if backward else 1) * wide.itemsize)
-    plan = make_plan(work, on)
+    like = shape if isinstance(shape, Tensor) and shape.layout == torch.strided else None
+    if cast_first:
+        like = None
+    copy_first = like is not None and not _C.is_direct_on_cuda(like, dim)
+    plan = make_plan(work, on, like, dim)
     if plan is None:
         nothing = ("none", "none", None, 0, 0, 1, 0, None, 0, 0, 0.0, 0.0, 0, 0.0, "nothing to do")
-        return Explanation(*nothing, 1.0, cast_first, on.name, on.bandwidth, on.bandwidth_source)
+        return Explanation(
+            *nothing, 1.0, cast_first, False, on.name, on.bandwidth, on.bandwidth_source
+        )
     kernel = kernel_name(plan, work)
-    cast_bytes = work.elements * (dtype.itemsize + wide.itemsize) if cast_first else 0
-    expected = _estimate(plan, work, kernel, cast_bytes, on)
+    of_torch = 0  # bytes
+    if cast_first:
+        of_torch = work.elements * (dtype.itemsize + wide.itemsize)
+    elif copy_first:
+        of_torch = work.elements * 2 * work.read.itemsize
+    expected = _estimate(plan, work, kernel, of_torch, on)
     return Explanation(
         schedule=plan.schedule,
         hold=plan.hold,
@@ -377,9 +395,10 @@ def explain(
         vectors=plan.vectors,
         shared_bytes=plan.shared_bytes,
         scratch_bytes=plan.scratch_bytes,
-        bytes_moved=kernel_bytes(plan, work) + cast_bytes,
+        bytes_moved=kernel_bytes(plan, work) + of_torch,
         copy_fraction=once / (on.bandwidth * 1e3) / expected.microseconds,
         cast_first=cast_first,
+        copy_first=copy_first,
         device=on.name,
         bandwidth=on.bandwidth,
         _bandwidth_source=on.bandwidth_source,

@@ -41,6 +41,7 @@ BITS = "tests/test_softmax_batch_invariance.py"
 LAYOUT = "tests/test_softmax_layout.py"
 STRIDES = "tests/test_softmax_layout_strides.py"
 HOST = "tests/simt/kernels"
+HOST_STRIDES = f"{HOST}/test_strides.py"
 
 
 @dataclass(frozen=True)
@@ -296,10 +297,10 @@ FAULTS = [
         "cuda short",
         ROWS,
         "    for (int k = 0; k < vectors; ++k) {\n"
-        "      const int place = (k * part.lanes + part.lane) * kWidth;\n"
+        "      const int first = (k * part.lanes + part.lane) * kWidth;\n"
         "      A values[kWidth];",
         "    for (int k = 0; k < vectors; ++k) {\n"
-        "      const int place = (k * limits::kWarp + part.lane) * kWidth;\n"
+        "      const int first = (k * limits::kWarp + part.lane) * kWidth;\n"
         "      A values[kWidth];",
         HOST,
     ),
@@ -456,6 +457,38 @@ FAULTS = [
         "exists_ = column < shape_.inner;",
         "exists_ = column <= shape_.inner;",
         HOST,
+    ),
+    Fault(
+        "the last of several outer dims has the stride of the one before",
+        "cuda strides",
+        "csrc/cuda/outer_strides.cuh",
+        "offset += (rest - quotient * sizes[k].size) * of[tensor][k];",
+        "offset += (rest - quotient * sizes[k].size) * of[tensor][k - 1];",
+        HOST_STRIDES,
+    ),
+    Fault(
+        "the gradient's rows are written where those of the output lie",
+        "cuda strides",
+        ROWS,
+        "    Out* const to = grad_input + place.of(2);\n    PartWriter",
+        "    Out* const to = grad_input + place.of(1);\n    PartWriter",
+        HOST_STRIDES,
+    ),
+    Fault(
+        "the steps of what is written are as far apart as those of what is read",
+        "cuda strides",
+        COLUMNS,
+        ".store(output + place(Pass::kInputs, part, s));",
+        ".store(output + place(Pass::kInputs - 1, part, s));",
+        HOST_STRIDES,
+    ),
+    Fault(
+        "a slab goes on into the next run",
+        "cuda strides",
+        PACKED,
+        "      end = (run + 1) * packing.run;\n",
+        "",
+        HOST_STRIDES,
     ),
     Fault(
         "a plan of shared memory without that of the states",

@@ -5,6 +5,8 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ sys.path.append(str(ROOT))  # last, so that `make debug` tests its own build and
 
 from benchmarks import gpu, gpu_cells, gpu_check, gpu_report  # noqa: E402
 from benchmarks.gpu_cells import GIB, Budget, Cell, all_cells  # noqa: E402
+from softmax_ext import _C  # noqa: E402
 
 MIB = 1 << 20
 ROW_SIZES = [7, 10, 64, 128, 256, 512, 1000, 1024, 2048, 4096, 5000, 8192, 16384, 32768, 50257]
@@ -163,6 +166,26 @@ def test_a_wrong_result_is_found(op: str, mode: str, place: int) -> None:
             gpu.check(cell, x, grad, lambda result=result: result)
 
 
+def test_an_expanded_tensor_moves_one_batch() -> None:
+    cell = Cell("views", "softmax", "backward", (3, 5, 7), -1, "float32", layout="expanded")
+    assert cell.moved_bytes == 4 * (2 * 3 + 1) * 5 * 7
+
+
+@pytest.mark.parametrize("layout", sorted(gpu_cells.LAYOUTS))
+def test_views_are_read_where_they_lie(layout: str) -> None:
+    """All that the benchmark has; beside each is a contiguous one."""
+    cells = [c for c in all_cells() if c.group == "views" and c.layout == layout]
+    assert cells
+    for cell in cells:
+        dtype = gpu_cells.DTYPES[cell.dtype]
+        make = partial(torch.empty, dtype=dtype, device="meta")
+        tensor = gpu_cells.LAYOUTS[layout](make, cell.shape)
+        assert tensor.shape == cell.shape
+        assert tensor.is_contiguous() == (layout == "contiguous")
+        assert _C.is_direct_on_cuda(tensor, cell.dim)
+        assert replace(cell, layout="contiguous") in all_cells()
+
+
 def test_rows_of_a_large_tensor_are_sampled() -> None:
     first, last = gpu.sampled_rows((1000, 5, 1000), 1, 10)
     assert len(first) == 12
@@ -180,6 +203,10 @@ TINY = [
     Cell("cast", "log_softmax", "backward", (5, 33), -1, "bfloat16", "float32"),
     Cell("call", "softmax", "both", (8, 64), -1, "float32"),
     Cell("graph", "softmax", "forward", (8, 64), -1, "float32"),
+    Cell("views", "softmax", "forward", (3, 4, 33), -1, "float32", layout="sliced batch"),
+    Cell("views", "softmax", "forward", (3, 33), -1, "float32", layout="sliced last dim"),
+    Cell("views", "softmax", "backward", (2, 3, 4, 16), -1, "bfloat16", layout="permuted batch"),
+    Cell("views", "softmax", "backward", (3, 4, 33), -1, "float32", layout="expanded"),
 ]
 MACHINE = dict.fromkeys(("torch", "cuda", "driver", "sm_count"), "made up")
 
@@ -207,10 +234,11 @@ def test_from_the_cells_to_table_and_plots(tmp_path: Path) -> None:
         assert ("copy_gbps" in entry) == (entry["group"] not in ("call", "graph"))
     pytest.importorskip("matplotlib")
     text = gpu_report.write(tmp_path)
-    assert "Over eager: 8 cells" in text
+    assert "Over eager: 12 cells" in text
     assert "Over quack: not measured" in text
     table = (tmp_path / "table.md").read_text()
     assert "| log_softmax | backward | 5x33, -1 | bfloat16 to float32 |" in table
+    assert "| softmax | backward | 2x3x4x16, -1, permuted batch | bfloat16 |" in table
     for name in ("fraction.png", "speedup.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -252,7 +280,7 @@ def test_a_killed_run_keeps_its_cells(tmp_path: Path, monkeypatch: pytest.Monkey
         run_tiny(tmp_path, TINY)
     document = json.loads((tmp_path / "results.json").read_text())
     assert len(document["cells"]) == 2
-    assert [entry["why"] for entry in document["missing"]] == ["not reached"] * 6
+    assert [entry["why"] for entry in document["missing"]] == ["not reached"] * (len(TINY) - 2)
 
 
 def test_a_wrong_cell_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

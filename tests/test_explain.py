@@ -103,6 +103,24 @@ def test_bytes(
     assert found.cast_first == (not native)
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_strides_of_a_tensor(backward: bool) -> None:
+    """What is read where it lies moves as many bytes as a contiguous one; a copy is read and
+    written once more."""
+    memory = torch.empty(64, 1028)
+    of_contiguous = explain((64, 1024), backward=backward, device="H100")
+    for tensor in (memory[:, :1024], memory[:, 1:1025]):
+        found = explain(tensor, backward=backward, device="H100")
+        assert not found.copy_first
+        assert found.bytes_moved == of_contiguous.bytes_moved
+    assert explain(memory[:, :1024], device="H100") == explain((64, 1024), device="H100")
+    assert explain(memory[:, 1:1025], device="H100") != explain((64, 1024), device="H100")
+    copied = explain(torch.empty(1024, 64).t(), backward=backward, device="H100")
+    assert copied.copy_first and "no kernel for these strides" in str(copied)
+    assert copied.bytes_moved == of_contiguous.bytes_moved + 2 * memory.itemsize * 64 * 1024
+    assert copied.microseconds > of_contiguous.microseconds
+
+
 def test_what_is_read_again_counts_again() -> None:
     forward = explain((16, 1 << 24), device="H100")
     backward = explain((16, 1 << 24), backward=True, device="H100")

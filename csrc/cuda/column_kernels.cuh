@@ -13,8 +13,15 @@
 #pragma once
 
 #include "column_tree.cuh"
+#include "outer_strides.cuh"
 
 namespace softmax_ext::cuda {
+
+// Where the columns of each tensor, side by side, begin and go on.
+struct ColumnStrides {
+  OuterStrides outer;
+  int64_t steps[OuterStrides::kTensors];  // along dim
+};
 
 // A block, and the tile that it has at the moment.
 template <class Pass>
@@ -27,15 +34,17 @@ class ColumnBlock {
   static constexpr int kColumns = Pass::kColumns;
   using Inputs = const Element* const (&)[Pass::kInputs];
 
-  __device__ __forceinline__ ColumnBlock(const Shape& shape, const ColumnSplit& split,
-                                         const ColumnMemory& places, bool is_held,
-                                         unsigned char* memory)
+  __device__ __forceinline__ ColumnBlock(const Shape& shape, const ColumnStrides& strides,
+                                         const ColumnSplit& split, const ColumnMemory& places,
+                                         bool is_held, unsigned char* memory, int64_t* apart)
       : shape_(shape),
+        strides_(strides),
         split_(split),
         is_held_(is_held),
         maxima_(reinterpret_cast<A*>(memory)),
         states_(reinterpret_cast<State*>(memory + places.states)),
-        held_(reinterpret_cast<Held*>(memory + places.elements)) {}
+        held_(reinterpret_cast<Held*>(memory + places.elements)),
+        apart_(apart) {}
 
   __device__ __forceinline__ int64_t tiles_of_outer() const {
     return (shape_.inner + width() - 1) / width();
@@ -45,18 +54,26 @@ class ColumnBlock {
     const int64_t outer = tile / tiles_of_outer();
     const int64_t column =
         (tile - outer * tiles_of_outer()) * width() + static_cast<int>(threadIdx.x) * kColumns;
+    const int64_t offset = strides_.outer.offset(Pass::kInputs, outer);
     exists_ = column < shape_.inner;
-    offset_ = outer * shape_.dim * shape_.inner + column;
+    offset_ = offset + column;
+    if (thread() < Pass::kInputs) {
+      apart_[thread()] = strides_.outer.offset(thread(), outer) - offset;
+    }
+    __syncthreads();
   }
 
   __device__ __forceinline__ void fetch(Inputs inputs) const {
     if (!is_held_) return;
     for_each_part([&](const Part& part) {
+      const Element* from[Pass::kInputs];
+#pragma unroll
+      for (int i = 0; i < Pass::kInputs; ++i) from[i] = inputs[i] + place(i, part, 0);
 #pragma unroll 8
       for (int s = 0; s < part.size; ++s) {
 #pragma unroll
         for (int i = 0; i < Pass::kInputs; ++i) {
-          Held::copy(held(part, s, i), inputs[i] + part.offset + s * shape_.inner);
+          Held::copy(held(part, s, i), from[i] + s * strides_.steps[i]);
         }
       }
     });
@@ -109,7 +126,7 @@ class ColumnBlock {
       finish_part<Pass>(
           part.size, loader(part, inputs), is_held_, maxima, formulas,
           [&](int s, const A(&values)[kColumns]) {
-            Packet<Result, kColumns>::of(values).store(output + part.offset + s * shape_.inner);
+            Packet<Result, kColumns>::of(values).store(output + place(Pass::kInputs, part, s));
           });
     });
   }
@@ -120,7 +137,7 @@ class ColumnBlock {
     int number;  // of the block's
     int turn;    // of the thread's
     int size;
-    int64_t offset;
+    int64_t first;  // step
   };
 
   static __device__ __forceinline__ int threads() {
@@ -150,10 +167,16 @@ class ColumnBlock {
       const int64_t left = shape_.dim - first;
       const int size =
           !exists_ || left < 0 ? 0 : static_cast<int>(min(left, int64_t{split_.steps}));
-      body(Part{number, turn++, size, offset_ + first * shape_.inner});
+      body(Part{number, turn++, size, first});
     }
   }
 
+  // Of tensor i, the element that step s of the part has in the thread's first column.
+  __device__ __forceinline__ int64_t place(int i, const Part& part, int s) const {
+    int64_t offset = offset_ + (part.first + s) * strides_.steps[i];
+    if (i < Pass::kInputs) offset += *static_cast<const volatile int64_t*>(apart_ + i);
+    return offset;
+  }
   // In shared memory, the packet of input i. Threads side by side have theirs side by side.
   __device__ __forceinline__ Held* held(const Part& part, int s, int i) const {
     const int step = (part.turn * split_.steps + s) * Pass::kInputs + i;
@@ -166,7 +189,7 @@ class ColumnBlock {
         if (is_held_) {
           x[i] = held(part, s, i)->read();
         } else {
-          x[i].load(inputs[i] + part.offset + s * shape_.inner);
+          x[i].load(inputs[i] + place(i, part, s));
         }
       }
     };
@@ -184,25 +207,31 @@ class ColumnBlock {
     if (count > 1) __syncthreads();
   }
 
-  Shape shape_;
+  const Shape& shape_;
+  const ColumnStrides& strides_;
   ColumnSplit split_;
   bool is_held_;
   A* maxima_;      // [part][column]
   State* states_;  // [part][column], and behind them [block of the team][column]
   Held* held_;     // [step][input][thread]
-  int64_t offset_ = 0;
+  // Of an input, how far behind the place in the result an element lies, in shared memory: read anew
+  // where it is needed, it takes no registers.
+  int64_t* apart_;
+  int64_t offset_ = 0;  // of the thread's first column in the result
   bool exists_ = false;
 };
 
 template <class Pass>
 __device__ __forceinline__ void run_columns(
     const typename Pass::Element* const (&inputs)[Pass::kInputs], typename Pass::Result* output,
-    const Shape& shape, const ColumnSplit& split, const ColumnMemory& places, bool is_held) {
+    const Shape& shape, const ColumnStrides& strides, const ColumnSplit& split,
+    const ColumnMemory& places, bool is_held) {
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   SOFTMAX_EXT_STATIC_SHARED(uint64_t, barrier, 1);
+  SOFTMAX_EXT_STATIC_SHARED(int64_t, apart, Pass::kInputs);
   const Mail mail(barrier);
   if (gridDim.y > 1) mail.open();
-  ColumnBlock<Pass> block(shape, split, places, is_held, memory);
+  ColumnBlock<Pass> block(shape, strides, split, places, is_held, memory, apart);
   const int64_t tiles = shape.outer * block.tiles_of_outer();
   int64_t done = 0;
 #pragma unroll 1
@@ -224,17 +253,19 @@ constexpr int column_blocks = sizeof(In) == 8                                ? 2
 
 template <Op op, int columns, class In, class Out>
 __global__ void __launch_bounds__(limits::kMostColumnThreads, column_blocks<columns, In>)
-    columns_forward_kernel(const In* input, Out* output, Shape shape, ColumnSplit split,
-                           ColumnMemory places, bool is_held) {
-  run_columns<ForwardColumns<op, columns, In, Out>>({input}, output, shape, split, places, is_held);
+    columns_forward_kernel(const In* input, Out* output, Shape shape, ColumnStrides strides,
+                           ColumnSplit split, ColumnMemory places, bool is_held) {
+  run_columns<ForwardColumns<op, columns, In, Out>>({input}, output, shape, strides, split, places,
+                                                    is_held);
 }
 
 template <Op op, int columns, class In, class Out>
 __global__ void __launch_bounds__(limits::kMostColumnThreads, column_blocks<columns, In>)
     columns_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Shape shape,
-                            ColumnSplit split, ColumnMemory places, bool is_held) {
+                            ColumnStrides strides, ColumnSplit split, ColumnMemory places,
+                            bool is_held) {
   run_columns<BackwardColumns<op, columns, In, Out>>({grad_output, output}, grad_input, shape,
-                                                     split, places, is_held);
+                                                     strides, split, places, is_held);
 }
 
 }  // namespace softmax_ext::cuda

@@ -29,14 +29,32 @@ cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, cudaStream_t
   return launch_kernel(kernel, grid, block, plan.shared_bytes, together, stream, arguments...);
 }
 
-inline Rows rows_of(const Shape& shape, const Plan& plan, void* scratch) {
-  return {shape.rows(), shape.dim, plan.schedule, scratch, plan.hold == Hold::kShared};
+inline Rows rows_of(const Shape& shape, const Plan& plan, void* scratch,
+                    const OuterStrides& strides) {
+  return {shape.rows(), shape.dim, plan.schedule, scratch, plan.hold == Hold::kShared, strides};
 }
 
-inline Packing packing_of(const Shape& shape, const Plan& plan, int64_t element_bytes) {
+inline Packing packing_of(const Workload& work, const Plan& plan, const OuterStrides& strides) {
+  const Shape& shape = work.shape;
   const int64_t outer = plan.items / shape.inner;
+  const int64_t bytes = slab_bytes(outer * shape.dim * shape.inner, size_of(work.load_type));
+  const int64_t of_run = slabs_of_run(work.run, outer);
+  // Of one run nothing is divided, and it may have more slabs than a Divisor takes.
+  const Divisor divisor = Divisor::of(work.run < shape.outer ? of_run : 1);
+  const int64_t slabs = shape.outer / work.run * of_run;
   return {static_cast<int>(outer),
-          static_cast<int>(slab_bytes(outer * shape.dim * shape.inner, element_bytes)), plan.group};
+          static_cast<int>(bytes),
+          plan.group,
+          work.run,
+          divisor,
+          slabs,
+          strides};
+}
+
+// In the order of the kernels' arguments.
+template <class... Tensors>
+ColumnStrides strides_of(const Dims& dims, const Tensors&... tensors) {
+  return {outer_strides(dims, tensors...), {tensors.dim...}};
 }
 
 inline ColumnSplit split_of(const Shape& shape) {
@@ -144,21 +162,22 @@ struct BackwardKernels {
 
 // The plan's kernel, of the tensors: those read, that written.
 template <class Kernels, class... Tensors>
-cudaError_t launch_plan(const Shape& shape, const Plan& plan, void* scratch, cudaStream_t stream,
-                        Tensors... tensors) {
+cudaError_t launch_plan(const Workload& work, const ColumnStrides& strides, const Plan& plan,
+                        void* scratch, cudaStream_t stream, Tensors... tensors) {
   using In = typename Kernels::Element;
+  const Shape& shape = work.shape;
   const auto run = [&](auto kernel, auto... how) {
     return launch(kernel, plan, stream, tensors..., how...);
   };
   if (plan.schedule == Schedule::kColumns) {
     return with_constant(plan.columns, column_counts<In>(), [&](auto columns) {
-      return run(Kernels::template columns_of<columns()>(), shape, split_of(shape),
+      return run(Kernels::template columns_of<columns()>(), shape, strides, split_of(shape),
                  column_memory_of(shape, plan, sizeof(In), sizeof...(Tensors) - 1),
                  plan.hold == Hold::kShared);
     });
   }
   if (plan.schedule == Schedule::kPacked) {
-    const Packing packing = packing_of(shape, plan, sizeof(In));
+    const Packing packing = packing_of(work, plan, strides.outer);
     if (shape.inner > 1) {
       return run(Kernels::packed_columns(), shape, packing, split_of(shape));
     }
@@ -171,7 +190,7 @@ cudaError_t launch_plan(const Shape& shape, const Plan& plan, void* scratch, cud
         plan.vectors == 1 ? Kernels::template packed<true>() : Kernels::template packed<false>(),
         shape, packing);
   }
-  const Rows rows = rows_of(shape, plan, scratch);
+  const Rows rows = rows_of(shape, plan, scratch, strides.outer);
   if (plan.short_rows()) {
     return with_constant(plan.vectors, typename Kernels::ShortCounts(), [&](auto vectors) {
       return run(Kernels::template short_rows<vectors()>(), rows);
@@ -187,16 +206,18 @@ cudaError_t launch_plan(const Shape& shape, const Plan& plan, void* scratch, cud
 template <Op op, class T, class Other>
 cudaError_t launch_op(const ForwardArgs& args, const Plan& plan, void* scratch,
                       cudaStream_t stream) {
-  return launch_plan<ForwardKernels<op, Other, T>>(args.shape, plan, scratch, stream,
-                                                   static_cast<const Other*>(args.input),
-                                                   static_cast<T*>(args.output));
+  return launch_plan<ForwardKernels<op, Other, T>>(
+      workload(args), strides_of(args.dims, args.input_strides, args.output_strides), plan, scratch,
+      stream, static_cast<const Other*>(args.input), static_cast<T*>(args.output));
 }
 
 template <Op op, class T, class Other>
 cudaError_t launch_op(const BackwardArgs& args, const Plan& plan, void* scratch,
                       cudaStream_t stream) {
   return launch_plan<BackwardKernels<op, T, Other>>(
-      args.shape, plan, scratch, stream, static_cast<const T*>(args.grad_output),
+      workload(args),
+      strides_of(args.dims, args.grad_output_strides, args.output_strides, args.grad_input_strides),
+      plan, scratch, stream, static_cast<const T*>(args.grad_output),
       static_cast<const T*>(args.output), static_cast<Other*>(args.grad_input));
 }
 

@@ -1,8 +1,8 @@
 // The packed schedule: rows that are short, or of which the elements lie between those of others
 // (inner > 1), so that a warp's accesses to one row would be narrow or far apart.
 //
-// A block has a slab at a time: all rows of some outer indices, which are one piece of memory. It
-// goes to shared memory by 16 bytes across the rows' borders, and the results come back the same way,
+// A block has a slab at a time: all rows of some outer indices, which are one piece of each tensor's
+// memory. It goes to shared memory by 16 bytes across the rows' borders, and the results come back the same way,
 // whatever the alignment. One read, one write; limit: a slab fits the block's shared memory.
 //
 //   kernel        between, a row is had by   limit on a row
@@ -16,6 +16,7 @@
 #pragma once
 
 #include "column_tree.cuh"
+#include "outer_strides.cuh"
 
 namespace softmax_ext::cuda {
 
@@ -23,6 +24,11 @@ struct Packing {
   int outer;  // indices of a slab
   int bytes;  // of a slab of an input in shared memory
   int group;  // threads of a row
+  // Outer indices that lie one after another, in slabs of which the last may have fewer.
+  int64_t run;
+  Divisor slabs_of_run;
+  int64_t slabs;
+  OuterStrides strides;
 };
 
 // `elements` of T in shared memory, as they lie in global memory from `global` on: at the same place
@@ -179,15 +185,23 @@ __device__ __forceinline__ void for_each_packed_row(const Shape& shape, int oute
   }
 }
 
-// Calls body(offset, outer) for each slab of the block: its first element, its outer indices.
+// Calls body(offset, outer) for each slab of the block: of a tensor's number, the element that it
+// begins with there; its outer indices.
 template <class Body>
-__device__ __forceinline__ void for_each_slab(const Shape& shape, int outer, Body body) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * outer;
+__device__ __forceinline__ void for_each_slab(const Shape& shape, const Packing& packing,
+                                              Body body) {
 #pragma unroll 1
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * outer; first < shape.outer;
-       first += stride) {
-    const int64_t left = shape.outer - first;
-    body(first * shape.dim * shape.inner, left < outer ? static_cast<int>(left) : outer);
+  for (int64_t slab = blockIdx.x; slab < packing.slabs; slab += gridDim.x) {
+    int64_t first = slab * packing.outer;
+    int64_t end = shape.outer;
+    if (packing.run < shape.outer) {
+      const int64_t run = packing.slabs_of_run.quotient(static_cast<uint32_t>(slab));
+      end = (run + 1) * packing.run;
+      first = run * packing.run + (slab - run * packing.slabs_of_run.size) * packing.outer;
+    }
+    const int64_t left = end - first;
+    body([&](int tensor) { return packing.strides.offset(tensor, first); },
+         left < packing.outer ? static_cast<int>(left) : packing.outer);
   }
 }
 
@@ -200,11 +214,12 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   constexpr int kWidth = cuda::kWidth<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int64_t of_outer = shape.dim * shape.inner;
-  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+  for_each_slab(shape, packing, [&](auto offset, int outer) {
     const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In, true> in(memory, input + offset, elements);
-    const Slab<Out, true> out(memory + packing.bytes, output + offset, elements);
-    in.copy_from(input + offset);
+    const In* const from = input + offset(0);
+    const Slab<In, true> in(memory, from, elements);
+    const Slab<Out, true> out(memory + packing.bytes, output + offset(1), elements);
+    in.copy_from(from);
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       A x[kWidth];
@@ -241,7 +256,7 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
       }
     });
     __syncthreads();
-    out.copy_to(output + offset);
+    out.copy_to(output + offset(1));
   });
 }
 
@@ -254,13 +269,15 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   constexpr int kWidth = cuda::kWidth<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int64_t of_outer = shape.dim * shape.inner;
-  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+  for_each_slab(shape, packing, [&](auto offset, int outer) {
     const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In, true> grad(memory, grad_output + offset, elements);
-    const Slab<In, true> y(memory + packing.bytes, output + offset, elements);
-    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset, elements);
-    grad.copy_from(grad_output + offset);
-    y.copy_from(output + offset);
+    const In* const from_grad = grad_output + offset(0);
+    const In* const from_y = output + offset(1);
+    const Slab<In, true> grad(memory, from_grad, elements);
+    const Slab<In, true> y(memory + packing.bytes, from_y, elements);
+    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset(2), elements);
+    grad.copy_from(from_grad);
+    y.copy_from(from_y);
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       const int vectors = one ? 1 : row.vectors<kWidth>();
@@ -284,7 +301,7 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
       }
     });
     __syncthreads();
-    out.copy_to(grad_input + offset);
+    out.copy_to(grad_input + offset(2));
   });
 }
 
@@ -357,17 +374,18 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
                                   ColumnSplit split) {
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int64_t of_outer = shape.dim * shape.inner;
-  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+  for_each_slab(shape, packing, [&](auto offset, int outer) {
     const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In, true> in[1] = {{memory, input + offset, elements}};
-    const Slab<Out, true> out(memory + packing.bytes, output + offset, elements);
-    in[0].copy_from(input + offset);
+    const In* const from = input + offset(0);
+    const Slab<In, true> in[1] = {{memory, from, elements}};
+    const Slab<Out, true> out(memory + packing.bytes, output + offset(1), elements);
+    in[0].copy_from(from);
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       run_packed_column<ForwardColumns<op, 1, In, Out>>(row, split, in, out);
     });
     __syncthreads();
-    out.copy_to(output + offset);
+    out.copy_to(output + offset(1));
   });
 }
 
@@ -377,22 +395,23 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
                                    Shape shape, Packing packing, ColumnSplit split) {
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int64_t of_outer = shape.dim * shape.inner;
-  for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
+  for_each_slab(shape, packing, [&](auto offset, int outer) {
     const int elements = outer * static_cast<int>(of_outer);
-    const Slab<In, true> in[2] = {{memory, grad_output + offset, elements},
-                                  {memory + packing.bytes, output + offset, elements}};
-    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset, elements);
+    const In* const from[2] = {grad_output + offset(0), output + offset(1)};
+    const Slab<In, true> in[2] = {{memory, from[0], elements},
+                                  {memory + packing.bytes, from[1], elements}};
+    const Slab<Out, true> out(memory + 2 * packing.bytes, grad_input + offset(2), elements);
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
-      const In* const from = (i == 0 ? grad_output : output) + offset;
-      Slab<In, true>(memory + i * packing.bytes, from, elements).copy_from(from);
+      const In* const of_input = i == 0 ? from[0] : from[1];
+      Slab<In, true>(memory + i * packing.bytes, of_input, elements).copy_from(of_input);
     }
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       run_packed_column<BackwardColumns<op, 1, In, Out>>(row, split, in, out);
     });
     __syncthreads();
-    out.copy_to(grad_input + offset);
+    out.copy_to(grad_input + offset(2));
   });
 }
 
@@ -427,10 +446,11 @@ __global__ void __launch_bounds__(limits::kPackedThreads)
   constexpr int kWidth = cuda::kWidth<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int dim = static_cast<int>(shape.dim);
-  for_each_slab(shape, packing.outer, [&](int64_t offset, int rows) {
-    const Slab<In, false> in(memory, input + offset, rows * dim);
-    const Slab<Out, false> out(memory + packing.bytes, output + offset, rows * dim);
-    in.copy_from(input + offset);
+  for_each_slab(shape, packing, [&](auto offset, int rows) {
+    const In* const in_slab = input + offset(0);
+    const Slab<In, false> in(memory, in_slab, rows * dim);
+    const Slab<Out, false> out(memory + packing.bytes, output + offset(1), rows * dim);
+    in.copy_from(in_slab);
     __syncthreads();
 #pragma unroll 1
     for (int row = static_cast<int>(threadIdx.x); row < rows; row += static_cast<int>(blockDim.x)) {
@@ -458,7 +478,7 @@ __global__ void __launch_bounds__(limits::kPackedThreads)
       });
     }
     __syncthreads();
-    out.copy_to(output + offset);
+    out.copy_to(output + offset(1));
   });
 }
 
@@ -471,12 +491,14 @@ __global__ void __launch_bounds__(limits::kPackedThreads)
   constexpr int kWidth = cuda::kWidth<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int dim = static_cast<int>(shape.dim);
-  for_each_slab(shape, packing.outer, [&](int64_t offset, int rows) {
-    const Slab<In, false> grad(memory, grad_output + offset, rows * dim);
-    const Slab<In, false> y(memory + packing.bytes, output + offset, rows * dim);
-    const Slab<Out, false> out(memory + 2 * packing.bytes, grad_input + offset, rows * dim);
-    grad.copy_from(grad_output + offset);
-    y.copy_from(output + offset);
+  for_each_slab(shape, packing, [&](auto offset, int rows) {
+    const In* const grad_slab = grad_output + offset(0);
+    const In* const y_slab = output + offset(1);
+    const Slab<In, false> grad(memory, grad_slab, rows * dim);
+    const Slab<In, false> y(memory + packing.bytes, y_slab, rows * dim);
+    const Slab<Out, false> out(memory + 2 * packing.bytes, grad_input + offset(2), rows * dim);
+    grad.copy_from(grad_slab);
+    y.copy_from(y_slab);
     __syncthreads();
 #pragma unroll 1
     for (int row = static_cast<int>(threadIdx.x); row < rows; row += static_cast<int>(blockDim.x)) {
@@ -495,7 +517,7 @@ __global__ void __launch_bounds__(limits::kPackedThreads)
           dim, [&](int v) { to[v] = ToElement<Out>::of(formula.of(g[v], outputs[v])); });
     }
     __syncthreads();
-    out.copy_to(grad_input + offset);
+    out.copy_to(grad_input + offset(2));
   });
 }
 

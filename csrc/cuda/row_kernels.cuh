@@ -16,9 +16,9 @@
 //                                                          shared memory;
 //                                              2      1    or, where they do not fit, nowhere
 //
-// A chunk is what the registers of a warp hold: 4 KB of a row (2 KB in float64). Rows begin anywhere:
-// vectors are those of the memory written, and are shifted between lanes for the row's sum alone,
-// whose tree begins with the row.
+// A chunk is what the registers of a warp hold: 4 KB of a row (2 KB in float64). Rows begin anywhere,
+// those of each tensor as its outer strides say: vectors are those of the memory written, and are
+// shifted between lanes for the row's sum alone, whose tree begins with the row.
 //
 // A warp writes the vectors of its own chunks only. It reads no others but one behind each chunk,
 // which is before the row's warps meet, and so before any of them writes: the memory written may be
@@ -28,6 +28,7 @@
 #include <type_traits>
 
 #include "device.cuh"
+#include "outer_strides.cuh"
 
 namespace softmax_ext::cuda {
 
@@ -37,6 +38,19 @@ struct Rows {
   Schedule schedule;
   void* scratch;  // of the grid schedule: the chunks' states
   bool keep;      // of the long kernel: in shared memory
+  OuterStrides strides;
+};
+
+// Elements of a row from number `first` on, in each tensor. It is made anew where it is needed: that
+// takes fewer registers than to keep it.
+struct Place {
+  const Rows& rows;
+  int64_t row;
+  int64_t first;
+
+  __device__ __forceinline__ int64_t of(int tensor) const {
+    return rows.strides.offset(tensor, row) + first;
+  }
 };
 
 // The rows' chunks as this warp sees them. Blocks that share a row, a team, are blocks along y.
@@ -158,12 +172,12 @@ struct ForwardChunk {
   Vector x[vectors];
   Vector behind;
 
-  __device__ __forceinline__ int lead(int64_t offset) const {
-    return lead_of<kWidth>(input + offset, output + offset);
+  __device__ __forceinline__ int lead(Place place) const {
+    return lead_of<kWidth>(input + place.of(0), output + place.of(1));
   }
 
-  __device__ __forceinline__ void load(int64_t offset, Part part, bool summed) {
-    load_part(input + offset, part, summed, -static_cast<A>(INFINITY), x, behind);
+  __device__ __forceinline__ void load(Place place, Part part, bool summed) {
+    load_part(input + place.of(0), part, summed, -static_cast<A>(INFINITY), x, behind);
   }
 
   template <class Body>
@@ -198,9 +212,10 @@ struct ForwardChunk {
     return {max, warp_reduce<Sum>(sum, limits::kWarp)};
   }
 
-  __device__ __forceinline__ void store(State state, int64_t offset, Part part) {
+  __device__ __forceinline__ void store(State state, Place place, Part part) {
     const F formula(state.max, state.sum);
-    PartWriter<Out, kWidth, vectors> writer(output + offset, part);
+    Out* const to = output + place.of(1);
+    PartWriter<Out, kWidth, vectors> writer(to, part);
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
       if (no_more<kWidth>(k, part.end())) break;
@@ -214,8 +229,9 @@ struct ForwardChunk {
     writer.finish();
     constexpr int kRoom = vectors * limits::kWarp * kWidth;
     if (part.lane < part.rest(kRoom)) {
-      const int64_t place = offset + kRoom - part.lead + part.lane;
-      output[place] = ToElement<Out>::of(formula.of(from_element<A>(input[place])));
+      const int element = kRoom - part.lead + part.lane;
+      const In* const from = input + place.of(0);
+      to[element] = ToElement<Out>::of(formula.of(from_element<A>(from[element])));
     }
   }
 };
@@ -239,13 +255,13 @@ struct BackwardChunk {
   Vector grad_behind;
   Vector y_behind;
 
-  __device__ __forceinline__ int lead(int64_t offset) const {
-    return lead_of<kWidth>(grad_output + offset, grad_input + offset);
+  __device__ __forceinline__ int lead(Place place) const {
+    return lead_of<kWidth>(grad_output + place.of(0), grad_input + place.of(2));
   }
 
-  __device__ __forceinline__ void load(int64_t offset, Part part, bool summed) {
-    load_part(grad_output + offset, part, summed, A(0), grad, grad_behind);
-    load_part(output + offset, part, summed, A(0), y, y_behind);
+  __device__ __forceinline__ void load(Place place, Part part, bool summed) {
+    load_part(grad_output + place.of(0), part, summed, A(0), grad, grad_behind);
+    load_part(output + place.of(1), part, summed, A(0), y, y_behind);
   }
 
   template <class Body>
@@ -273,9 +289,10 @@ struct BackwardChunk {
     return {row_sum(warp_reduce<Sum>(sum, limits::kWarp))};
   }
 
-  __device__ __forceinline__ void store(State state, int64_t offset, Part part) {
+  __device__ __forceinline__ void store(State state, Place place, Part part) {
     const B formula{state.sum};
-    PartWriter<Out, kWidth, vectors> writer(grad_input + offset, part);
+    Out* const to = grad_input + place.of(2);
+    PartWriter<Out, kWidth, vectors> writer(to, part);
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
       if (no_more<kWidth>(k, part.end())) break;
@@ -294,24 +311,25 @@ struct BackwardChunk {
     writer.finish();
     constexpr int kRoom = vectors * limits::kWarp * kWidth;
     if (part.lane < part.rest(kRoom)) {
-      const int64_t place = offset + kRoom - part.lead + part.lane;
-      grad_input[place] = ToElement<Out>::of(
-          formula.of(from_element<A>(grad_output[place]), from_element<A>(output[place])));
+      const int element = kRoom - part.lead + part.lane;
+      const In* const from_grad = grad_output + place.of(0);
+      const In* const from_output = output + place.of(1);
+      to[element] = ToElement<Out>::of(
+          formula.of(from_element<A>(from_grad[element]), from_element<A>(from_output[element])));
     }
   }
 };
 
-// Chunk `number` of a row that begins at `offset`.
+// Of the chunk that begins at `place`.
 template <class Chunk>
-__device__ __forceinline__ Part part_of_chunk(const Chunk& chunk, const Rows& rows, bool exists,
-                                              int64_t offset, int64_t number) {
+__device__ __forceinline__ Part part_of_chunk(const Chunk& chunk, bool exists, Place place) {
   constexpr int kOfChunk = kChunk<typename Chunk::Element>;
   const int lane = static_cast<int>(threadIdx.x) % limits::kWarp;
-  const int64_t left = rows.dim - number * kOfChunk;
+  const int64_t left = place.rows.dim - place.first;
   if (!exists || left <= 0) return {lane, 0, 0, true, 0};
   return {lane, static_cast<int>(min(left, int64_t{kOfChunk})),
-          static_cast<int>(min(left, int64_t{kOfChunk} + Chunk::kWidth)), number == 0,
-          chunk.lead(offset)};
+          static_cast<int>(min(left, int64_t{kOfChunk} + Chunk::kWidth)), place.first == 0,
+          chunk.lead(place)};
 }
 
 // --- Kernels -------------------------------------------------------------------------------------
@@ -330,12 +348,12 @@ __device__ __forceinline__ A sum_of_part(A (&leaves)[vectors], WholePart part) {
   return row_sum(warp_reduce<Sum>(sum, part.lanes));
 }
 
-// body(offset, part) for the rows of this thread.
+// body(place, part) for the rows of this thread.
 template <class Body>
 __device__ __forceinline__ void for_each_short_row(const Rows& rows, Body body) {
   const int lanes = static_cast<int>(blockDim.x);
   for_each_row(rows, [&](int64_t row, bool exists) {
-    body(row * rows.dim,
+    body(Place{rows, row, 0},
          WholePart{static_cast<int>(threadIdx.x), lanes, exists ? static_cast<int>(rows.dim) : 0});
   });
 }
@@ -348,9 +366,9 @@ __global__ void __launch_bounds__(limits::kShortRowThreads)
   constexpr int kWidth = cuda::kWidth<In>;
   // exp(x - max) is kept if there is room.
   constexpr bool kKeepExps = op == Op::kSoftmax && vectors * kWidth <= 32;
-  for_each_short_row(rows, [&](int64_t offset, WholePart part) {
+  for_each_short_row(rows, [&](Place place, WholePart part) {
     Vector x[vectors];
-    load_part(input + offset, part, -static_cast<A>(INFINITY), x);
+    load_part(input + place.of(0), part, -static_cast<A>(INFINITY), x);
     Vector largest = x[0];
 #pragma unroll
     for (int k = 1; k < vectors; ++k) largest = max_of_vectors<In>(largest, x[k]);
@@ -373,9 +391,11 @@ __global__ void __launch_bounds__(limits::kShortRowThreads)
       sums[k] = sum_of(values);
     }
     const forward_t<op, A, Out> formula(max, sum_of_part(sums, part));
+    forget(place.row);
+    Out* const to = output + place.of(1);
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
-      const int place = (k * part.lanes + part.lane) * kWidth;
+      const int first = (k * part.lanes + part.lane) * kWidth;
       A values[kWidth];
       if constexpr (sizeof(In) == 2 && !kKeepExps) forget(x[k]);
       unpack<In>(x[k], values);
@@ -388,7 +408,7 @@ __global__ void __launch_bounds__(limits::kShortRowThreads)
         }
       }
       const auto pieces = Pieces<Out, kWidth>::of(values);
-      if (place < part.size) pieces.store(output + offset + place);
+      if (first < part.size) pieces.store(to + first);
     }
   });
 }
@@ -399,11 +419,11 @@ __global__ void __launch_bounds__(limits::kShortRowThreads)
   using A = computed_t<In>;
   using B = backward_t<op, A, Out>;
   constexpr int kWidth = cuda::kWidth<In>;
-  for_each_short_row(rows, [&](int64_t offset, WholePart part) {
+  for_each_short_row(rows, [&](Place place, WholePart part) {
     Vector grad[vectors];
     Vector y[vectors];
-    load_part(grad_output + offset, part, A(0), grad);
-    load_part(output + offset, part, A(0), y);
+    load_part(grad_output + place.of(0), part, A(0), grad);
+    load_part(output + place.of(1), part, A(0), y);
     A sums[vectors];
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
@@ -416,9 +436,11 @@ __global__ void __launch_bounds__(limits::kShortRowThreads)
       sums[k] = sum_of(g);
     }
     const B formula{sum_of_part(sums, part)};
+    forget(place.row);
+    Out* const to = grad_input + place.of(2);
 #pragma unroll
     for (int k = 0; k < vectors; ++k) {
-      const int place = (k * part.lanes + part.lane) * kWidth;
+      const int first = (k * part.lanes + part.lane) * kWidth;
       A g[kWidth];
       A outputs[kWidth];
       unpack<In>(grad[k], g);
@@ -426,7 +448,7 @@ __global__ void __launch_bounds__(limits::kShortRowThreads)
 #pragma unroll
       for (int v = 0; v < kWidth; ++v) g[v] = formula.of(g[v], outputs[v]);
       const auto pieces = Pieces<Out, kWidth>::of(g);
-      if (place < part.size) pieces.store(grad_input + offset + place);
+      if (first < part.size) pieces.store(to + first);
     }
   });
 }
@@ -463,9 +485,9 @@ __device__ __forceinline__ void run_registers(Chunk& chunk, const Rows& rows) {
   const Meeting<State> meeting(rows, share, states, barrier);
   int turn = 0;
   const auto run = [&](int64_t& row, bool exists) {
-    const Part part = part_of_chunk(chunk, rows, exists, row * rows.dim, share.warp);
-    const auto offset = [&] { return row * rows.dim + int64_t{share.warp} * kOfChunk; };
-    chunk.load(offset(), part, true);
+    const auto place = [&] { return Place{rows, row, int64_t{share.warp} * kOfChunk}; };
+    const Part part = part_of_chunk(chunk, exists, place());
+    chunk.load(place(), part, true);
     State state = chunk.state(part);
     if constexpr (Chunk::kVectors == kChunkVectors<In>) {
       if (rows.schedule != Schedule::kWarp) {
@@ -475,8 +497,8 @@ __device__ __forceinline__ void run_registers(Chunk& chunk, const Rows& rows) {
         turn ^= 1;
       }
     }
-    forget(row);  // offset is cheaper to compute again than to keep
-    chunk.store(state, offset(), part);
+    forget(row);  // place is cheaper to compute again than to keep
+    chunk.store(state, place(), part);
   };
   if constexpr (sizeof(In) == 8) {
     for_each_row(rows, [&](int64_t row, bool exists) { run(row, exists); });
@@ -529,7 +551,7 @@ __device__ __forceinline__ void run_long(Chunk& chunk, const Rows& rows) {
   const Meeting<State> meeting(rows, share, states, barrier);
   int turn = 0;
   for_each_row(rows, [&](int64_t row, bool exists) {
-    const int64_t begin = row * rows.dim;
+    const auto place = [&](int64_t number) { return Place{rows, row, number * kOfChunk}; };
     int own = 0;
     meeting.begin(row == blockIdx.x);
 #pragma unroll 1
@@ -539,8 +561,8 @@ __device__ __forceinline__ void run_long(Chunk& chunk, const Rows& rows) {
           store_words<false>(kept + ((own - 1) * kVectors + k) * blockDim.x, x);
         });
       }
-      const Part part = part_of_chunk(chunk, rows, exists, begin, number);
-      chunk.load(begin + int64_t{number} * kOfChunk, part, true);
+      const Part part = part_of_chunk(chunk, exists, place(number));
+      chunk.load(place(number), part, true);
       const State state = chunk.state(part);
       meeting.put(turn, number, state);
     }
@@ -549,16 +571,15 @@ __device__ __forceinline__ void run_long(Chunk& chunk, const Rows& rows) {
 #pragma unroll 1
     while (own-- > 0) {
       const int64_t number = share.warp + int64_t{own} * share.warps;
-      const int64_t offset = begin + number * kOfChunk;
-      const Part part = part_of_chunk(chunk, rows, exists, begin, number);
+      const Part part = part_of_chunk(chunk, exists, place(number));
       if (!in_registers && rows.keep) {
         chunk.for_each_vector(
             [&](int k, Vector& x) { x = load_words<4>(kept + (own * kVectors + k) * blockDim.x); });
       } else if (!in_registers) {
-        chunk.load(offset, part, false);
+        chunk.load(place(number), part, false);
       }
       in_registers = false;
-      chunk.store(of_row, offset, part);
+      chunk.store(of_row, place(number), part);
     }
     turn ^= 1;
   });

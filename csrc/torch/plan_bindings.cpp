@@ -101,14 +101,36 @@ Plan plan_of(const py::kwargs& values) {
   return plan;
 }
 
-// The plan of a workload on a device, neither of which need exist; of `schedule`, if it is not to be
-// chosen. None where there is nothing to launch.
+// Of the GPU's kernels, wherever the tensor is: in memory that begins at a multiple of 16 bytes.
+bool is_direct(const Layout& layout, const at::Tensor& tensor, const void*& data) {
+  data = reinterpret_cast<const void*>(tensor.storage_offset() *
+                                       static_cast<int64_t>(tensor.itemsize()));
+  return cuda::is_direct(layout.shape, layout.dims, layout.strides, data,
+                         to_dtype(tensor.scalar_type()));
+}
+
+bool is_direct_on_cuda(const at::Tensor& tensor, int64_t dim) {
+  const std::optional<Layout> layout = layout_of(tensor, dim);
+  const void* data = nullptr;
+  return layout && is_direct(*layout, tensor, data);
+}
+
+// The plan of contiguous tensors on a device, none of which need exist; of one that lies as `like`, if
+// that is direct; of `schedule`, if it is not to be chosen. None where there is nothing to launch.
 std::optional<Plan> plan(int64_t outer, int64_t dim, int64_t inner, at::ScalarType load_dtype,
                          at::ScalarType store_dtype, int inputs, bool aligned, int sm_count,
-                         int shared_bytes, int compute_capability,
-                         std::optional<Schedule> schedule) {
-  const Workload work{
-      {outer, dim, inner}, to_dtype(load_dtype), to_dtype(store_dtype), inputs, aligned};
+                         int shared_bytes, int compute_capability, std::optional<Schedule> schedule,
+                         const std::optional<at::Tensor>& like, int64_t like_dim) {
+  Workload work =
+      workload({outer, dim, inner}, to_dtype(load_dtype), to_dtype(store_dtype), inputs);
+  if (!aligned) work.aligned = 1;
+  if (like) {
+    const std::optional<Layout> layout = layout_of(*like, like_dim);
+    const void* data = nullptr;
+    if (layout && is_direct(*layout, *like, data)) {
+      work = with_tensor(work, data, to_dtype(like->scalar_type()), layout->dims, layout->strides);
+    }
+  }
   const DeviceProperties device{sm_count, shared_bytes, compute_capability};
   const Plan made = schedule ? make_plan(work, device, *schedule) : make_plan(work, device);
   return made.blocks == 0 ? std::nullopt : std::optional(made);
@@ -141,7 +163,9 @@ void bind_plan(py::module_& module) {
   module.def("plan", plan, py::arg("outer"), py::arg("dim"), py::arg("inner"),
              py::arg("load_dtype"), py::arg("store_dtype"), py::arg("inputs"), py::arg("aligned"),
              py::arg("sm_count"), py::arg("shared_bytes"), py::arg("compute_capability"),
-             py::arg("schedule") = py::none());
+             py::arg("schedule") = py::none(), py::arg("like") = py::none(),
+             py::arg("like_dim") = 0);
+  module.def("is_direct_on_cuda", is_direct_on_cuda, py::arg("tensor"), py::arg("dim"));
 }
 
 }  // namespace softmax_ext

@@ -48,22 +48,6 @@ bool needs_cast(at::Device device, at::ScalarType load, at::ScalarType store, in
   return !device.is_cpu() && !is_native(to_dtype(load), to_dtype(store), inputs);
 }
 
-// Whether the kernels write `output` where it lies. Otherwise a new result is copied there.
-bool is_written_in_place(const at::Tensor& output, const Shape& shape, int64_t dim,
-                         int64_t short_dim) {
-  if (output.is_contiguous() || output.numel() == 0) return true;
-  if (!output.device().is_cpu() || !is_without_overlap(output)) return false;
-  Dims dims = contiguous_dims(shape);
-  Strides strides = contiguous_strides(shape);
-  return find_strides({{&output, &strides}}, dim, dims) &&
-         cpu::is_direct(shape, dims, strides, to_dtype(output.scalar_type()), short_dim);
-}
-
-// Whether a tensor of a call may be read where it lies. The GPU kernels read contiguous memory.
-bool is_read_in_place(const at::Tensor& tensor) {
-  return tensor.device().is_cpu() || tensor.is_contiguous();
-}
-
 void run_forward(const at::Tensor& input, const Shape& shape, int64_t dim, Op op,
                  const at::Tensor& output, bool output_is_new) {
   if (input.numel() == 0) return;
@@ -78,9 +62,11 @@ void run_forward(const at::Tensor& input, const Shape& shape, int64_t dim, Op op
                    shape,
                    op,
                    output_is_new};
-  if (is_read_in_place(input) &&
-      find_strides({{&input, &args.input_strides}, {&output, &args.output_strides}}, dim,
-                   args.dims)) {
+  // Those of the CPU place other input where the output is to be.
+  if (find_strides({{&input, &args.input_strides}, {&output, &args.output_strides}}, dim,
+                   args.dims) &&
+      (input.device().is_cpu() ||
+       is_direct(input, shape, args.dims, args.input_strides, cpu::kShortDim))) {
     launch(args, input.device());
   } else {
     run_forward(input.contiguous(), shape, dim, op, output, output_is_new);
@@ -98,19 +84,19 @@ void run_backward(const at::Tensor& grad_output, const at::Tensor& output, const
                     shape,
                     op,
                     grad_input_is_new};
-  const bool found = is_read_in_place(grad_output) && is_read_in_place(output) &&
-                     find_strides({{&grad_output, &args.grad_output_strides},
+  const bool found = find_strides({{&grad_output, &args.grad_output_strides},
                                    {&output, &args.output_strides},
                                    {&grad_input, &args.grad_input_strides}},
                                   dim, args.dims);
-  const auto is_direct = [&](const Strides& strides) {
-    return found && cpu::is_direct(shape, args.dims, strides, args.output_dtype, cpu::kGatheredDim);
+  const auto is_taken = [&](const at::Tensor& tensor, const Strides& strides) {
+    return found && is_direct(tensor, shape, args.dims, strides, cpu::kGatheredDim);
   };
-  // A gradient that is not direct goes through grad_input, if there is room.
+  // A gradient that is not direct goes through grad_input on the CPU, if there is room.
   const bool takes_gradient =
-      is_direct(args.grad_output_strides) ||
-      (found && args.output_dtype == args.grad_input_dtype && args.output != args.grad_input);
-  if (takes_gradient && is_direct(args.output_strides)) {
+      is_taken(grad_output, args.grad_output_strides) ||
+      (found && output.device().is_cpu() && args.output_dtype == args.grad_input_dtype &&
+       args.output != args.grad_input);
+  if (takes_gradient && is_taken(output, args.output_strides)) {
     launch(args, output.device());
   } else {
     run_backward(takes_gradient ? grad_output : grad_output.contiguous(), output.contiguous(),
@@ -190,7 +176,7 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
   dim = at::maybe_wrap_dim(dim, input.dim());
   if (input.is_contiguous() && out.is_contiguous()) {
     at::assert_no_partial_overlap(out, input);
-  } else if (!is_written_in_place(out, shape, dim, cpu::kShortDim) || !can_be_read(input, out)) {
+  } else if (!is_written_in_place(out, dim, cpu::kShortDim) || !can_be_read(input, out)) {
     out.copy_(forward(input, dim, dtype, op));
     return;
   }
@@ -202,7 +188,7 @@ void forward_out(const at::Tensor& input, int64_t dim, at::ScalarType dtype, Op 
 void forward_in_place(const at::Tensor& input, int64_t dim, Op op) {
   const Shape shape = check_forward(input, dim, op);
   dim = at::maybe_wrap_dim(dim, input.dim());
-  if (is_written_in_place(input, shape, dim, cpu::kShortDim)) {
+  if (is_written_in_place(input, dim, cpu::kShortDim)) {
     run_forward(input, shape, dim, op, input, /*output_is_new=*/false);
   } else {
     input.copy_(forward(input, dim, input.scalar_type(), op));
@@ -240,7 +226,7 @@ void backward_out(const at::Tensor& grad_output, const at::Tensor& output, int64
     at::assert_no_partial_overlap(grad_input, output);
   }
   dim = at::maybe_wrap_dim(dim, output.dim());
-  if (is_written_in_place(grad_input, shape, dim, cpu::kGatheredDim) &&
+  if (is_written_in_place(grad_input, dim, cpu::kGatheredDim) &&
       can_be_read(grad_output, grad_input) && can_be_read(output, grad_input) &&
       !needs_cast(output.device(), output.scalar_type(), dtype, 2)) {
     run_backward(grad_output, output, shape, dim, op, grad_input, /*grad_input_is_new=*/false);

@@ -14,6 +14,7 @@
 
 #include "../cpu/memory.h"
 #include "cuda.h"
+#include "softmax_ext/plan.h"
 
 namespace softmax_ext {
 namespace {
@@ -198,6 +199,23 @@ bool find_strides(std::initializer_list<Argument> tensors, int64_t dim, Dims& di
   return true;
 }
 
+std::optional<Layout> layout_of(const at::Tensor& tensor, int64_t dim) {
+  const Shape shape = to_shape(tensor, dim);
+  Layout layout{shape, contiguous_dims(shape), contiguous_strides(shape)};
+  dim = at::maybe_wrap_dim(dim, tensor.dim());
+  if (!find_strides({{&tensor, &layout.strides}}, dim, layout.dims)) return std::nullopt;
+  return layout;
+}
+
+bool is_direct(const at::Tensor& tensor, const Shape& shape, const Dims& dims,
+               const Strides& strides, int64_t short_dim) {
+  if (tensor.is_contiguous()) return true;
+  const DType dtype = to_dtype(tensor.scalar_type());
+  return tensor.device().is_cpu()
+             ? cpu::is_direct(shape, dims, strides, dtype, short_dim)
+             : cuda::is_direct(shape, dims, strides, tensor.const_data_ptr(), dtype);
+}
+
 bool can_be_read(const at::Tensor& input, const at::Tensor& output) {
   const auto [begin, end] = reach(input);
   const auto [output_begin, output_end] = reach(output);
@@ -219,6 +237,13 @@ bool is_without_overlap(const at::Tensor& tensor) {
     last += (size - 1) * stride;
   }
   return true;
+}
+
+bool is_written_in_place(const at::Tensor& output, int64_t dim, int64_t short_dim) {
+  if (output.is_contiguous() || output.numel() == 0) return true;
+  if (!is_without_overlap(output)) return false;
+  const std::optional<Layout> layout = layout_of(output, dim);
+  return layout && is_direct(output, layout->shape, layout->dims, layout->strides, short_dim);
 }
 
 }  // namespace softmax_ext

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <initializer_list>
+#include <optional>
 
 #include "../cpu/launch.h"
 #include "softmax_ext/problem.h"
@@ -58,11 +59,27 @@ struct Argument {
 // they are too many. dim is not negative.
 bool find_strides(std::initializer_list<Argument> tensors, int64_t dim, Dims& dims);
 
+// Where the elements of a tensor lie, seen as (outer, dim, inner); none where it has too many dims.
+struct Layout {
+  Shape shape;
+  Dims dims;
+  Strides strides;
+};
+std::optional<Layout> layout_of(const at::Tensor& tensor, int64_t dim);
+
+// Whether the kernels of its device read and write a tensor of these strides where it lies. short_dim:
+// of cpu::is_direct.
+bool is_direct(const at::Tensor& tensor, const Shape& shape, const Dims& dims,
+               const Strides& strides, int64_t short_dim);
+
 // Whether `input` can be read where it lies while `output` is written: no two elements share memory,
 // or only each the same one's.
 bool can_be_read(const at::Tensor& input, const at::Tensor& output);
 
 // Whether no two elements share memory; not of every such tensor.
 bool is_without_overlap(const at::Tensor& tensor);
+
+// Whether the kernels write `output` where it lies. Otherwise a new result is copied there.
+bool is_written_in_place(const at::Tensor& output, int64_t dim, int64_t short_dim);
 
 }  // namespace softmax_ext

@@ -53,6 +53,21 @@ def word(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def strides_over(tensor: torch.Tensor, dim: int) -> tuple[int, ...]:
+    """Of the dims before it, and of itself; those behind it are contiguous."""
+    assert tensor[(0,) * (dim + 1)].is_contiguous()
+    return tensor.stride()[: dim + 1]
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """From its first element to its last."""
+    if tensor.numel() == 0:
+        return tensor.new_empty(0)
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return tensor.as_strided((last + 1,), (1,))
+
+
 class Host:
     """The kernels as compiled in one lane, in a process that lives until it reports something."""
 
@@ -87,7 +102,7 @@ class Host:
         store: torch.dtype,
         **how: object,
     ) -> Plan:
-        """Of (outer, dim, inner). Runs nothing."""
+        """Of (outer, dim, inner), contiguous. Runs nothing."""
         request = self._request(direction, "softmax", shape, load, store, how | {"orders": ()})
         return self._exchange(request, b"", 0)[0]
 
@@ -121,20 +136,39 @@ class Host:
         dtype: torch.dtype,
         how: dict[str, object],
     ) -> Result:
+        """how: as _request has it; and `out`, a tensor that the result is to lie like. With it, the
+        inputs are read where they lie, each in all of its memory from its first element to its
+        last, and nothing of the result's memory is written but the result."""
         sizes = inputs[0].shape
         dim = dim % len(sizes)
         shape = (sizes[:dim].numel(), sizes[dim], sizes[dim + 1 :].numel())
         load = inputs[0].dtype
+        out = how.get("out")
+        if isinstance(out, torch.Tensor):
+            strides = [strides_over(t, dim) for t in (*inputs, out)]
+            of_inputs = tuple(stride for of_input in strides[:-1] for stride in of_input)
+            how = {key: value for key, value in how.items() if key != "out"}
+            how |= {"sizes": tuple(sizes[:dim]), "load_strides": of_inputs}
+            how |= {"store_strides": strides[-1]}
+        else:
+            inputs, out = [t.contiguous() for t in inputs], torch.empty(sizes, dtype=dtype)
         request = self._request(direction, op, shape, load, dtype, how)
-        data = b"".join(
-            t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in inputs
-        )
-        plan, body = self._exchange(request, data, inputs[0].numel() * dtype.itemsize)
+        data = b"".join(memory_of(t).view(torch.uint8).numpy().tobytes() for t in inputs)
+        of_result = memory_of(out)
+        plan, body = self._exchange(request, data, of_result.numel() * dtype.itemsize)
         if plan.blocks > 0:
             self.instances.add(Instance(direction, op, load, dtype, *Instance.of_plan(plan)))
         if not body:  # nothing to do, or the schedule that was asked for cannot do it
             return Result(torch.empty(sizes if inputs[0].numel() == 0 else 0, dtype=dtype), plan)
-        return Result(torch.frombuffer(bytearray(body), dtype=dtype).view(sizes), plan)
+        memory = torch.frombuffer(bytearray(body), dtype=dtype)
+        tensor = memory.as_strided(sizes, out.stride())
+        in_place = int(str(how.get("in_place", -1)))
+        unwritten = torch.full_like(memory.view(torch.uint8), 0xFF)
+        before = memory_of(inputs[in_place]).clone() if in_place >= 0 else unwritten.view(dtype)
+        before.as_strided(sizes, out.stride()).copy_(tensor)
+        between = before.view(torch.uint8).equal(memory.view(torch.uint8))
+        assert between, f"memory between the result's elements was written: {request}"
+        return Result(tensor, plan)
 
     def _request(
         self,
@@ -146,9 +180,12 @@ class Host:
         how: dict[str, object],
     ) -> str:
         """how: device, schedule, orders, resident, most_blocks, in_place (the number of the input),
-        load_offset and store_offset (bytes beyond a multiple of 16, the former one or one each)."""
+        load_offset and store_offset (bytes beyond a multiple of 16, the former one or one each);
+        sizes of the outer dims, and strides of those and dim, one tensor after another."""
         how = {"device": "H100", "orders": self.orders} | how
         outer, dim, inner = shape
+        contiguous = (dim * inner, inner)
+        inputs = 1 if direction == "forward" else 2
         request = {
             "direction": direction,
             "op": op,
@@ -166,6 +203,9 @@ class Host:
             "in_place": -1,
             "load_offset": 0,
             "store_offset": 0,
+            "sizes": (outer,),
+            "load_strides": contiguous * inputs,
+            "store_strides": contiguous,
         }
         assert how.keys() <= request.keys(), how
         return " ".join(f"{key}={word(value)}" for key, value in (request | how).items())

@@ -41,6 +41,13 @@ struct Request {
   }
   int64_t number(const std::string& key) const { return std::stoll(text(key)); }
   DType dtype(const std::string& key) const { return kDTypes.at(text(key)); }
+  std::vector<int64_t> numbers(const std::string& key) const {
+    std::vector<int64_t> result;
+    std::istringstream numbers(text(key));
+    for (std::string number; std::getline(numbers, number, ',');)
+      result.push_back(std::stoll(number));
+    return result;
+  }
   // One of those with a comma between them; the last stands for all that follow.
   size_t number(const std::string& key, size_t index) const {
     std::istringstream numbers(text(key));
@@ -124,9 +131,39 @@ void print(const char* key, Value value) {
   }
 }
 
+// Of the outer dims.
+Dims dims_of(const Request& request, const Shape& shape) {
+  const std::vector<int64_t> sizes = request.numbers("sizes");
+  Dims dims{static_cast<int>(sizes.size()), shape.inner == 1 ? 0 : 1, {}};
+  *std::copy(sizes.begin(), sizes.end(), dims.sizes) = shape.inner;
+  return dims;
+}
+
+// Those of the outer dims and of dim, for one tensor after another; side by side along inner.
+Strides strides_of(const Request& request, const std::string& key, size_t tensor,
+                   const Dims& dims) {
+  const std::vector<int64_t> all = request.numbers(key);
+  const auto outer = static_cast<size_t>(dims.outer);
+  const size_t first = tensor * (outer + 1);
+  if (all.size() <= first + outer) give_up("too few strides in " + key);
+  Strides strides{all[first + outer], {}};
+  std::copy_n(all.data() + first, outer, strides.of);
+  strides.of[outer] = 1;
+  return strides;
+}
+
+// Elements from a tensor's first to its last.
+size_t extent(const Shape& shape, const Dims& dims, const Strides& strides) {
+  if (shape.numel() == 0) return 0;
+  int64_t last = (shape.dim - 1) * strides.dim + shape.inner - 1;
+  for (int k = 0; k < dims.outer; ++k) last += (dims.sizes[k] - 1) * strides.of[k];
+  return static_cast<size_t>(last + 1);
+}
+
 void answer(const Request& request) {
   const bool forward = request.text("direction") == "forward";
   const Shape shape{request.number("outer"), request.number("dim"), request.number("inner")};
+  const Dims dims = dims_of(request, shape);
   const Op op = request.text("op") == name(Op::kSoftmax) ? Op::kSoftmax : Op::kLogSoftmax;
   const DType load = request.dtype("load");
   const DType store = request.dtype("store");
@@ -143,22 +180,37 @@ void answer(const Request& request) {
   std::istringstream names(request.text("orders"));
   for (std::string order; std::getline(names, order, ',');) orders.push_back(order);
 
-  const auto elements = orders.empty() ? 0 : static_cast<size_t>(shape.numel());
-  const auto load_bytes = elements * static_cast<size_t>(size_of(load));
-  const auto store_bytes = elements * static_cast<size_t>(size_of(store));
+  const auto bytes = [&](const Strides& strides, DType dtype) {
+    return orders.empty() ? 0 : extent(shape, dims, strides) * static_cast<size_t>(size_of(dtype));
+  };
+  std::vector<Strides> strides;
   std::vector<Buffer> inputs;
   std::vector<std::vector<unsigned char>> given;
   for (size_t i = 0; i < (forward ? 1 : 2); ++i) {
-    inputs.emplace_back(load_bytes, request.number("load_offset", i));
+    strides.push_back(strides_of(request, "load_strides", i, dims));
+    inputs.emplace_back(bytes(strides.back(), load), request.number("load_offset", i));
     inputs.back().read();
     given.push_back(inputs.back().copy());
   }
-  Buffer fresh(store_bytes, request.number("store_offset", 0));
+  strides.push_back(strides_of(request, "store_strides", 0, dims));
+  Buffer fresh(bytes(strides.back(), store), request.number("store_offset", 0));
   Buffer& output = in_place < 0 ? fresh : inputs.at(static_cast<size_t>(in_place));
 
-  const ForwardArgs forward_args{inputs.front().data(), output.data(), load, store, shape, op};
-  const BackwardArgs backward_args{
-      inputs.front().data(), inputs.back().data(), output.data(), load, store, shape, op};
+  const ForwardArgs forward_args{
+      inputs.front().data(), output.data(), load, store, shape, op, true, dims,
+      strides.front(),       strides.back()};
+  const BackwardArgs backward_args{inputs.front().data(),
+                                   inputs.back().data(),
+                                   output.data(),
+                                   load,
+                                   store,
+                                   shape,
+                                   op,
+                                   true,
+                                   dims,
+                                   strides.front(),
+                                   strides[1],
+                                   strides.back()};
   const Workload work = forward ? workload(forward_args) : workload(backward_args);
   const std::string& wanted = request.text("schedule");
   Plan plan =

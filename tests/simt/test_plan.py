@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -505,3 +506,79 @@ def test_the_stub_has_the_members_of_a_plan() -> None:
     ]
     plan = make_plan((4096, 1024, 1))
     assert plan and declared == list(plan.members())
+
+
+# --- Where tensors lie ---------------------------------------------------------------------------
+
+Make = Callable[..., torch.Tensor]
+
+# (tensor in memory that `make` makes, dim), and whether the kernels read it there.
+LYING: dict[str, tuple[Callable[[Make], torch.Tensor], int, bool]] = {
+    "contiguous": (lambda make: make(8, 9, 1000), -1, True),
+    "a part of the batch": (lambda make: make(8, 9, 1000)[:, :-1], -1, True),
+    "a part of each row": (lambda make: make(8, 1024)[:, :1000], -1, True),
+    "of another alignment": (lambda make: make(8, 1025)[:, 1:], -1, True),
+    "outer dims exchanged": (lambda make: make(4, 8, 3, 64).transpose(1, 2), -1, True),
+    "one batch for all": (lambda make: make(1, 9, 64).expand(8, 9, 64), -1, True),
+    "four outer dims": (lambda make: make(2, 3, 2, 3, 64).permute(3, 2, 1, 0, 4), -1, True),
+    "five": (lambda make: make(2, 3, 2, 3, 2, 64).permute(4, 3, 2, 1, 0, 5), -1, False),
+    "one element for all": (lambda make: make(8, 1).expand(8, 64), -1, False),
+    "transposed": (lambda make: make(64, 80).t(), -1, False),
+    "transposed columns": (lambda make: make(64, 80).t(), 0, False),
+    "channels last": (
+        lambda make: make(2, 19, 16, 16).to(memory_format=torch.channels_last),
+        1,
+        False,
+    ),
+    "a part of the columns": (lambda make: make(8, 50, 100)[..., 3:80], 1, True),
+    "every other step": (lambda make: make(8, 50, 100)[:, ::2], 1, True),
+    "two inner dims": (lambda make: make(8, 50, 20, 20)[..., :16], 1, False),
+    # By 16 bytes, or a sector, no more: slabs, of what lies together.
+    "a part of each short row": (lambda make: make(4096, 8)[:, :7], -1, False),
+    "short rows, unaligned": (lambda make: make(4096, 128)[:, 1:65], -1, False),
+    "a part of a batch of short rows": (lambda make: make(4, 3000, 7)[:, :-1], -1, True),
+    "few of each batch": (lambda make: make(400, 20, 7)[:, :-1], -1, False),
+    "a part of narrow columns": (lambda make: make(8, 50, 4)[..., :3], 1, False),
+    "narrow columns of a batch": (lambda make: make(4, 30, 50, 3)[:, :-1], 2, True),
+}
+
+
+@all_dtypes
+@pytest.mark.parametrize("name", LYING)
+def test_what_is_read_where_it_lies(name: str, dtype: torch.dtype) -> None:
+    make, dim, expected = LYING[name]
+    tensor = make(lambda *sizes: torch.empty(sizes, dtype=dtype))
+    assert _C.is_direct_on_cuda(tensor, dim) == expected
+
+
+@all_dtypes
+@backward_too
+@pytest.mark.parametrize("name", [name for name, (_, _, direct) in LYING.items() if direct])
+def test_the_plan_follows_the_strides(name: str, backward: bool, dtype: torch.dtype) -> None:
+    """Vectors where all rows, or steps, begin at multiples of 16 bytes; no slab has rows that lie
+    apart."""
+    lay, dim, _ = LYING[name]
+    tensor = lay(lambda *sizes: torch.empty(sizes, dtype=dtype))
+    dim %= tensor.dim()
+    sizes, strides = tensor.shape, tensor.stride()
+    shape = (sizes[:dim].numel(), sizes[dim], sizes[dim + 1 :].numel())
+    device = DEVICES["H100"]
+    known = (device.sm_count, device.shared_bytes, device.compute_capability)
+    arguments = (*shape, dtype, dtype, 1 + backward, True, *known)
+    plan = _C.plan(*arguments, like=tensor, like_dim=dim)
+    assert plan is not None
+    if shape[2] == 1:
+        starts = [stride * dtype.itemsize for stride in strides[:dim]]
+        starts.append(tensor.storage_offset() * dtype.itemsize)
+        aligned = all(start % VECTOR == 0 for start in starts)
+        whole = aligned and shape[1] * dtype.itemsize % VECTOR == 0
+        assert plan.vectorized == (whole and plan.schedule != "packed")
+    elif plan.schedule == "columns":
+        access = plan.columns * dtype.itemsize
+        starts = [tensor.storage_offset(), *strides[: dim + 1]]
+        assert all(start * dtype.itemsize % access == 0 for start in starts)
+    if plan.schedule == "packed" and not tensor.is_contiguous():
+        assert plan.items <= sizes[dim - 1] * shape[2]
+    contiguous = _C.plan(*arguments)
+    if tensor.is_contiguous():
+        assert plan == contiguous

@@ -1,6 +1,6 @@
-// Which CUDA kernel schedule runs, and with which launch: a function of the shape, the types, the
-// pointers' alignment and the device alone. Host code without CUDA, so that the choice for any
-// device can be tested on any machine.
+// Which CUDA kernel schedule runs, and with which launch: a function of the shape, the types, where the
+// tensors lie (their alignment, and what follows what) and the device alone. Host code without CUDA, so
+// that the choice for any device can be tested on any machine.
 //
 // No choice changes a result. A row is always summed in the same tree, which its length and the type
 // that is read decide: neighbours that fill 16 bytes (a vector), then the vectors 32 apart, then the
@@ -173,6 +173,10 @@ constexpr int kFewChunks = 4;
 // Left free of rows: the states, and what a kernel has of its own.
 constexpr int kReservedShared = 1024;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+// Outer dims whose strides a kernel has, and their indices, where there are several: those divisions
+// are of 31 bits.
+constexpr int kOuterDims = 4;
+constexpr int64_t kMaxOuter = (int64_t{1} << 31) - 1;
 }  // namespace limits
 
 constexpr int DeviceProperties::cluster_blocks() const {
@@ -238,14 +242,28 @@ constexpr ColumnMemory column_memory(int64_t dim, int team, int64_t tile, int64_
   return {states, elements, elements + parts * column_steps(dim) * tile * element_bytes * inputs};
 }
 
+// Slabs of as many outer indices as `outer`, the last of fewer, that go through a run.
+constexpr int64_t slabs_of_run(int64_t run, int64_t outer) { return (run + outer - 1) / outer; }
+
 // What the plan depends on.
 struct Workload {
   Shape shape;
   DType load_type;   // of what is read
   DType store_type;  // of what is written
   int inputs;        // tensors that are read: 1 forward, 2 backward
-  bool aligned;      // every pointer is a multiple of 16 bytes
+  // Neighbours that make one aligned access at the beginning of each row, or step, of every tensor: a
+  // power of two, at most those in 16 bytes of what is read.
+  int aligned;
+  // Outer indices that follow each other in every tensor as in a contiguous one, before the next lies
+  // elsewhere; 0 where the steps of one do not.
+  int64_t run;
 };
+
+// Of contiguous tensors that begin at multiples of 16 bytes.
+constexpr Workload workload(const Shape& shape, DType load_type, DType store_type, int inputs) {
+  const auto width = static_cast<int>(limits::kVectorBytes / size_of(load_type));
+  return {shape, load_type, store_type, inputs, width, shape.outer};
+}
 
 constexpr bool is_half(DType dtype) {
   return dtype == DType::kFloat16 || dtype == DType::kBFloat16;
@@ -295,7 +313,7 @@ struct Sizes {
         chunks(ceil_div(vectors, int64_t{limits::kWarp} * chunk_vectors(load))),
         chunk_bytes(int64_t{limits::kWarp} * chunk_vectors(load) * limits::kVectorBytes),
         state_bytes((load == 8 ? 8 : 4) * (work.inputs == 1 ? 2 : 1)),
-        whole(work.aligned && work.shape.dim % width == 0) {}
+        whole(work.aligned == width && work.shape.dim % width == 0) {}
 
   // In shared memory, of the chunks' states. There are two buffers, since a block may write the next
   // row's states while another reads this one's.
@@ -322,6 +340,7 @@ constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device)
   plan.vectorized = false;
   const int parts = column_parts(shape.dim);
   const bool columns = shape.inner > 1;
+  if (work.run == 0) return plan;
   if (columns ? parts > limits::kPackedParts * limits::kWarp : sizes.chunks > 1) return plan;
   const int64_t needed = columns ? parts : power_of_two_from(sizes.vectors);
   const bool one_thread = !columns && sizes.load < 8 && needed <= limits::kPackedVectors;
@@ -335,8 +354,9 @@ constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device)
   const int64_t one = shape.dim * shape.inner;
   int64_t outer = std::max<int64_t>(1, limits::kSlabBytes / (one * sizes.load));
   if (one_thread) outer -= outer % limits::kPackedThreads;
-  outer = std::min(outer, shape.outer);
+  outer = std::min(outer, work.run);
   while (outer > 1 && ceil_div(shape.outer, outer) < device.sm_count) outer = ceil_div(outer, 2);
+  const int64_t slabs = shape.outer / work.run * slabs_of_run(work.run, outer);
   const int64_t bytes =
       work.inputs * slab_bytes(outer * one, sizes.load) + slab_bytes(outer * one, sizes.store);
   if (bytes > device.max_shared_memory_per_block - limits::kReservedShared) return plan;
@@ -344,7 +364,7 @@ constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device)
   plan.items = static_cast<int>(outer * shape.inner);
   plan.across = outer * one * sizes.load > limits::kLargeSlabBytes ? limits::kLargePackedThreads
                                                                    : limits::kPackedThreads;
-  plan.blocks = std::min(ceil_div(shape.outer, outer), limits::kMaxBlocks);
+  plan.blocks = std::min(slabs, limits::kMaxBlocks);
   return plan;
 }
 
@@ -503,7 +523,9 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   const Sizes sizes(work);
   const Shape& shape = work.shape;
   if (shape.inner == 1) return start(Schedule::kColumns, sizes);
-  const auto divides = [&](int columns) { return work.aligned && shape.inner % columns == 0; };
+  const auto divides = [&](int columns) {
+    return columns <= work.aligned && shape.inner % columns == 0;
+  };
   const int half = sizes.width / 2;
   const int columns = divides(sizes.width)               ? sizes.width
                       : sizes.load == 2 && divides(half) ? half
@@ -555,8 +577,17 @@ constexpr Plan plan_columns(const Workload& work, const DeviceProperties& device
   return plan;
 }
 
-inline bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % limits::kVectorBytes == 0;
+// Rows that a warp's accesses would be too narrow for, one by one.
+constexpr bool is_narrow(const Workload& work) {
+  const Sizes sizes(work);
+  return work.shape.inner > 1 ? work.shape.inner * sizes.load < limits::kSectorBytes
+                              : !sizes.whole && sizes.vectors <= limits::kWarp;
+}
+
+// Whether slabs have about as much as they can, wherever the tensors lie.
+constexpr bool has_slabs(const Workload& work) {
+  const int64_t bytes = work.run * work.shape.dim * work.shape.inner * size_of(work.load_type);
+  return work.run == work.shape.outer || 2 * bytes >= limits::kSlabBytes;
 }
 
 }  // namespace detail
@@ -588,12 +619,11 @@ constexpr Schedule choose(const Workload& work, const DeviceProperties& device) 
   const Shape& shape = work.shape;
   if (shape.inner > 1) {
     // Less than a sector side by side, or no more than a small slab in all.
-    const bool narrow = shape.inner * sizes.load < limits::kSectorBytes;
     const bool small = shape.dim * shape.inner * sizes.load <= limits::kSlabBytes;
-    const bool fits = detail::plan_packed(work, device).blocks > 0;
-    return fits && (narrow || small) ? Schedule::kPacked : Schedule::kColumns;
+    const bool fits = detail::has_slabs(work) && detail::plan_packed(work, device).blocks > 0;
+    return fits && (detail::is_narrow(work) || small) ? Schedule::kPacked : Schedule::kColumns;
   }
-  if (!sizes.whole && sizes.vectors <= limits::kWarp) return Schedule::kPacked;
+  if (detail::is_narrow(work) && detail::has_slabs(work)) return Schedule::kPacked;
   if (sizes.chunks == 1) return Schedule::kWarp;
   const int64_t rows = shape.rows();
   const bool clusters = device.has_clusters();
@@ -618,15 +648,65 @@ constexpr Plan make_plan(const Workload& work, const DeviceProperties& device) {
   return make_plan(work, device, choose(work, device));
 }
 
+// What is left of a workload where one of its tensors lies so.
+inline Workload with_tensor(Workload work, const void* data, DType dtype, const Dims& dims,
+                            const Strides& strides) {
+  const Shape& shape = work.shape;
+  const int64_t size = size_of(dtype);
+  // The lowest bit of all is what they are a multiple of.
+  auto places = static_cast<uint64_t>(reinterpret_cast<uintptr_t>(data)) | limits::kVectorBytes;
+  const auto at_multiples_of = [&](int64_t stride) {
+    places |= static_cast<uint64_t>(stride * size);
+  };
+  for (int k = 0; k < dims.outer; ++k) {
+    if (dims.sizes[k] > 1) at_multiples_of(strides.of[k]);
+  }
+  if (shape.inner > 1 && shape.dim > 1) at_multiples_of(strides.dim);
+  const auto bytes = static_cast<int64_t>(places & (~places + 1));
+  if (bytes < limits::kVectorBytes) {
+    const auto neighbours = std::max<int64_t>(1, bytes / size);
+    work.aligned = static_cast<int>(std::min<int64_t>(work.aligned, neighbours));
+  }
+
+  const int last = dims.outer - 1;
+  const int64_t one = shape.dim * shape.inner;
+  const bool is_dense = shape.dim == 1 || strides.dim == shape.inner;
+  const bool goes_on = dims.sizes[last] == 1 || strides.of[last] == one;
+  work.run = std::min(work.run, !is_dense ? 0 : goes_on ? dims.sizes[last] : 1);
+  return work;
+}
+
 inline Workload workload(const ForwardArgs& args) {
-  return {args.shape, args.input_dtype, args.output_dtype, 1,
-          detail::is_aligned(args.input) && detail::is_aligned(args.output)};
+  Workload work = workload(args.shape, args.input_dtype, args.output_dtype, 1);
+  work = with_tensor(work, args.input, args.input_dtype, args.dims, args.input_strides);
+  return with_tensor(work, args.output, args.output_dtype, args.dims, args.output_strides);
 }
 
 inline Workload workload(const BackwardArgs& args) {
-  return {args.shape, args.output_dtype, args.grad_input_dtype, 2,
-          detail::is_aligned(args.grad_output) && detail::is_aligned(args.output) &&
-              detail::is_aligned(args.grad_input)};
+  Workload work = workload(args.shape, args.output_dtype, args.grad_input_dtype, 2);
+  work =
+      with_tensor(work, args.grad_output, args.output_dtype, args.dims, args.grad_output_strides);
+  work = with_tensor(work, args.output, args.output_dtype, args.dims, args.output_strides);
+  return with_tensor(work, args.grad_input, args.grad_input_dtype, args.dims,
+                     args.grad_input_strides);
 }
+
+namespace cuda {
+
+// Whether a tensor is read, or written, where it lies; others are copied first, or afterwards. What has
+// no form here: columns that are not side by side, a row's elements that do not follow each other, more
+// outer dims than kOuterDims. And rows, or columns, so narrow that they go through slabs and a copy is
+// cheaper than they are one by one: where too few of them follow each other.
+inline bool is_direct(const Shape& shape, const Dims& dims, const Strides& strides,
+                      const void* data, DType dtype) {
+  if (dims.outer > limits::kOuterDims || dims.inner > 1) return false;
+  if (dims.outer > 1 && shape.outer > limits::kMaxOuter) return false;
+  if (shape.inner > 1 ? strides.of[dims.outer] != 1 : shape.dim > 1 && strides.dim != 1)
+    return false;
+  const Workload work = with_tensor(workload(shape, dtype, dtype, 1), data, dtype, dims, strides);
+  return !detail::is_narrow(work) || detail::has_slabs(work);
+}
+
+}  // namespace cuda
 
 }  // namespace softmax_ext

@@ -375,10 +375,12 @@ def takes_no(schedule: str, device: str, chunks: int) -> bool:
     }.get(schedule, False)
 
 
-def columns_of(types: Types, inner: int, aligned: bool = True) -> int:
-    """Neighbouring columns that a thread has: 16 bytes, 8 of a 16-bit type, or one."""
+def columns_of(types: Types, inner: int, offset: int = 0) -> int:
+    """Neighbouring columns that a thread has: 16 bytes, 8 of a 16-bit type, or one; of tensors that
+    begin `offset` bytes beyond a multiple of 16."""
     counts = [types.width, *([types.width // 2] if types.load in SIXTEEN_BIT else [])]
-    return next((count for count in counts if aligned and inner % count == 0), 1)
+    aligned = [count for count in counts if offset % (count * types.load.itemsize) == 0]
+    return next((count for count in aligned if inner % count == 0), 1)
 
 
 # --- Every way to share a row --------------------------------------------------------------------
@@ -477,7 +479,8 @@ class Way:
     def how(self, types: Types) -> dict[str, object]:
         return {"schedule": self.schedule, "device": self.device}
 
-    def check(self, plan: Plan, types: Types, aligned: bool = True) -> None:
+    def check(self, plan: Plan, types: Types, offset: int = 0) -> None:
+        """offset: of a tensor, in bytes beyond a multiple of 16."""
         assert plan.schedule == self.schedule
         if self.schedule == "packed":
             assert (plan.hold, plan.vectors) == {
@@ -488,11 +491,11 @@ class Way:
             assert not plan.vectorized
             return
         if self.schedule != "columns":
-            assert plan.vectorized == (self.whole and aligned)
+            assert plan.vectorized == (self.whole and offset == 0)
             assert plan.hold == (self.part if self.schedule != "warp" else "registers")
             return
         columns = {"single": 1, "packets": types.width // 2}.get(self.part, types.width)
-        assert plan.columns == (columns if aligned else 1)
+        assert plan.columns == columns_of(types, columns, offset)
         assert plan.hold == ("none" if self.part == "none" else "shared")
         assert (plan.team > 1) == (self.part == "cluster")
 

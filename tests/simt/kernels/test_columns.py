@@ -97,7 +97,7 @@ def test_bits_of_special_columns(host: Host, dim: int, types: Types, op: str) ->
 @pytest.mark.parametrize("offset", [0, 8], ids=["", "unaligned"])
 def test_inner(host: Host, offset: int, inner: int, types: Types, op: str) -> None:
     """Around one thread along dim, two, and a few; and where a cluster shares a column."""
-    columns = columns_of(types, inner, offset == 0)
+    columns = columns_of(types, inner, offset)
     long = (6000,) if inner in (3, 32) and host.lane not in SANITIZERS else ()
     for dim in (1, 2, 3, 32, 33, 100, 257, 1000, *long):
         few = dim > 300

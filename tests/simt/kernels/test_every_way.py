@@ -107,7 +107,7 @@ def test_unaligned(
         "orders": host.orders[-2:] if dim <= 3 * types.chunk else host.orders[-1:],
     }
     shape = way.shape(ROWS_OF_A_FEW if dim <= 3 * types.chunk else SMS, types)
-    way.check(run(host, types, op, shape, **how), types, aligned=False)
+    way.check(run(host, types, op, shape, **how), types, offset)
     if pointer == 0 and dim <= 3 * types.chunk:
         plan = run(host, types, op, shape, **how, in_place=0)
-        way.check(plan, types, aligned=False)
+        way.check(plan, types, offset)

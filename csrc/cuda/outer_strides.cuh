@@ -1,0 +1,67 @@
+// Where the rows of a call's tensors begin: all that the kernels know of strides but that along dim.
+#pragma once
+
+#include "softmax_ext/plan.h"
+#include "softmax_ext/portability.h"
+
+namespace softmax_ext::cuda {
+
+// n / size for n below 2^31, by a product (Granlund and Montgomery, "Division by invariant integers
+// using multiplication", 1994).
+struct Divisor {
+  uint32_t size;
+  uint32_t factor;
+  uint32_t shift;  // of the upper half of the product
+
+  static constexpr Divisor of(int64_t size) {
+    Divisor divisor{static_cast<uint32_t>(size), 0, 0};
+    if (size < 2) return divisor;
+    while ((int64_t{2} << divisor.shift) < size) ++divisor.shift;
+    const auto power = uint64_t{1} << (32 + divisor.shift);
+    divisor.factor = static_cast<uint32_t>(power / static_cast<uint64_t>(size) + 1);
+    return divisor;
+  }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    return size == 1 ? n : static_cast<uint32_t>((uint64_t{n} * factor) >> 32) >> shift;
+  }
+};
+
+// How far the outer indices of each tensor lie apart, in the order of the kernel's arguments: an
+// argument of the kernel, so that what is made of it is made once for a row, for all threads alike.
+struct OuterStrides {
+  static constexpr int kTensors = 3;
+
+  int dims;
+  Divisor sizes[limits::kOuterDims];  // the first is not divided by
+  int64_t of[kTensors][limits::kOuterDims];
+
+  // The element of tensor number `tensor` that an outer index begins with.
+  __device__ __forceinline__ int64_t offset(int tensor, int64_t index) const {
+    if (dims == 1) return index * of[tensor][0];
+    auto rest = static_cast<uint32_t>(index);
+    int64_t offset = 0;
+#pragma unroll 1
+    for (int k = limits::kOuterDims - 1; k > 0; --k) {
+      if (k >= dims) continue;
+      const uint32_t quotient = sizes[k].quotient(rest);
+      offset += (rest - quotient * sizes[k].size) * of[tensor][k];
+      rest = quotient;
+    }
+    return offset + rest * of[tensor][0];
+  }
+};
+
+template <class... Tensors>
+OuterStrides outer_strides(const Dims& dims, const Tensors&... tensors) {
+  static_assert(sizeof...(Tensors) <= OuterStrides::kTensors);
+  OuterStrides result{};
+  result.dims = dims.outer;
+  for (int k = 0; k < dims.outer; ++k) {
+    if (k > 0) result.sizes[k] = Divisor::of(dims.sizes[k]);
+    int tensor = 0;
+    ((result.of[tensor++][k] = tensors.of[k]), ...);
+  }
+  return result;
+}
+
+}  // namespace softmax_ext::cuda
