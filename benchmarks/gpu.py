@@ -40,18 +40,8 @@ from benchmarks.common import (
     smallest_step,
     wall_seconds,
 )
-from benchmarks.gpu_cells import (
-    GIB,
-    LAUNCHES,
-    LAYOUTS,
-    TENSORS,
-    Budget,
-    Cell,
-    Times,
-    all_cells,
-    calls_in_batch,
-    summarise,
-)
+from benchmarks.gpu_timing import Budget, Times, calls_in_batch, summarise
+from benchmarks.softmax_gpu_cells import GIB, LAUNCHES, LAYOUTS, TENSORS, Cell, all_cells
 
 ROOT = Path(__file__).resolve().parent.parent
 CALLS_IN_GRAPH = 20

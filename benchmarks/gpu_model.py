@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from benchmarks.common import DTYPES
-from benchmarks.gpu_cells import Cell, all_cells
+from benchmarks.softmax_gpu_cells import Cell, all_cells
 from softmax_ext import Explanation, explain
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance_model.md"

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_cells import ROW_SIZES
+from benchmarks.softmax_gpu_cells import ROW_SIZES
 
 CONTENDERS = ("eager", "compile", "compile max-autotune", "liger", "quack")
 DTYPE_COLORS = {

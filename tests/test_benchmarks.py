@@ -16,8 +16,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # last, so that `make debug` tests its own build and not ROOT's
 
-from benchmarks import gpu, gpu_cells, gpu_check, gpu_report  # noqa: E402
-from benchmarks.gpu_cells import GIB, Budget, Cell, all_cells  # noqa: E402
+from benchmarks import gpu, gpu_check, gpu_report, gpu_timing, softmax_gpu_cells  # noqa: E402
+from benchmarks.gpu_timing import Budget  # noqa: E402
+from benchmarks.softmax_gpu_cells import GIB, Cell, all_cells  # noqa: E402
 from softmax_ext import _C  # noqa: E402
 
 MIB = 1 << 20
@@ -40,7 +41,7 @@ def test_every_required_shape_is_a_cell(op: str, dtype: str, mode: str) -> None:
     rows = [cell for cell in cells if cell.group == "rows"]
     assert [cell.shape[-1] for cell in rows] == ROW_SIZES
     for cell in rows:
-        filled = math.prod(cell.shape) * gpu_cells.DTYPES[dtype].itemsize
+        filled = math.prod(cell.shape) * softmax_gpu_cells.DTYPES[dtype].itemsize
         assert GIB * 0.99 < filled <= GIB
     assert [(c.shape, c.dim) for c in cells if c.group in ("few_rows", "strided")] == FIXED
 
@@ -102,7 +103,7 @@ def test_summary_of_made_up_timings() -> None:
         {"softmax_ext": 1e-3, "eager": 3e-3, "copy": 1e-3},
         {"softmax_ext": 4e-3, "eager": 8e-3, "copy": 4e-3},
     ]
-    summary: Any = gpu_cells.summarise(times, 1_000_000_000, 2_000_000_000)
+    summary: Any = gpu_timing.summarise(times, 1_000_000_000, 2_000_000_000)
     ours, eager = summary["contenders"]["softmax_ext"], summary["contenders"]["eager"]
     assert ours["us"] == pytest.approx(1000)
     assert ours["gbps"] == pytest.approx(1000)
@@ -114,14 +115,14 @@ def test_summary_of_made_up_timings() -> None:
 
 
 def test_a_call_has_no_bandwidth() -> None:
-    summary: Any = gpu_cells.summarise([{"softmax_ext": 1e-6, "eager": 2e-6}], None, 0)
+    summary: Any = gpu_timing.summarise([{"softmax_ext": 1e-6, "eager": 2e-6}], None, 0)
     assert summary["contenders"]["softmax_ext"] == {"us": pytest.approx(1), "spread": 0}
     assert "copy_gbps" not in summary
 
 
 @pytest.mark.parametrize(("seconds", "calls"), [(1e-5, 64), (1e-4, 10), (5e-3, 1), (0.0, 64)])
 def test_calls_in_a_batch(seconds: float, calls: int) -> None:
-    assert gpu_cells.calls_in_batch(seconds, 1e-3, 64) == calls
+    assert gpu_timing.calls_in_batch(seconds, 1e-3, 64) == calls
 
 
 def test_rounds_rotate_the_order() -> None:
@@ -171,15 +172,15 @@ def test_an_expanded_tensor_moves_one_batch() -> None:
     assert cell.moved_bytes == 4 * (2 * 3 + 1) * 5 * 7
 
 
-@pytest.mark.parametrize("layout", sorted(gpu_cells.LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(softmax_gpu_cells.LAYOUTS))
 def test_views_are_read_where_they_lie(layout: str) -> None:
     """All that the benchmark has; beside each is a contiguous one."""
     cells = [c for c in all_cells() if c.group == "views" and c.layout == layout]
     assert cells
     for cell in cells:
-        dtype = gpu_cells.DTYPES[cell.dtype]
+        dtype = softmax_gpu_cells.DTYPES[cell.dtype]
         make = partial(torch.empty, dtype=dtype, device="meta")
-        tensor = gpu_cells.LAYOUTS[layout](make, cell.shape)
+        tensor = softmax_gpu_cells.LAYOUTS[layout](make, cell.shape)
         assert tensor.shape == cell.shape
         assert tensor.is_contiguous() == (layout == "contiguous")
         assert _C.is_direct_on_cuda(tensor, cell.dim)

@@ -13,7 +13,6 @@ import torch
 
 import softmax_ext
 from benchmarks import time_model
-from benchmarks.gpu_cells import all_cells
 from benchmarks.gpu_model import (
     DEVICES,
     DOCUMENT,
@@ -23,6 +22,7 @@ from benchmarks.gpu_model import (
     model_cells,
     render,
 )
+from benchmarks.softmax_gpu_cells import all_cells
 from softmax_ext import Explanation, _explain, explain
 from softmax_ext._C import HOLDS, SCHEDULES
 
