@@ -219,7 +219,8 @@ def input_reads(plan: Plan, work: Work) -> int:
     """Of each element."""
     if plan.hold != "none":
         return 1
-    return 3 if plan.schedule == "columns" and not work.backward else 2
+    max_first = plan.schedule == "columns" or work.read == torch.float64
+    return 3 if max_first and not work.backward else 2
 
 
 def kernel_bytes(plan: Plan, work: Work) -> int:

@@ -198,6 +198,8 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
   using A = computed_t<In>;
   using P = typename PrecisionOf<op, Out>::type;
   constexpr int kWidth = cuda::kWidth<In>;
+  // In the place of x: in registers, or in the slab.
+  constexpr bool kKeepExps = op == Op::kSoftmax && kDearExp<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int64_t of_outer = shape.dim * shape.inner;
   for_each_slab(shape, packing.outer, [&](int64_t offset, int outer) {
@@ -229,6 +231,15 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
         A exps[kWidth];
 #pragma unroll
         for (int v = 0; v < kWidth; ++v) exps[v] = P::exp(x[v] - shift);
+        if constexpr (kKeepExps) {
+          row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
+            if (one) {
+              x[v] = exps[v];
+            } else if (exists) {
+              in[place] = exps[v];
+            }
+          });
+        }
         sum = add_of(sum, sum_of(exps));
       }
       const forward_t<op, A, Out> formula(max, warp_reduce<Sum>(sum, row.group));
@@ -236,7 +247,11 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
       for (int k = 0; k < vectors; ++k) {
         if constexpr (!one) load(k);
         row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
-          if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));
+          if constexpr (kKeepExps) {
+            if (exists) out[place] = ToElement<Out>::of(formula.of_exp(x[v]));
+          } else {
+            if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));
+          }
         });
       }
     });
@@ -298,6 +313,7 @@ __device__ __forceinline__ void run_packed_column(const PackedRow& row, const Co
   using State = typename Pass::State;
   using A = typename Pass::A;
   constexpr int kParts = limits::kPackedParts;
+  constexpr bool kKeepsExp = Pass::kKeepsExp && kDearExp<typename Pass::Element>;  // in the slab
   const auto for_each_part = [&](auto body) {
 #pragma unroll 1
     for (int k = 0; k < kParts && k * row.group < split.parts; ++k) {
@@ -312,9 +328,12 @@ __device__ __forceinline__ void run_packed_column(const PackedRow& row, const Co
     }
   };
   State states[kParts]{};
-  for_each_part([&](int k, int size, auto load, auto) {
+  for_each_part([&](int k, int size, auto load, [[maybe_unused]] auto place) {
     State state[1];
-    sum_part<Pass>(size, load, [](int, const A(&)[1]) {}, state);
+    const auto keep = [&](int s, const A(&terms)[1]) {
+      if constexpr (kKeepsExp) slabs[0][place(s)] = terms[0];
+    };
+    sum_part<Pass>(size, load, keep, state);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       if (i == k) states[i] = state[0];
@@ -345,7 +364,7 @@ __device__ __forceinline__ void run_packed_column(const PackedRow& row, const Co
         if (i == k) max[0] = states[i].max;
       }
     }
-    finish_part<Pass>(size, load, false, max, formulas, [&](int s, const A(&values)[1]) {
+    finish_part<Pass>(size, load, kKeepsExp, max, formulas, [&](int s, const A(&values)[1]) {
       out[place(s)] = ToElement<typename Pass::Result>::of(values[0]);
     });
   });

@@ -28,6 +28,7 @@ SECONDS = 300  # of one request; more is a loop that never ends
 class Result:
     tensor: torch.Tensor
     plan: Plan
+    exps: int = 0  # float64 ones that all orders together have taken
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,12 @@ class Host:
         data = b"".join(
             t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in inputs
         )
-        plan, body = self._exchange(request, data, inputs[0].numel() * dtype.itemsize)
+        plan, body, exps = self._exchange(request, data, inputs[0].numel() * dtype.itemsize)
         if plan.blocks > 0:
             self.instances.add(Instance(direction, op, load, dtype, *Instance.of_plan(plan)))
         if not body:  # nothing to do, or the schedule that was asked for cannot do it
             return Result(torch.empty(sizes if inputs[0].numel() == 0 else 0, dtype=dtype), plan)
-        return Result(torch.frombuffer(bytearray(body), dtype=dtype).view(sizes), plan)
+        return Result(torch.frombuffer(bytearray(body), dtype=dtype).view(sizes), plan, exps)
 
     def _request(
         self,
@@ -198,9 +199,10 @@ class Host:
             raise AssertionError(self._report(sent))
         words = dict(each.split("=") for each in head.split())
         problem = words.pop("problem").replace("_", " ")
+        exps = int(words.pop("exps"))
         assert not problem, f"{problem}: {request}"
         members = {key: int(text) if text.isdecimal() else text for key, text in words.items()}
-        return Plan(**members), body
+        return Plan(**members), body, exps
 
     def _report(self, request: bytes) -> str:
         assert self.process

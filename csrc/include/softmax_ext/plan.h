@@ -4,7 +4,8 @@
 //
 // No choice changes a result. A row is always summed in the same tree, which its length and the type
 // that is read decide: neighbours that fill 16 bytes (a vector), then the vectors 32 apart, then the
-// 32 lanes, which is a chunk; then the chunks 32 apart, and their 32 sums. device.cuh has it. So is a
+// 32 lanes, which is a chunk; then the chunks 32 apart, and their 32 sums. device.cuh has it. What is
+// summed forward is exp(x - max), of the max of the chunk, or in float64 of the row. So is a
 // column (inner > 1), in a tree of its own: column_parts, column_tree.cuh.
 #pragma once
 
@@ -284,7 +285,7 @@ struct Sizes {
   int64_t vectors;      // of a row
   int64_t chunks;       // of a row
   int64_t chunk_bytes;  // of one input
-  int64_t state_bytes;  // of a chunk
+  int64_t state_bytes;  // of a chunk: a max and a sum forward, one after the other in float64
   bool whole;           // vectors, all of them
 
   constexpr explicit Sizes(const Workload& work)
@@ -294,7 +295,7 @@ struct Sizes {
         vectors(ceil_div(work.shape.dim, width)),
         chunks(ceil_div(vectors, int64_t{limits::kWarp} * chunk_vectors(load))),
         chunk_bytes(int64_t{limits::kWarp} * chunk_vectors(load) * limits::kVectorBytes),
-        state_bytes((load == 8 ? 8 : 4) * (work.inputs == 1 ? 2 : 1)),
+        state_bytes(load == 8 || work.inputs == 1 ? 8 : 4),
         whole(work.aligned && work.shape.dim % width == 0) {}
 
   // In shared memory, of the chunks' states. There are two buffers, since a block may write the next

@@ -107,7 +107,7 @@ class Types:
             warps = min(warps, LONG_WARPS)
         each = ceil_div(chunks, team * warps)
         number = max(4, self.load.itemsize)
-        states = 2 * chunks * number * (3 - self.inputs)
+        states = 2 * chunks * (4 if number == 4 and self.inputs == 2 else 8)
         if schedule == "grid":
             states = LIMITS["GridTerms"] * number
         kept = (each - 1) * warps * WARP * self.chunk_vectors * VECTOR_BYTES * self.inputs
