@@ -48,14 +48,14 @@ _SHORT_INSTRUCTIONS = {
     (True, 4): (100, 50, 50, 9),
     (True, 8): (100, 50, 50, 13),
 }
-# Packed: for a thread's part of a row; for each of its vectors, in registers or not.
+# Packed: for a thread's part of a row, which is a vector.
 _PACKED_INSTRUCTIONS = {
-    (False, 2): (130, 270, 583),
-    (False, 4): (130, 157, 333),
-    (False, 8): (150, 145, 365),
-    (True, 2): (100, 417, 476),
-    (True, 4): (95, 162, 228),
-    (True, 8): (80, 82, 90),
+    (False, 2): 400,
+    (False, 4): 287,
+    (False, 8): 295,
+    (True, 2): 517,
+    (True, 4): 257,
+    (True, 8): 162,
 }
 _PACKED_COPY = 47  # for a vector to or from shared memory
 # The same where a thread has a row: for the row, and for each of its elements.
@@ -172,9 +172,7 @@ def instructions(plan: Plan, work: Work) -> float:
             of_rows = turns * (row + work.dim * element)
             copy = _PACKED_SHORT_COPY
         else:
-            part, one, several = _PACKED_INSTRUCTIONS[key]
-            vectors = math.ceil(work.dim / (plan.group * plan.width))
-            of_rows = turns * (part + vectors * (one if plan.vectors == 1 else several))
+            of_rows = turns * _PACKED_INSTRUCTIONS[key]
             copy = _PACKED_COPY
         elements = plan.items * work.dim  # of a slab
         read = work.inputs * math.ceil(elements * itemsize / 16 / plan.threads)

@@ -205,7 +205,6 @@ def kernel_name(plan: Plan, work: Work) -> str:
     """As in benchmarks/cuda_budgets.txt."""
     with_vectors = dict.fromkeys(("short", "registers", "packed_short"), f"vectors={plan.vectors}")
     parameters = with_vectors | {
-        "packed": f"one={str(plan.vectors == 1).lower()}",
         "columns": f"columns={plan.columns}",
     }
     direction = "backward" if work.backward else "forward"

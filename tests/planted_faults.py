@@ -383,10 +383,10 @@ FAULTS = [
         "no barrier before a slab is written to memory",
         "cuda packed",
         PACKED,
-        "if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));\n"
-        "        });\n      }\n    });\n    __syncthreads();",
-        "if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));\n"
-        "        });\n      }\n    });",
+        "          out[place] = ToElement<Out>::of(formula.of(x[v]));\n"
+        "        }\n      });\n    });\n    __syncthreads();",
+        "          out[place] = ToElement<Out>::of(formula.of(x[v]));\n"
+        "        }\n      });\n    });",
         HOST,
     ),
     Fault(

@@ -96,10 +96,7 @@ struct ForwardKernels {
   static auto packed_short() {
     return packed_short_forward_kernel<op, vectors, In, Out>;
   }
-  template <bool one>
-  static auto packed() {
-    return packed_forward_kernel<op, one, In, Out>;
-  }
+  static auto packed() { return packed_forward_kernel<op, In, Out>; }
   template <int vectors>
   static auto short_rows() {
     return short_forward_kernel<op, vectors, In, Out>;
@@ -125,10 +122,7 @@ struct BackwardKernels {
   static auto packed_short() {
     return packed_short_backward_kernel<op, vectors, In, Out>;
   }
-  template <bool one>
-  static auto packed() {
-    return packed_backward_kernel<op, one, In, Out>;
-  }
+  static auto packed() { return packed_backward_kernel<op, In, Out>; }
   template <int vectors>
   static auto short_rows() {
     return short_backward_kernel<op, vectors, In, Out>;
@@ -167,9 +161,7 @@ cudaError_t launch_plan(const Shape& shape, const Plan& plan, void* scratch, cud
         return run(Kernels::template packed_short<vectors()>(), shape, packing);
       });
     }
-    return run(
-        plan.vectors == 1 ? Kernels::template packed<true>() : Kernels::template packed<false>(),
-        shape, packing);
+    return run(Kernels::packed(), shape, packing);
   }
   const Rows rows = rows_of(shape, plan, scratch);
   if (plan.short_rows()) {

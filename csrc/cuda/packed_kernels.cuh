@@ -7,7 +7,8 @@
 //
 //   kernel        between, a row is had by   limit on a row
 //   packed_short  a thread, in registers     inner size 1; 4 vectors
-//   packed        1 to 32 threads            inner size 1; a chunk
+//   packed        1 to 32 threads, a vector  inner size 1; 32 vectors
+//                 each, in registers
 //   packed_       1 to 32 threads, parts     inner sizes above 1; 4 parts a thread
 //   columns       each (column_tree.cuh)
 //
@@ -136,7 +137,7 @@ class Slab {
   int end_;  // bytes from the first whole 16
 };
 
-// The elements of a row that a thread has: those of vectors lane, lane + group, ... of the row.
+// The elements of a row that a thread has: those of vector `lane` of the row; of a column its parts.
 struct PackedRow {
   int lane;
   int group;
@@ -144,20 +145,16 @@ struct PackedRow {
   int inner;
   int begin;  // of the row in the slab
 
-  // Calls body(v, place, whether it exists) for the elements of the thread's vector number k.
+  // Calls body(v, place, whether it exists) for the elements of the thread's vector.
   template <int width, class Body>
-  __device__ __forceinline__ void for_each(int k, Body body) const {
-    const int first = (k * group + lane) * width;
+  __device__ __forceinline__ void for_each(Body body) const {
+    const int first = lane * width;
     int place = begin + first * inner;
 #pragma unroll
     for (int v = 0; v < width; ++v) {
       body(v, place, first + v < dim);
       place += inner;
     }
-  }
-  template <int width>
-  __device__ __forceinline__ int vectors() const {
-    return (dim + group * width - 1) / (group * width);
   }
 };
 
@@ -191,14 +188,12 @@ __device__ __forceinline__ void for_each_slab(const Shape& shape, int outer, Bod
   }
 }
 
-// one: a thread has one vector of a row, in registers.
-template <Op op, bool one, class In, class Out>
+template <Op op, class In, class Out>
 __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
     packed_forward_kernel(const In* input, Out* output, Shape shape, Packing packing) {
   using A = computed_t<In>;
   using P = typename PrecisionOf<op, Out>::type;
   constexpr int kWidth = cuda::kWidth<In>;
-  // In the place of x: in registers, or in the slab.
   constexpr bool kKeepExps = op == Op::kSoftmax && kDearExp<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int64_t of_outer = shape.dim * shape.inner;
@@ -210,57 +205,37 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       A x[kWidth];
-      const auto load = [&](int k) {
-        row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
+      A max = -static_cast<A>(INFINITY);
+      // As a loop, for up to two registers less.
+#pragma unroll 1
+      for (int turn = 0; turn < 1; ++turn) {
+        row.for_each<kWidth>([&](int v, int place, bool exists) {
           x[v] = exists ? from_element<A>(in[place]) : -static_cast<A>(INFINITY);
         });
-      };
-      const int vectors = one ? 1 : row.vectors<kWidth>();
-      A max = -static_cast<A>(INFINITY);
-#pragma unroll 1
-      for (int k = 0; k < vectors; ++k) {
-        load(k);
         max = max_of(max, max_in(x));
       }
       max = warp_reduce<Max>(max, row.group);
       const A shift = shift_by(max);
-      A sum = 0;
-#pragma unroll 1
-      for (int k = 0; k < vectors; ++k) {
-        if constexpr (!one) load(k);
-        A exps[kWidth];
+      A exps[kWidth];
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v) exps[v] = P::exp(x[v] - shift);
+      for (int v = 0; v < kWidth; ++v) exps[v] = P::exp(x[v] - shift);
+      const A sum = warp_reduce<Sum>(add_of(A(0), sum_of(exps)), row.group);
+      const forward_t<op, A, Out> formula(max, sum);
+      row.for_each<kWidth>([&](int v, int place, bool exists) {
+        if (!exists) return;
         if constexpr (kKeepExps) {
-          row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
-            if (one) {
-              x[v] = exps[v];
-            } else if (exists) {
-              in[place] = exps[v];
-            }
-          });
+          out[place] = ToElement<Out>::of(formula.of_exp(exps[v]));
+        } else {
+          out[place] = ToElement<Out>::of(formula.of(x[v]));
         }
-        sum = add_of(sum, sum_of(exps));
-      }
-      const forward_t<op, A, Out> formula(max, warp_reduce<Sum>(sum, row.group));
-#pragma unroll 1
-      for (int k = 0; k < vectors; ++k) {
-        if constexpr (!one) load(k);
-        row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
-          if constexpr (kKeepExps) {
-            if (exists) out[place] = ToElement<Out>::of(formula.of_exp(x[v]));
-          } else {
-            if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));
-          }
-        });
-      }
+      });
     });
     __syncthreads();
     out.copy_to(output + offset);
   });
 }
 
-template <Op op, bool one, class In, class Out>
+template <Op op, class In, class Out>
 __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
     packed_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Shape shape,
                            Packing packing) {
@@ -278,25 +253,22 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
     y.copy_from(output + offset);
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
-      const int vectors = one ? 1 : row.vectors<kWidth>();
       A sum = 0;
+      // As a loop, for up to two registers less.
 #pragma unroll 1
-      for (int k = 0; k < vectors; ++k) {
+      for (int turn = 0; turn < 1; ++turn) {
         A terms[kWidth]{};
-        row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
+        row.for_each<kWidth>([&](int v, int place, bool exists) {
           if (exists) terms[v] = B::term(from_element<A>(grad[place]), from_element<A>(y[place]));
         });
         sum = add_of(sum, sum_of(terms));
       }
       const B formula{row_sum(warp_reduce<Sum>(sum, row.group))};
-#pragma unroll 1
-      for (int k = 0; k < vectors; ++k) {
-        row.for_each<kWidth>(k, [&](int, int place, bool exists) {
-          if (!exists) return;
-          out[place] = ToElement<Out>::of(
-              formula.of(from_element<A>(grad[place]), from_element<A>(y[place])));
-        });
-      }
+      row.for_each<kWidth>([&](int, int place, bool exists) {
+        if (!exists) return;
+        out[place] =
+            ToElement<Out>::of(formula.of(from_element<A>(grad[place]), from_element<A>(y[place])));
+      });
     });
     __syncthreads();
     out.copy_to(grad_input + offset);

@@ -22,8 +22,8 @@
 // whose tree begins with the row.
 //
 // A warp writes the vectors of its own chunks only. It reads no others but one behind each chunk,
-// which is before the row's warps meet, and so before any of them writes: the memory written may be
-// that of an input.
+// which is before the row's warps meet for its sum, and so before any of them writes: the memory
+// written may be that of an input.
 #pragma once
 
 #include <type_traits>

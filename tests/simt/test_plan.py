@@ -181,7 +181,9 @@ def test_columns_are_packed_where_they_are_narrow_or_few(
 def test_what_a_schedule_cannot_take() -> None:
     of = chunk(FLOAT32)
     for shape, can in [
-        ((3, of, 1), {"packed", "warp", "block", "grid"}),
+        ((3, 128, 1), {"packed", "warp", "block", "grid"}),  # a vector of each lane
+        ((3, 129, 1), {"warp", "block", "grid"}),
+        ((3, of, 1), {"warp", "block", "grid"}),
         ((3, of + 1, 1), {"block", "cluster", "grid"}),
         ((3, 1024 * of, 1), {"block", "cluster", "grid"}),
         ((3, 1024 * of + 1, 1), {"grid"}),

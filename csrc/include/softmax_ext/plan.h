@@ -323,14 +323,13 @@ constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device)
   plan.vectorized = false;
   const int parts = column_parts(shape.dim);
   const bool columns = shape.inner > 1;
-  if (columns ? parts > limits::kPackedParts * limits::kWarp : sizes.chunks > 1) return plan;
+  if (columns ? parts > limits::kPackedParts * limits::kWarp : sizes.vectors > limits::kWarp) {
+    return plan;
+  }
   const int64_t needed = columns ? parts : power_of_two_from(sizes.vectors);
   const bool one_thread = !columns && sizes.load < 8 && needed <= limits::kPackedVectors;
   plan.hold = one_thread ? Hold::kRegisters : Hold::kShared;
-  plan.vectors = columns                          ? 0
-                 : one_thread                     ? static_cast<int>(needed)
-                 : sizes.vectors <= limits::kWarp ? 1
-                                                  : chunk_vectors(sizes.load);
+  plan.vectors = columns ? 0 : one_thread ? static_cast<int>(needed) : 1;
   plan.group = one_thread ? 1 : static_cast<int>(std::min<int64_t>(limits::kWarp, needed));
   // Outer indices in a slab: as many for each thread; fewer where the device would not be filled.
   const int64_t one = shape.dim * shape.inner;

@@ -17,7 +17,6 @@ LONG |= {name: Way(name) for name in ("grid: shared", "grid: none")}
 @ops
 @pytest.mark.parametrize(("name", "kernel", "rows", "dim", "device"), [
     ("packed: registers", "packed", 64, LANES, NEW),
-    ("packed: slab", "packed", 16, CHUNK, NEW),
     ("warp: short", "short", 16, 2 * LANES, NEW),
     ("warp: registers", "registers", 16, CHUNK, NEW),
     ("block: registers", "registers", 3, 3 * CHUNK, NEW),
