@@ -32,7 +32,7 @@ _ROW_INSTRUCTIONS = {
     # direction, bytes: fixed, vector, shift, shift_vector, meeting
     (False, 2): (280, 131, 60, 22, 110),
     (False, 4): (280, 125, 60, 20, 110),
-    (False, 8): (300, 315, 60, 15, 300),
+    (False, 8): (300, 240, 60, 15, 300),
     (True, 2): (250, 126, 100, 40, 80),
     (True, 4): (250, 60, 100, 36, 80),
     (True, 8): (250, 60, 100, 30, 100),
@@ -48,14 +48,14 @@ _SHORT_INSTRUCTIONS = {
     (True, 4): (100, 50, 50, 9),
     (True, 8): (100, 50, 50, 13),
 }
-# Packed: for a thread's part of a row; for each of its vectors, in registers or not.
+# Packed: for a thread's part of a row, which is a vector.
 _PACKED_INSTRUCTIONS = {
-    (False, 2): (130, 270, 583),
-    (False, 4): (130, 157, 333),
-    (False, 8): (150, 220, 440),
-    (True, 2): (100, 417, 476),
-    (True, 4): (95, 162, 228),
-    (True, 8): (80, 82, 90),
+    (False, 2): 400,
+    (False, 4): 287,
+    (False, 8): 295,
+    (True, 2): 517,
+    (True, 4): 257,
+    (True, 8): 162,
 }
 _PACKED_COPY = 47  # for a vector to or from shared memory
 # The same where a thread has a row: for the row, and for each of its elements.
@@ -76,7 +76,10 @@ _COLUMN_INSTRUCTIONS = {
     (True, 8): (30, 6, 14),
 }
 _COLUMN_FIXED = 300
-_DOUBLES = {False: 39, True: 3}  # float64 instructions for an element; exp twice in forward
+# float64 instructions for an element: 16 for exp and its argument, which is taken again where the
+# element is read again; the others for the max, the sum and the quotient.
+_DOUBLES = {False: 21, True: 3}
+_DOUBLES_AGAIN = 16
 
 # Of the 4 warp instructions that an SM can issue in a cycle, those that a good kernel does issue.
 _ISSUED = 3
@@ -169,9 +172,7 @@ def instructions(plan: Plan, work: Work) -> float:
             of_rows = turns * (row + work.dim * element)
             copy = _PACKED_SHORT_COPY
         else:
-            part, one, several = _PACKED_INSTRUCTIONS[key]
-            vectors = math.ceil(work.dim / (plan.group * plan.width))
-            of_rows = turns * (part + vectors * (one if plan.vectors == 1 else several))
+            of_rows = turns * _PACKED_INSTRUCTIONS[key]
             copy = _PACKED_COPY
         elements = plan.items * work.dim  # of a slab
         read = work.inputs * math.ceil(elements * itemsize / 16 / plan.threads)
@@ -226,7 +227,8 @@ def block_latency(plan: Plan, work: Work) -> float:
         loads = 1 if plan.hold == "shared" else input_reads(plan, work) * math.ceil(steps / 4)
     elif plan.schedule != "warp":
         reductions = math.ceil(work.dim / _chunk(plan, itemsize) / (plan.team * _warps(plan)))
-        loads = 2 * reductions - 1 if plan.hold == "none" else reductions
+        reads = input_reads(plan, work)
+        loads = reads * (reductions - 1) + 1 if plan.hold == "none" else reductions
     return loads * _LOAD + (reductions - 1) * _REDUCE + meeting_latency(plan)
 
 
@@ -248,7 +250,10 @@ def predict(plan: Plan, work: Work, resident: int, device: Device) -> tuple[floa
         turns = math.ceil(work.rows * plan.team / plan.blocks)
     moved_at_once = moved / (plan.blocks * turns) * at_once
     wave = block_latency(plan, work) + moved_at_once / (_PORT_BYTES * cycles)
-    doubles = _DOUBLES[work.backward] * work.elements if work.read == torch.float64 else 0
+    doubles = 0
+    if work.read == torch.float64:
+        again = _DOUBLES_AGAIN if plan.hold == "none" and not work.backward else 0
+        doubles = (_DOUBLES[work.backward] + again) * work.elements
     end = _LOAD + meeting_latency(plan)
     times = {
         "bandwidth": moved / (device.bandwidth * 1e3) + end,

@@ -211,7 +211,6 @@ def kernel_name(plan: Plan, work: Work) -> str:
     """As in benchmarks/cuda_budgets.txt."""
     with_vectors = dict.fromkeys(("short", "registers", "packed_short"), f"vectors={plan.vectors}")
     parameters = with_vectors | {
-        "packed": f"one={str(plan.vectors == 1).lower()}",
         "columns": f"columns={plan.columns}",
     }
     direction = "backward" if work.backward else "forward"
@@ -225,7 +224,8 @@ def input_reads(plan: Plan, work: Work) -> int:
     """Of each element."""
     if plan.hold != "none":
         return 1
-    return 3 if plan.schedule == "columns" and not work.backward else 2
+    max_first = plan.schedule == "columns" or work.read == torch.float64
+    return 3 if max_first and not work.backward else 2
 
 
 def kernel_bytes(plan: Plan, work: Work) -> int:

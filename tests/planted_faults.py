@@ -332,8 +332,8 @@ FAULTS = [
         "one buffer of states for two rows",
         "cuda block",
         ROWS,
-        "schedule_ == Schedule::kGrid ? in_scratch(turn) : shared_ + turn * share_.chunks;",
-        "schedule_ == Schedule::kGrid ? in_scratch(turn) : shared_;",
+        ": shared<State>() + turn * share_.chunks;",
+        ": shared<State>();",
         HOST,
     ),
     Fault(
@@ -356,8 +356,8 @@ FAULTS = [
         "no barrier before the terms of a grid's chunks are written again",
         "cuda grid",
         DEVICE,
-        "sum = add_of(sum, memory[i]);\n    }\n    __syncthreads();",
-        "sum = add_of(sum, memory[i]);\n    }",
+        "sum = add_of(sum, memory[i]);\n      }\n      __syncthreads();",
+        "sum = add_of(sum, memory[i]);\n      }",
         HOST,
     ),
     Fault(
@@ -369,13 +369,29 @@ FAULTS = [
         HOST,
     ),
     Fault(
+        "exp of a vector without elements is not 0",
+        "cuda registers",
+        ROWS,
+        "x[k] = filled<In>(A(0));",
+        "x[k] = filled<In>(-static_cast<A>(INFINITY));",
+        HOST,
+    ),
+    Fault(
+        "what lies behind a chunk held in shared memory is that of another",
+        "cuda long",
+        ROWS,
+        "          chunk.load_behind(offset, part);\n",
+        "",
+        HOST,
+    ),
+    Fault(
         "no barrier before a slab is written to memory",
         "cuda packed",
         PACKED,
-        "if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));\n"
-        "        });\n      }\n    });\n    __syncthreads();",
-        "if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));\n"
-        "        });\n      }\n    });",
+        "          out[place] = ToElement<Out>::of(formula.of(x[v]));\n"
+        "        }\n      });\n    });\n    __syncthreads();",
+        "          out[place] = ToElement<Out>::of(formula.of(x[v]));\n"
+        "        }\n      });\n    });",
         HOST,
     ),
     Fault(

@@ -40,7 +40,7 @@ PARAMETERS = {
     "registers": ["op", "vectors", "in", "out"],
     "long": ["op", "in", "out"],
     "short": ["op", "vectors", "in", "out"],
-    "packed": ["op", "one", "in", "out"],
+    "packed": ["op", "in", "out"],
     "packed_short": ["op", "vectors", "in", "out"],
     "packed_columns": ["op", "in", "out"],
     "columns": ["op", "columns", "in", "out"],
@@ -88,7 +88,7 @@ def instance_of(demangled: str) -> Instance:
     """Of a kernel's demangled name; ValueError for one that it does not understand."""
 
     def readable(argument: str) -> str:
-        if re.fullmatch(r"\d+|true|false", argument):
+        if argument.isdecimal():
             return argument
         return DTYPES[argument] if argument in DTYPES else OPS[argument]
 
@@ -418,8 +418,7 @@ def test_a_missing_and_an_unknown_instance_fail() -> None:
     ("registers_forward_kernel<OP0, 4, __half, float>",
      "registers_forward softmax float16 -> float32 vectors=4"),
     ("long_backward_kernel<OP1, float, float>", "long_backward log_softmax float32"),
-    ("packed_forward_kernel<OP0, true, double, double>",
-     "packed_forward softmax float64 one=true"),
+    ("packed_forward_kernel<OP0, double, double>", "packed_forward softmax float64"),
     ("columns_backward_kernel<OP0, 2, __nv_bfloat16, __nv_bfloat16>",
      "columns_backward softmax bfloat16 columns=2"),
 ])  # fmt: skip

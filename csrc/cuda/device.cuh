@@ -30,6 +30,11 @@ struct Computed<double> {
 template <class T>
 using computed_t = typename Computed<T>::type;
 
+// exp takes many instructions: it is worth more to take it once than to save a meeting, or a store to
+// shared memory.
+template <class T>
+constexpr bool kDearExp = sizeof(T) == 8;
+
 // By intrinsics only: PyTorch's build switches the half types' operators and conversions off.
 template <class A, class T>
 __device__ __forceinline__ A from_element(T x) {
@@ -517,10 +522,16 @@ __device__ __forceinline__ A row_sum(A sum) {
   return add_of(sum, A(0));
 }
 
-// The state of a chunk, or of a row, in a backward pass.
+// The state of a chunk, or of a row, in a backward pass; in a forward one whose max is known.
 template <class A>
 struct SumState {
   A sum;
+};
+
+// The same where the sum waits for the row's max.
+template <class A>
+struct MaxState {
+  A max;
 };
 
 template <class A>
@@ -529,7 +540,18 @@ __device__ __forceinline__ SumState<A> combine(SumState<A> a, SumState<A> b) {
 }
 
 template <class State>
-constexpr bool kHasMax = std::is_same_v<State, OnlineState<decltype(State::sum)>>;
+struct NumberOf;
+template <template <class> class State, class A>
+struct NumberOf<State<A>> {
+  using type = A;
+};
+template <class State>
+using number_t = typename NumberOf<State>::type;
+
+template <class State>
+constexpr bool kHasMax = !std::is_same_v<State, SumState<number_t<State>>>;
+template <class State>
+constexpr bool kHasSum = !std::is_same_v<State, MaxState<number_t<State>>>;
 
 // What another block has written, after the threads have met.
 template <class A>
@@ -539,6 +561,10 @@ __device__ __forceinline__ OnlineState<A> load_fresh(const OnlineState<A>* from)
 template <class A>
 __device__ __forceinline__ SumState<A> load_fresh(const SumState<A>* from) {
   return {__ldcg(&from->sum)};
+}
+template <class A>
+__device__ __forceinline__ MaxState<A> load_fresh(const MaxState<A>* from) {
+  return {__ldcg(&from->max)};
 }
 
 // What a chunk adds to the sum of a row whose largest element is `max`.
@@ -556,11 +582,19 @@ __device__ __forceinline__ void raise_max(A& max, OnlineState<A> chunk) {
   max = max_of(max, chunk.max);
 }
 template <class A>
+__device__ __forceinline__ void raise_max(A& max, MaxState<A> chunk) {
+  max = max_of(max, chunk.max);
+}
+template <class A>
 __device__ __forceinline__ void raise_max(A&, SumState<A>) {}
 
 template <class A>
 __device__ __forceinline__ void set_state(OnlineState<A>& state, A max, A sum) {
   state = {max, sum};
+}
+template <class A>
+__device__ __forceinline__ void set_state(MaxState<A>& state, A max, A) {
+  state = {max};
 }
 template <class A>
 __device__ __forceinline__ void set_state(SumState<A>& state, A, A sum) {
@@ -570,27 +604,30 @@ __device__ __forceinline__ void set_state(SumState<A>& state, A, A sum) {
 // The row's state from those of its chunks, load(chunk), by a warp.
 template <class State, class Load>
 __device__ __forceinline__ State combine_chunks(int chunks, int lane, Load load) {
-  using A = decltype(State::sum);
+  using A = number_t<State>;
   A max = -static_cast<A>(INFINITY);
 #pragma unroll 1
   for (int chunk = lane; chunk < chunks; chunk += limits::kWarp) raise_max(max, load(chunk));
   if constexpr (kHasMax<State>) max = warp_reduce<Max>(max, limits::kWarp);
   A sum = 0;
+  if constexpr (kHasSum<State>) {
 #pragma unroll 1
-  for (int chunk = lane; chunk < chunks; chunk += limits::kWarp) {
-    sum = add_of(sum, term_of(load(chunk), max));
+    for (int chunk = lane; chunk < chunks; chunk += limits::kWarp) {
+      sum = add_of(sum, term_of(load(chunk), max));
+    }
+    sum = warp_reduce<Sum>(sum, limits::kWarp);
   }
   State state;
-  set_state(state, max, warp_reduce<Sum>(sum, limits::kWarp));
+  set_state(state, max, sum);
   return state;
 }
 
 // The same to the bit, by all threads of a block, whose number is a multiple of the warp's; `memory`
 // has room for limits::kGridTerms numbers. Only the additions are one after another.
 template <class State, class Load>
-__device__ __forceinline__ State combine_chunks_of_grid(int chunks, decltype(State::sum)* memory,
+__device__ __forceinline__ State combine_chunks_of_grid(int chunks, number_t<State>* memory,
                                                         Load load) {
-  using A = decltype(State::sum);
+  using A = number_t<State>;
   SOFTMAX_EXT_STATIC_SHARED(A, warps, limits::kMostWarps);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   A max = -static_cast<A>(INFINITY);
@@ -602,26 +639,30 @@ __device__ __forceinline__ State combine_chunks_of_grid(int chunks, decltype(Sta
     __syncthreads();
     for (int warp = 0; warp < threads / limits::kWarp; ++warp) max = max_of(max, warps[warp]);
   }
-  A sum = 0;
+  State state;
+  if constexpr (kHasSum<State>) {
+    A sum = 0;
 #pragma unroll 1
-  for (int first = 0; first < chunks; first += limits::kGridTerms) {
-    const int count = min(chunks - first, limits::kGridTerms);
+    for (int first = 0; first < chunks; first += limits::kGridTerms) {
+      const int count = min(chunks - first, limits::kGridTerms);
 #pragma unroll 4
-    for (int i = thread; i < count; i += threads) memory[i] = term_of(load(first + i), max);
-    __syncthreads();
-    if (thread < limits::kWarp) {
+      for (int i = thread; i < count; i += threads) memory[i] = term_of(load(first + i), max);
+      __syncthreads();
+      if (thread < limits::kWarp) {
 #pragma unroll 8
-      for (int i = thread; i < count; i += limits::kWarp) sum = add_of(sum, memory[i]);
+        for (int i = thread; i < count; i += limits::kWarp) sum = add_of(sum, memory[i]);
+      }
+      __syncthreads();
+    }
+    if (thread < limits::kWarp) {
+      sum = warp_reduce<Sum>(sum, limits::kWarp);
+      if (thread == 0) memory[0] = sum;
     }
     __syncthreads();
+    set_state(state, max, memory[0]);
+  } else {
+    state = {max};
   }
-  if (thread < limits::kWarp) {
-    sum = warp_reduce<Sum>(sum, limits::kWarp);
-    if (thread == 0) memory[0] = sum;
-  }
-  __syncthreads();
-  State state;
-  set_state(state, max, memory[0]);
   __syncthreads();  // before memory is written again
   return state;
 }

@@ -114,10 +114,7 @@ struct ForwardKernels {
   static auto packed_short() {
     return packed_short_forward_kernel<op, vectors, In, Out>;
   }
-  template <bool one>
-  static auto packed() {
-    return packed_forward_kernel<op, one, In, Out>;
-  }
+  static auto packed() { return packed_forward_kernel<op, In, Out>; }
   template <int vectors>
   static auto short_rows() {
     return short_forward_kernel<op, vectors, In, Out>;
@@ -143,10 +140,7 @@ struct BackwardKernels {
   static auto packed_short() {
     return packed_short_backward_kernel<op, vectors, In, Out>;
   }
-  template <bool one>
-  static auto packed() {
-    return packed_backward_kernel<op, one, In, Out>;
-  }
+  static auto packed() { return packed_backward_kernel<op, In, Out>; }
   template <int vectors>
   static auto short_rows() {
     return short_backward_kernel<op, vectors, In, Out>;
@@ -186,9 +180,7 @@ cudaError_t launch_plan(const Workload& work, const ColumnStrides& strides, cons
         return run(Kernels::template packed_short<vectors()>(), shape, packing);
       });
     }
-    return run(
-        plan.vectors == 1 ? Kernels::template packed<true>() : Kernels::template packed<false>(),
-        shape, packing);
+    return run(Kernels::packed(), shape, packing);
   }
   const Rows rows = rows_of(shape, plan, scratch, strides.outer);
   if (plan.short_rows()) {

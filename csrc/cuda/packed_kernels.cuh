@@ -7,7 +7,8 @@
 //
 //   kernel        between, a row is had by   limit on a row
 //   packed_short  a thread, in registers     inner size 1; 4 vectors
-//   packed        1 to 32 threads            inner size 1; a chunk
+//   packed        1 to 32 threads, a vector  inner size 1; 32 vectors
+//                 each, in registers
 //   packed_       1 to 32 threads, parts     inner sizes above 1; 4 parts a thread
 //   columns       each (column_tree.cuh)
 //
@@ -142,7 +143,7 @@ class Slab {
   int end_;  // bytes from the first whole 16
 };
 
-// The elements of a row that a thread has: those of vectors lane, lane + group, ... of the row.
+// The elements of a row that a thread has: those of vector `lane` of the row; of a column its parts.
 struct PackedRow {
   int lane;
   int group;
@@ -150,20 +151,16 @@ struct PackedRow {
   int inner;
   int begin;  // of the row in the slab
 
-  // Calls body(v, place, whether it exists) for the elements of the thread's vector number k.
+  // Calls body(v, place, whether it exists) for the elements of the thread's vector.
   template <int width, class Body>
-  __device__ __forceinline__ void for_each(int k, Body body) const {
-    const int first = (k * group + lane) * width;
+  __device__ __forceinline__ void for_each(Body body) const {
+    const int first = lane * width;
     int place = begin + first * inner;
 #pragma unroll
     for (int v = 0; v < width; ++v) {
       body(v, place, first + v < dim);
       place += inner;
     }
-  }
-  template <int width>
-  __device__ __forceinline__ int vectors() const {
-    return (dim + group * width - 1) / (group * width);
   }
 };
 
@@ -205,13 +202,13 @@ __device__ __forceinline__ void for_each_slab(const Shape& shape, const Packing&
   }
 }
 
-// one: a thread has one vector of a row, in registers.
-template <Op op, bool one, class In, class Out>
+template <Op op, class In, class Out>
 __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
     packed_forward_kernel(const In* input, Out* output, Shape shape, Packing packing) {
   using A = computed_t<In>;
   using P = typename PrecisionOf<op, Out>::type;
   constexpr int kWidth = cuda::kWidth<In>;
+  constexpr bool kKeepExps = op == Op::kSoftmax && kDearExp<In>;
   SOFTMAX_EXT_DYNAMIC_SHARED(unsigned char, memory);
   const int64_t of_outer = shape.dim * shape.inner;
   for_each_slab(shape, packing, [&](auto offset, int outer) {
@@ -223,44 +220,37 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
       A x[kWidth];
-      const auto load = [&](int k) {
-        row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
+      A max = -static_cast<A>(INFINITY);
+      // As a loop, for up to two registers less.
+#pragma unroll 1
+      for (int turn = 0; turn < 1; ++turn) {
+        row.for_each<kWidth>([&](int v, int place, bool exists) {
           x[v] = exists ? from_element<A>(in[place]) : -static_cast<A>(INFINITY);
         });
-      };
-      const int vectors = one ? 1 : row.vectors<kWidth>();
-      A max = -static_cast<A>(INFINITY);
-#pragma unroll 1
-      for (int k = 0; k < vectors; ++k) {
-        load(k);
         max = max_of(max, max_in(x));
       }
       max = warp_reduce<Max>(max, row.group);
       const A shift = shift_by(max);
-      A sum = 0;
-#pragma unroll 1
-      for (int k = 0; k < vectors; ++k) {
-        if constexpr (!one) load(k);
-        A exps[kWidth];
+      A exps[kWidth];
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v) exps[v] = P::exp(x[v] - shift);
-        sum = add_of(sum, sum_of(exps));
-      }
-      const forward_t<op, A, Out> formula(max, warp_reduce<Sum>(sum, row.group));
-#pragma unroll 1
-      for (int k = 0; k < vectors; ++k) {
-        if constexpr (!one) load(k);
-        row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
-          if (exists) out[place] = ToElement<Out>::of(formula.of(x[v]));
-        });
-      }
+      for (int v = 0; v < kWidth; ++v) exps[v] = P::exp(x[v] - shift);
+      const A sum = warp_reduce<Sum>(add_of(A(0), sum_of(exps)), row.group);
+      const forward_t<op, A, Out> formula(max, sum);
+      row.for_each<kWidth>([&](int v, int place, bool exists) {
+        if (!exists) return;
+        if constexpr (kKeepExps) {
+          out[place] = ToElement<Out>::of(formula.of_exp(exps[v]));
+        } else {
+          out[place] = ToElement<Out>::of(formula.of(x[v]));
+        }
+      });
     });
     __syncthreads();
     out.copy_to(output + offset(1));
   });
 }
 
-template <Op op, bool one, class In, class Out>
+template <Op op, class In, class Out>
 __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
     packed_backward_kernel(const In* grad_output, const In* output, Out* grad_input, Shape shape,
                            Packing packing) {
@@ -280,25 +270,22 @@ __global__ void __launch_bounds__(limits::kLargePackedThreads, 1)
     y.copy_from(from_y);
     __syncthreads();
     for_each_packed_row(shape, outer, packing.group, [&](const PackedRow& row) {
-      const int vectors = one ? 1 : row.vectors<kWidth>();
       A sum = 0;
+      // As a loop, for up to two registers less.
 #pragma unroll 1
-      for (int k = 0; k < vectors; ++k) {
+      for (int turn = 0; turn < 1; ++turn) {
         A terms[kWidth]{};
-        row.for_each<kWidth>(k, [&](int v, int place, bool exists) {
+        row.for_each<kWidth>([&](int v, int place, bool exists) {
           if (exists) terms[v] = B::term(from_element<A>(grad[place]), from_element<A>(y[place]));
         });
         sum = add_of(sum, sum_of(terms));
       }
       const B formula{row_sum(warp_reduce<Sum>(sum, row.group))};
-#pragma unroll 1
-      for (int k = 0; k < vectors; ++k) {
-        row.for_each<kWidth>(k, [&](int, int place, bool exists) {
-          if (!exists) return;
-          out[place] = ToElement<Out>::of(
-              formula.of(from_element<A>(grad[place]), from_element<A>(y[place])));
-        });
-      }
+      row.for_each<kWidth>([&](int, int place, bool exists) {
+        if (!exists) return;
+        out[place] =
+            ToElement<Out>::of(formula.of(from_element<A>(grad[place]), from_element<A>(y[place])));
+      });
     });
     __syncthreads();
     out.copy_to(grad_input + offset(2));
@@ -315,6 +302,7 @@ __device__ __forceinline__ void run_packed_column(const PackedRow& row, const Co
   using State = typename Pass::State;
   using A = typename Pass::A;
   constexpr int kParts = limits::kPackedParts;
+  constexpr bool kKeepsExp = Pass::kKeepsExp && kDearExp<typename Pass::Element>;  // in the slab
   const auto for_each_part = [&](auto body) {
 #pragma unroll 1
     for (int k = 0; k < kParts && k * row.group < split.parts; ++k) {
@@ -329,9 +317,12 @@ __device__ __forceinline__ void run_packed_column(const PackedRow& row, const Co
     }
   };
   State states[kParts]{};
-  for_each_part([&](int k, int size, auto load, auto) {
+  for_each_part([&](int k, int size, auto load, [[maybe_unused]] auto place) {
     State state[1];
-    sum_part<Pass>(size, load, [](int, const A(&)[1]) {}, state);
+    const auto keep = [&](int s, const A(&terms)[1]) {
+      if constexpr (kKeepsExp) slabs[0][place(s)] = terms[0];
+    };
+    sum_part<Pass>(size, load, keep, state);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       if (i == k) states[i] = state[0];
@@ -362,7 +353,7 @@ __device__ __forceinline__ void run_packed_column(const PackedRow& row, const Co
         if (i == k) max[0] = states[i].max;
       }
     }
-    finish_part<Pass>(size, load, false, max, formulas, [&](int s, const A(&values)[1]) {
+    finish_part<Pass>(size, load, kKeepsExp, max, formulas, [&](int s, const A(&values)[1]) {
       out[place(s)] = ToElement<typename Pass::Result>::of(values[0]);
     });
   });

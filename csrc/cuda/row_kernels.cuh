@@ -14,15 +14,16 @@
 //   registers  one chunk, in registers         1      1
 //   long       several, one after another:     1      1    the last in registers, those before it in
 //                                                          shared memory;
-//                                              2      1    or, where they do not fit, nowhere
+//                                              2      1    or, where they do not fit, nowhere: forward
+//                                                          in float64 they are read 3 times
 //
 // A chunk is what the registers of a warp hold: 4 KB of a row (2 KB in float64). Rows begin anywhere,
 // those of each tensor as its outer strides say: vectors are those of the memory written, and are
 // shifted between lanes for the row's sum alone, whose tree begins with the row.
 //
 // A warp writes the vectors of its own chunks only. It reads no others but one behind each chunk,
-// which is before the row's warps meet, and so before any of them writes: the memory written may be
-// that of an input.
+// which is before the row's warps meet for its sum, and so before any of them writes: the memory
+// written may be that of an input.
 #pragma once
 
 #include <type_traits>
@@ -79,71 +80,77 @@ __device__ __forceinline__ void for_each_row(const Rows& rows, Body body) {
   }
 }
 
-// Where the chunks' states of a row meet. `turn` tells one row from the next: a warp may be a row
-// ahead of another that still reads.
-template <class State>
+// Where the states of a row's chunks meet, or those of its warps: as many of one type. `turn` tells
+// one meeting from the next: a warp may be one ahead of another that still reads.
 class Meeting {
  public:
   // `barrier`: of the cluster's blocks, in shared memory.
-  __device__ __forceinline__ Meeting(const Rows& rows, const Sharing& share, State* shared,
+  __device__ __forceinline__ Meeting(const Rows& rows, const Sharing& share, void* shared,
                                      uint64_t* barrier)
       : schedule_(rows.schedule),
         share_(share),
         shared_(shared),
-        scratch_(static_cast<State*>(rows.scratch)),
+        scratch_(rows.scratch),
         mail_(barrier) {
     if (schedule_ == Schedule::kCluster) mail_.open();
   }
 
-  // By all threads, before a row's states are put.
-  __device__ __forceinline__ void begin(bool first) const {
+  // By all threads, before the states are put.
+  template <class State>
+  __device__ __forceinline__ void begin(bool first, int count) const {
     if (schedule_ == Schedule::kCluster) {
-      mail_.begin(first, share_.chunks * static_cast<int>(sizeof(State)));
+      mail_.begin(first, count * static_cast<int>(sizeof(State)));
     }
   }
 
   // By all lanes, which have the same state.
-  __device__ __forceinline__ void put(int turn, int chunk, State state) const {
-    if (chunk >= share_.chunks) return;
+  template <class State>
+  __device__ __forceinline__ void put(int turn, int chunk, State state, int count) const {
+    if (chunk >= count) return;
     const int lane = static_cast<int>(threadIdx.x) % limits::kWarp;
     if (schedule_ == Schedule::kCluster) {
-      if (lane < static_cast<int>(gridDim.y)) mail_.send(shared_ + chunk, state, lane);
+      if (lane < static_cast<int>(gridDim.y)) mail_.send(shared<State>() + chunk, state, lane);
     } else if (lane == 0) {
-      State* const states =
-          schedule_ == Schedule::kGrid ? in_scratch(turn) : shared_ + turn * share_.chunks;
+      State* const states = schedule_ == Schedule::kGrid ? in_scratch<State>(turn)
+                                                         : shared<State>() + turn * share_.chunks;
       states[chunk] = state;
     }
   }
 
-  // The row's state, by all threads, after they have put those of their chunks.
-  __device__ __forceinline__ State get(int turn) const {
+  // The row's state, by all threads, after they have put theirs.
+  template <class State>
+  __device__ __forceinline__ State get(int turn, int count) const {
     const int lane = static_cast<int>(threadIdx.x) % limits::kWarp;
     if (schedule_ == Schedule::kGrid) {
       sync_grid();
-      const State* const states = in_scratch(turn);
-      return combine_chunks_of_grid<State>(share_.chunks,
-                                           reinterpret_cast<decltype(State::sum)*>(shared_),
+      const State* const states = in_scratch<State>(turn);
+      return combine_chunks_of_grid<State>(count, shared<number_t<State>>(),
                                            [&](int chunk) { return load_fresh(states + chunk); });
     }
-    const State* states = shared_;
+    const State* states = shared<State>();
     if (schedule_ == Schedule::kCluster) {
       mail_.wait(turn);
     } else {
       __syncthreads();
       states += turn * share_.chunks;
     }
-    return combine_chunks<State>(share_.chunks, lane, [&](int chunk) { return states[chunk]; });
+    return combine_chunks<State>(count, lane, [&](int chunk) { return states[chunk]; });
   }
 
  private:
+  template <class T>
+  __device__ __forceinline__ T* shared() const {
+    return static_cast<T*>(shared_);
+  }
+  template <class State>
   __device__ __forceinline__ State* in_scratch(int turn) const {
-    return scratch_ + (int64_t{turn} * gridDim.x + blockIdx.x) * share_.chunks;
+    return static_cast<State*>(scratch_) + (int64_t{turn} * gridDim.x + blockIdx.x) * share_.chunks;
   }
 
   Schedule schedule_;
   Sharing share_;
-  State* shared_;
-  State* scratch_;
+  void* shared_;
+  void* scratch_;
   Mail mail_;
 };
 
@@ -164,6 +171,7 @@ struct ForwardChunk {
   using Element = In;
   using F = forward_t<op, A, Out>;
   using P = typename PrecisionOf<op, Out>::type;
+  static constexpr bool kMaxFirst = false;
   static constexpr int kInputs = 1;
   static constexpr int kVectors = vectors;
   static constexpr int kWidth = cuda::kWidth<In>;
@@ -214,6 +222,14 @@ struct ForwardChunk {
 
   __device__ __forceinline__ void store(State state, Place place, Part part) {
     const F formula(state.max, state.sum);
+    store(formula, place, part, [&](A value) { return formula.of(value); });
+  }
+
+ protected:
+  // result_of() what is in the vectors.
+  template <class ResultOf>
+  __device__ __forceinline__ void store(const F& formula, Place place, Part part,
+                                        ResultOf result_of) {
     Out* const to = output + place.of(1);
     PartWriter<Out, kWidth, vectors> writer(to, part);
 #pragma unroll
@@ -223,7 +239,7 @@ struct ForwardChunk {
       if constexpr (sizeof(In) == 2) forget(x[k]);
       unpack<In>(x[k], values);
 #pragma unroll
-      for (int v = 0; v < kWidth; ++v) values[v] = formula.of(values[v]);
+      for (int v = 0; v < kWidth; ++v) values[v] = result_of(values[v]);
       writer.put(k, values);
     }
     writer.finish();
@@ -236,6 +252,117 @@ struct ForwardChunk {
   }
 };
 
+template <class A>
+__device__ __forceinline__ MaxState<A> of_warp(MaxState<A> of_lane) {
+  return {warp_reduce<Max>(of_lane.max, limits::kWarp)};
+}
+
+// Of a forward pass in float64, where exp is dear: the row's max is found first, so that
+// exp(x - max) is taken once of each element in registers, and softmax keeps it in the place of x.
+// Also of what the vectors have of the chunks beside this one, which is of the same row.
+template <Op op, int vectors, class In, class Out>
+struct MaxFirstChunk : ForwardChunk<op, vectors, In, Out> {
+  using Base = ForwardChunk<op, vectors, In, Out>;
+  using typename Base::A;
+  using typename Base::F;
+  using typename Base::P;
+  using State = SumState<A>;
+  static constexpr bool kMaxFirst = true;
+  static constexpr bool kKeepsExp = op == Op::kSoftmax;
+  static constexpr int kWidth = Base::kWidth;
+  static constexpr int kRoom = vectors * limits::kWarp * kWidth;
+  using Base::behind;
+  using Base::input;
+  using Base::output;
+  using Base::x;
+  A max;  // of the row
+
+  // Of a lane. Of all that its vectors have: no element is of another row.
+  __device__ __forceinline__ MaxState<A> lane_max() const {
+    Vector largest = behind;
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) largest = max_of_vectors<In>(largest, x[k]);
+    A of_largest[kWidth];
+    unpack<In>(largest, of_largest);
+    return {max_in(of_largest)};
+  }
+
+  // Again what leaves have of the vector behind.
+  __device__ __forceinline__ void load_behind(Place place, Part part) {
+    const In* const from = input + place.of(0);
+    A values[kWidth];
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v) {
+      const int element = kRoom - part.lead + v;
+      const bool has = part.lane == 0 && v < part.lead && element < part.left;
+      values[v] = has ? from_element<A>(from[element]) : -static_cast<A>(INFINITY);
+    }
+    behind = pack(values);
+  }
+
+  // Once the max is known. `summed`: the part is to be summed, not only stored.
+  __device__ __forceinline__ void take_exps(Part part, bool summed) {
+    if constexpr (kKeepsExp) {
+      const A shift = shift_by(max);
+      if (summed && part.lead != 0) take_exps(behind, shift, kWidth - 1);
+#pragma unroll
+      for (int k = 0; k < vectors; ++k) {
+        if (no_more<kWidth>(k - k % 2, part.end())) {
+          x[k] = filled<In>(A(0));
+        } else {
+          take_exps(x[k], shift, kWidth);
+        }
+      }
+    }
+  }
+
+  // Of what take_exps has left.
+  __device__ __forceinline__ State state(Part part) {
+    const A shift = shift_by(max);
+    A sum = 0;
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) {
+      if (no_more<kWidth>(k, part.size)) break;
+      A values[kWidth];
+      unpack<In>(leaf_of<In>(x, behind, k, part), values);
+      if constexpr (!kKeepsExp) {
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v) values[v] = P::exp(values[v] - shift);
+      }
+      sum = add_of(sum, sum_of(values));
+    }
+    return {warp_reduce<Sum>(sum, limits::kWarp)};
+  }
+
+  __device__ __forceinline__ void store(State state, Place place, Part part) {
+    const F formula(max, state.sum);
+    Base::store(formula, place, part, [&](A value) {
+      if constexpr (kKeepsExp) {
+        return formula.of_exp(value);
+      } else {
+        return formula.of(value);
+      }
+    });
+  }
+
+ private:
+  static __device__ __forceinline__ Vector pack(const A (&values)[kWidth]) {
+    return Pieces<In, kWidth>::of(values).piece[0];
+  }
+  // Of the first `count` elements.
+  static __device__ __forceinline__ void take_exps(Vector& vector, A shift, int count) {
+    A values[kWidth];
+    unpack<In>(vector, values);
+#pragma unroll
+    for (int v = 0; v < count; ++v) values[v] = P::exp(values[v] - shift);
+    vector = pack(values);
+  }
+};
+
+template <Op op, int vectors, class In, class Out>
+using forward_chunk_t = std::conditional_t<kDearExp<In>, MaxFirstChunk<op, vectors, In, Out>,
+                                           ForwardChunk<op, vectors, In, Out>>;
+
 // Of a backward pass.
 template <Op op, int vectors, class In, class Out>
 struct BackwardChunk {
@@ -243,6 +370,7 @@ struct BackwardChunk {
   using State = SumState<A>;
   using Element = In;
   using B = backward_t<op, A, Out>;
+  static constexpr bool kMaxFirst = false;
   static constexpr int kInputs = 2;
   static constexpr int kVectors = vectors;
   static constexpr int kWidth = cuda::kWidth<In>;
@@ -482,21 +610,32 @@ __device__ __forceinline__ void run_registers(Chunk& chunk, const Rows& rows) {
   SOFTMAX_EXT_DYNAMIC_SHARED(State, states);
   SOFTMAX_EXT_STATIC_SHARED(uint64_t, barrier, 1);
   const Sharing share = sharing(rows, kOfChunk);
-  const Meeting<State> meeting(rows, share, states, barrier);
+  const Meeting meeting(rows, share, states, barrier);
   int turn = 0;
-  const auto run = [&](int64_t& row, bool exists) {
-    const auto place = [&] { return Place{rows, row, int64_t{share.warp} * kOfChunk}; };
-    const Part part = part_of_chunk(chunk, exists, place());
-    chunk.load(place(), part, true);
-    State state = chunk.state(part);
+  const auto meet = [&](bool first, auto& state) {
+    using Met = std::remove_reference_t<decltype(state)>;
     if constexpr (Chunk::kVectors == kChunkVectors<In>) {
       if (rows.schedule != Schedule::kWarp) {
-        meeting.begin(row < int64_t{gridDim.x} * blockDim.y);
-        meeting.put(turn, share.warp, state);
-        state = meeting.get(turn);
+        meeting.template begin<Met>(first, share.chunks);
+        meeting.put(turn, share.warp, state, share.chunks);
+        state = meeting.template get<Met>(turn, share.chunks);
         turn ^= 1;
       }
     }
+  };
+  const auto run = [&](int64_t& row, bool exists) {
+    const auto place = [&] { return Place{rows, row, int64_t{share.warp} * kOfChunk}; };
+    const Part part = part_of_chunk(chunk, exists, place());
+    const auto is_first = [&] { return row < int64_t{gridDim.x} * blockDim.y; };
+    chunk.load(place(), part, true);
+    if constexpr (Chunk::kMaxFirst) {
+      auto max = of_warp(chunk.lane_max());
+      meet(is_first(), max);
+      chunk.max = max.max;
+      chunk.take_exps(part, true);
+    }
+    State state = chunk.state(part);
+    meet(!Chunk::kMaxFirst && is_first(), state);
     forget(row);  // place is cheaper to compute again than to keep
     chunk.store(state, place(), part);
   };
@@ -515,7 +654,7 @@ __device__ __forceinline__ void run_registers(Chunk& chunk, const Rows& rows) {
 template <Op op, int vectors, class In, class Out>
 __global__ void __launch_bounds__(forward_threads<vectors, In, Out>, 1)
     registers_forward_kernel(const In* input, Out* output, Rows rows) {
-  ForwardChunk<op, vectors, In, Out> chunk;
+  forward_chunk_t<op, vectors, In, Out> chunk;
   chunk.input = input;
   chunk.output = output;
   run_registers(chunk, rows);
@@ -534,6 +673,9 @@ __global__ void __launch_bounds__(register_threads<vectors, In>, 1)
 // Rows of more chunks than warps. A warp has chunks warp, warp + warps, ...; on the way back the last
 // is still in registers, and those before it are in shared memory, where each thread finds its own
 // vectors, or are read again, the likeliest to be in a cache first.
+//
+// With the max first, exp is taken on the way back, on which the last chunk takes the place in shared
+// memory of the one before it, and so on; and a third pass writes the results.
 template <class Chunk>
 __device__ __forceinline__ void run_long(Chunk& chunk, const Rows& rows) {
   using State = typename Chunk::State;
@@ -548,47 +690,100 @@ __device__ __forceinline__ void run_long(Chunk& chunk, const Rows& rows) {
   // A thread's vectors of one chunk after another, side by side with those of the other threads.
   Vector* const kept = reinterpret_cast<Vector*>(memory + state_bytes) + threadIdx.x;
   SOFTMAX_EXT_STATIC_SHARED(uint64_t, barrier, 1);
-  const Meeting<State> meeting(rows, share, states, barrier);
+  const Meeting meeting(rows, share, states, barrier);
   int turn = 0;
   for_each_row(rows, [&](int64_t row, bool exists) {
     const auto place = [&](int64_t number) { return Place{rows, row, number * kOfChunk}; };
     int own = 0;
-    meeting.begin(row == blockIdx.x);
+    // A chunk after another; body(number, part) once it is in registers.
+    const auto load_all = [&](auto body) {
 #pragma unroll 1
-    for (int number = share.warp; number < share.chunks; number += share.warps, ++own) {
-      if (own > 0 && rows.keep) {
-        chunk.for_each_vector([&](int k, Vector& x) {
-          store_words<false>(kept + ((own - 1) * kVectors + k) * blockDim.x, x);
-        });
+      for (int number = share.warp; number < share.chunks; number += share.warps, ++own) {
+        if (own > 0 && rows.keep) {
+          chunk.for_each_vector([&](int k, Vector& x) {
+            store_words<false>(kept + ((own - 1) * kVectors + k) * blockDim.x, x);
+          });
+        }
+        const Part part = part_of_chunk(chunk, exists, place(number));
+        chunk.load(place(number), part, true);
+        body(number, part);
       }
-      const Part part = part_of_chunk(chunk, exists, place(number));
-      chunk.load(place(number), part, true);
-      const State state = chunk.state(part);
-      meeting.put(turn, number, state);
-    }
-    const State of_row = meeting.get(turn);
-    bool in_registers = true;
+    };
+    if constexpr (Chunk::kMaxFirst) {
+      using Max = decltype(chunk.lane_max());
+      Max max{-static_cast<typename Chunk::A>(INFINITY)};
+      load_all([&](int, Part) { raise_max(max.max, chunk.lane_max()); });
+      const int warps = min(share.warps, share.chunks);
+      meeting.template begin<Max>(row == blockIdx.x, warps);
+      meeting.put(turn, share.warp, of_warp(max), warps);
+      chunk.max = meeting.template get<Max>(turn, warps).max;
+      turn ^= 1;
+      meeting.template begin<State>(false, share.chunks);
 #pragma unroll 1
-    while (own-- > 0) {
-      const int64_t number = share.warp + int64_t{own} * share.warps;
-      const Part part = part_of_chunk(chunk, exists, place(number));
-      if (!in_registers && rows.keep) {
-        chunk.for_each_vector(
-            [&](int k, Vector& x) { x = load_words<4>(kept + (own * kVectors + k) * blockDim.x); });
-      } else if (!in_registers) {
-        chunk.load(place(number), part, false);
+      for (int kth = own - 1; kth >= 0; --kth) {
+        const int number = share.warp + kth * share.warps;
+        const Part part = part_of_chunk(chunk, exists, place(number));
+        if (kth < own - 1 && rows.keep) {
+          chunk.load_behind(place(number), part);
+          chunk.for_each_vector([&](int k, Vector& x) {
+            Vector* const at = kept + (kth * kVectors + k) * blockDim.x;
+            const Vector next = load_words<4>(at);
+            store_words<false>(at, x);
+            x = next;
+          });
+        } else if (kth < own - 1) {
+          chunk.load(place(number), part, true);
+        }
+        chunk.take_exps(part, true);
+        meeting.put(turn, number, chunk.state(part), share.chunks);
       }
-      in_registers = false;
-      chunk.store(of_row, place(number), part);
+      const State of_row = meeting.template get<State>(turn, share.chunks);
+      turn ^= 1;
+#pragma unroll 1
+      for (int kth = 0; kth < own; ++kth) {
+        const int64_t number = share.warp + int64_t{kth} * share.warps;
+        const Part part = part_of_chunk(chunk, exists, place(number));
+        if (kth > 0 && rows.keep) {
+          chunk.for_each_vector([&](int k, Vector& x) {
+            x = load_words<4>(kept + ((kth - 1) * kVectors + k) * blockDim.x);
+          });
+        } else if (kth > 0) {
+          chunk.load(place(number), part, false);
+          chunk.take_exps(part, false);
+        }
+        chunk.store(of_row, place(number), part);
+      }
+    } else {
+      meeting.template begin<State>(row == blockIdx.x, share.chunks);
+      load_all([&](int number, Part part) {
+        const State state = chunk.state(part);
+        meeting.put(turn, number, state, share.chunks);
+      });
+      const State of_row = meeting.template get<State>(turn, share.chunks);
+      bool in_registers = true;
+#pragma unroll 1
+      while (own-- > 0) {
+        const int64_t number = share.warp + int64_t{own} * share.warps;
+        const Part part = part_of_chunk(chunk, exists, place(number));
+        if (!in_registers && rows.keep) {
+          chunk.for_each_vector([&](int k, Vector& x) {
+            x = load_words<4>(kept + (own * kVectors + k) * blockDim.x);
+          });
+        } else if (!in_registers) {
+          chunk.load(place(number), part, false);
+        }
+        in_registers = false;
+        chunk.store(of_row, place(number), part);
+      }
+      turn ^= 1;
     }
-    turn ^= 1;
   });
 }
 
 template <Op op, class In, class Out>
 __global__ void __launch_bounds__(limits::kLongWarps* limits::kWarp, 1)
     long_forward_kernel(const In* input, Out* output, Rows rows) {
-  ForwardChunk<op, kChunkVectors<In>, In, Out> chunk;
+  forward_chunk_t<op, kChunkVectors<In>, In, Out> chunk;
   chunk.input = input;
   chunk.output = output;
   run_long(chunk, rows);

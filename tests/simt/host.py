@@ -28,6 +28,7 @@ SECONDS = 300  # of one request; more is a loop that never ends
 class Result:
     tensor: torch.Tensor
     plan: Plan
+    exps: int = 0  # float64 ones that all orders together have taken
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Host:
         request = self._request(direction, op, shape, load, dtype, how)
         data = b"".join(memory_of(t).view(torch.uint8).numpy().tobytes() for t in inputs)
         of_result = memory_of(out)
-        plan, body = self._exchange(request, data, of_result.numel() * dtype.itemsize)
+        plan, body, exps = self._exchange(request, data, of_result.numel() * dtype.itemsize)
         if plan.blocks > 0:
             self.instances.add(Instance(direction, op, load, dtype, *Instance.of_plan(plan)))
         if not body:  # nothing to do, or the schedule that was asked for cannot do it
@@ -168,7 +169,7 @@ class Host:
         before.as_strided(sizes, out.stride()).copy_(tensor)
         between = before.view(torch.uint8).equal(memory.view(torch.uint8))
         assert between, f"memory between the result's elements was written: {request}"
-        return Result(tensor, plan)
+        return Result(tensor, plan, exps)
 
     def _request(
         self,
@@ -238,9 +239,10 @@ class Host:
             raise AssertionError(self._report(sent))
         words = dict(each.split("=") for each in head.split())
         problem = words.pop("problem").replace("_", " ")
+        exps = int(words.pop("exps"))
         assert not problem, f"{problem}: {request}"
         members = {key: int(text) if text.isdecimal() else text for key, text in words.items()}
-        return Plan(**members), body
+        return Plan(**members), body, exps
 
     def _report(self, request: bytes) -> str:
         assert self.process

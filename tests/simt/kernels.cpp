@@ -16,6 +16,14 @@
 #include "../../csrc/cuda/launch.h"
 #include "executor.h"
 
+// The kernels' calls of exp in float64, which the linker sends here (--wrap).
+static long long exps = 0;
+extern "C" double __real_exp(double x);
+extern "C" double __wrap_exp(double x) {
+  ++exps;
+  return __real_exp(x);
+}
+
 namespace {
 
 using namespace softmax_ext;
@@ -223,6 +231,7 @@ void answer(const Request& request) {
 
   std::vector<unsigned char> result;
   std::string problem;
+  exps = 0;
   for (const std::string& order : orders) {
     simt::settings.order = order_of(order);
     for (size_t i = 0; i < inputs.size(); ++i) inputs[i].assign(given[i]);
@@ -248,6 +257,7 @@ void answer(const Request& request) {
   }
   std::replace(problem.begin(), problem.end(), ' ', '_');
   Plan::each_member([&](const char* key, auto member) { print(key, plan.*member); });
+  print("exps", exps);
   printf("problem=%s\n", problem.c_str());
   if (!result.empty()) fwrite(result.data(), 1, result.size(), stdout);
   fflush(stdout);

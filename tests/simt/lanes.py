@@ -29,6 +29,8 @@ FLAGS += [f"-I{ROOT / 'tests' / 'simt' / 'cuda'}", f"-I{ROOT / 'csrc' / 'include
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 
 EXECUTOR = [ROOT / "tests" / "simt" / f"{name}.cpp" for name in ("executor", "fiber", "report")]
+# Calls of exp are counted.
+LINK = {"kernels": ["-Wl,--wrap=exp"], "toys": []}
 PROGRAMS = {
     "kernels": [
         ROOT / "tests" / "simt" / "kernels.cpp",
@@ -57,7 +59,7 @@ def write_rules() -> None:
         for program, sources in PROGRAMS.items():
             objects = [f"{lane}/{source.stem}.o" for source in EXECUTOR + sources]
             lines += [f"build {lane}/{program}: link {' '.join(objects)}"]
-            lines += [f"  flags = {' '.join(options)}"]
+            lines += [f"  flags = {' '.join(options + LINK[program])}"]
     rules = FOLDER / "build.ninja"
     text = "\n".join(lines) + "\n"
     if not rules.exists() or rules.read_text() != text:

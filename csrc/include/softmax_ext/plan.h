@@ -4,7 +4,8 @@
 //
 // No choice changes a result. A row is always summed in the same tree, which its length and the type
 // that is read decide: neighbours that fill 16 bytes (a vector), then the vectors 32 apart, then the
-// 32 lanes, which is a chunk; then the chunks 32 apart, and their 32 sums. device.cuh has it. So is a
+// 32 lanes, which is a chunk; then the chunks 32 apart, and their 32 sums. device.cuh has it. What is
+// summed forward is exp(x - max), of the max of the chunk, or in float64 of the row. So is a
 // column (inner > 1), in a tree of its own: column_parts, column_tree.cuh.
 #pragma once
 
@@ -302,7 +303,7 @@ struct Sizes {
   int64_t vectors;      // of a row
   int64_t chunks;       // of a row
   int64_t chunk_bytes;  // of one input
-  int64_t state_bytes;  // of a chunk
+  int64_t state_bytes;  // of a chunk: a max and a sum forward, one after the other in float64
   bool whole;           // vectors, all of them
 
   constexpr explicit Sizes(const Workload& work)
@@ -312,7 +313,7 @@ struct Sizes {
         vectors(ceil_div(work.shape.dim, width)),
         chunks(ceil_div(vectors, int64_t{limits::kWarp} * chunk_vectors(load))),
         chunk_bytes(int64_t{limits::kWarp} * chunk_vectors(load) * limits::kVectorBytes),
-        state_bytes((load == 8 ? 8 : 4) * (work.inputs == 1 ? 2 : 1)),
+        state_bytes(load == 8 || work.inputs == 1 ? 8 : 4),
         whole(work.aligned == width && work.shape.dim % width == 0) {}
 
   // In shared memory, of the chunks' states. There are two buffers, since a block may write the next
@@ -341,14 +342,13 @@ constexpr Plan plan_packed(const Workload& work, const DeviceProperties& device)
   const int parts = column_parts(shape.dim);
   const bool columns = shape.inner > 1;
   if (work.run == 0) return plan;
-  if (columns ? parts > limits::kPackedParts * limits::kWarp : sizes.chunks > 1) return plan;
+  if (columns ? parts > limits::kPackedParts * limits::kWarp : sizes.vectors > limits::kWarp) {
+    return plan;
+  }
   const int64_t needed = columns ? parts : power_of_two_from(sizes.vectors);
   const bool one_thread = !columns && sizes.load < 8 && needed <= limits::kPackedVectors;
   plan.hold = one_thread ? Hold::kRegisters : Hold::kShared;
-  plan.vectors = columns                          ? 0
-                 : one_thread                     ? static_cast<int>(needed)
-                 : sizes.vectors <= limits::kWarp ? 1
-                                                  : chunk_vectors(sizes.load);
+  plan.vectors = columns ? 0 : one_thread ? static_cast<int>(needed) : 1;
   plan.group = one_thread ? 1 : static_cast<int>(std::min<int64_t>(limits::kWarp, needed));
   // Outer indices in a slab: as many for each thread; fewer where the device would not be filled.
   const int64_t one = shape.dim * shape.inner;

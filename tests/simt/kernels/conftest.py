@@ -25,6 +25,7 @@ OF_VALUES = (
     "test_tiles_of_minus_infinity",
     "test_ulp_of_float32",
     "test_results_of_16_bits_are_rounded_as_the_exact_ones",
+    "test_exp_is_taken_once_of_an_element",
 )
 
 

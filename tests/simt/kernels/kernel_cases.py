@@ -107,7 +107,7 @@ class Types:
             warps = min(warps, LONG_WARPS)
         each = ceil_div(chunks, team * warps)
         number = max(4, self.load.itemsize)
-        states = 2 * chunks * number * (3 - self.inputs)
+        states = 2 * chunks * (4 if number == 4 and self.inputs == 2 else 8)
         if schedule == "grid":
             states = LIMITS["GridTerms"] * number
         kept = (each - 1) * warps * WARP * self.chunk_vectors * VECTOR_BYTES * self.inputs
@@ -221,12 +221,11 @@ def edges_of_a_warp(types: Types, schedule: str) -> Iterator[Edge]:
     if schedule == "warp":  # of so few rows
         plans = [("registers", 2, 2**k, 1) for k in range(6)]
         plans += [("registers", vectors, WARP, 1) for vectors in (4, 8) if vectors <= most]
-    else:  # a row of more vectors than its threads goes through them in a loop
+    else:
         alone = () if types.load == torch.float64 else (1, 2, 4)
         plans = [("registers", vectors, 1, 1) for vectors in alone]
         lanes = [2**k for k in range(6) if 2**k > max(alone, default=0)]
         plans += [("shared", 1, group, 1) for group in lanes]
-        plans += [("shared", most, WARP, 1)]
     for plan, beyond in itertools.zip_longest(plans, plans[1:]):
         _, vectors, group, _ = plan
         rows = 2 * (WARP // group) + 1
@@ -364,10 +363,11 @@ def sensitive_inputs(types: Types, op: str, rows: int, dim: int) -> list[torch.T
     return [grad.to(types.load), reference(op, x, 1).to(types.load)]
 
 
-def takes_no(schedule: str, device: str, chunks: int) -> bool:
-    """Whether it cannot take rows of so many chunks."""
+def takes_no(schedule: str, device: str, types: Types, dim: int) -> bool:
+    """Whether it cannot take such rows."""
+    chunks = types.chunks(dim)
     return {
-        "packed": chunks > 1,
+        "packed": dim > WARP * types.width,
         "warp": chunks > 1,
         "block": chunks > BLOCK_CHUNKS,
         "cluster": not 1 < chunks <= BLOCK_CHUNKS or DEVICES[device].compute_capability < 90,
@@ -452,7 +452,6 @@ class Way:
             dim = {
                 "packed: a thread": 4 * width,
                 "packed: one vector": 7 * width,
-                "packed: many vectors": 33 * width,
                 "packed: columns": 50,
                 "warp: a part": 4 * width,
                 "warp: all": chunk,
@@ -485,7 +484,6 @@ class Way:
         if self.schedule == "packed":
             assert (plan.hold, plan.vectors) == {
                 "a thread": ("registers", 4),
-                "many vectors": ("shared", types.chunk_vectors),
                 "columns": ("shared", 0),
             }.get(self.part, ("shared", 1))
             assert not plan.vectorized
@@ -503,7 +501,6 @@ class Way:
 NAMES = [
     "packed: a thread",
     "packed: one vector",
-    "packed: many vectors",
     "packed: columns",
     "warp: a part",
     "warp: all",

@@ -112,13 +112,13 @@ def same_bits_everywhere(host: Host, types: Types, op: str, dim: int) -> None:
         given = [place.around(x.flatten()) for x in inputs]
         result = launch(host, types, op, given, orders=host.orders[:1], **how)
         if result.plan.blocks == 0:
-            assert takes_no(schedule, device, chunks), (dim, schedule, device, place)
+            assert takes_no(schedule, device, types, dim), (dim, schedule, device, place)
             continue
         name = f"{schedule}, {device}, {place}, of {dim}"
         results[name] = result.tensor[place.row[0], :, place.row[1]]
         schedules.add(schedule)
     assert_same_bits(results)
-    expected = {schedule for schedule in ROW_SCHEDULES if not takes_no(schedule, NEW, chunks)}
+    expected = {schedule for schedule in ROW_SCHEDULES if not takes_no(schedule, NEW, types, dim)}
     assert schedules == expected
     one = next(iter(results.values())).view(1, dim, 1)
     if types.direction == "forward":
@@ -148,7 +148,7 @@ def test_bits_of_special_rows(host: Host, types: Types, op: str) -> None:
             given = [torch.randn(x.shape).to(types.load), reference(op, x, 1).to(types.load)]
         results = {}
         for schedule in ROW_SCHEDULES:
-            if takes_no(schedule, NEW, chunks):
+            if takes_no(schedule, NEW, types, dim):
                 continue
             how = {"schedule": schedule, "device": NEW, "orders": host.orders[:1]}
             rows = launch(host, types, op, given, **how)

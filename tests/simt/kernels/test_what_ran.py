@@ -27,7 +27,7 @@ def kernels_of(types: Types) -> int:
     of slabs of those."""
     registers = types.chunk_vectors.bit_length() - 1
     short = registers + 1 - types.inputs
-    packed = 2 if types.load == torch.float64 else 5
+    packed = 1 if types.load == torch.float64 else 4
     columns = 3 if types.load in SIXTEEN_BIT else 2
     return registers + 1 + short + packed + 1 + columns
 
