@@ -1,8 +1,9 @@
-// The kernels' exponentials over ranges of float32, against double: for test_exp.py.
+// The kernels' exponentials over ranges of float32, against double, and their division: for test_exp.py.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "../../csrc/cuda/outer_strides.cuh"
 #include "softmax_ext/formula.h"
 
 using namespace softmax_ext;
@@ -56,3 +57,7 @@ extern "C" double error_of_rounded_exp(int scaled, uint32_t first, uint32_t last
 }
 
 extern "C" float exp_of_float(float x) { return exp_of(x); }
+
+extern "C" uint32_t quotient(uint32_t n, int64_t size) {
+  return cuda::Divisor::of(size).quotient(n);
+}

@@ -1,5 +1,6 @@
 """The exponentials that the CUDA kernels are made of, with the host's 2^x in the place of the
-hardware's, whose own error (2 ulp at most, PTX manual, ex2.approx.ftz) comes on top on a GPU."""
+hardware's, whose own error (2 ulp at most, PTX manual, ex2.approx.ftz) comes on top on a GPU; and
+the division of an outer index."""
 
 import ctypes
 import math
@@ -30,6 +31,7 @@ def library() -> ctypes.CDLL:
     library.error_of_exp.restype = library.error_of_rounded_exp.restype = ctypes.c_double
     library.exp_of_float.restype = ctypes.c_float
     library.exp_of_float.argtypes = [ctypes.c_float]
+    library.quotient.restype = ctypes.c_uint32
     return library
 
 
@@ -74,3 +76,17 @@ def test_exp_of_what_is_special(library: ctypes.CDLL, x: float, expected: float)
 
 def test_exp_of_nan_is_nan(library: ctypes.CDLL) -> None:
     assert math.isnan(library.exp_of_float(math.nan))
+
+
+SIZES = [*range(1, 130), 641, 1000, 4095, 4096, 4097, 50257, 65535, 65536, 65537, 2**24 + 1]
+SIZES += [2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_quotients_are_exact(library: ctypes.CDLL, size: int) -> None:
+    """At each multiple of the size and beside it: the first ones, some on the way, and the last."""
+    most = 2**31 - 1
+    multiples = {k * size for k in (1, 2, 3, most // size // 3, most // size // 2, most // size)}
+    for n in {0, 1, most} | {n + step for n in multiples for step in (-1, 0, 1)}:
+        if 0 <= n <= most:
+            assert library.quotient(n, ctypes.c_int64(size)) == n // size
