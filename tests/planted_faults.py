@@ -380,7 +380,7 @@ FAULTS = [
         "what lies behind a chunk held in shared memory is that of another",
         "cuda long",
         ROWS,
-        "          chunk.load_behind(offset, part);\n",
+        "          chunk.load_behind(place(number), part);\n",
         "",
         HOST,
     ),
