@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <initializer_list>
 
 #include "loops.h"
@@ -58,13 +59,15 @@ class Groups {
       if (dims.sizes[k] * times(along_) > dims.sizes[along_] * times(k)) along_ = k;
     }
     size_ = dims.sizes[along_];
-    // Its loop is outside those of dims with shorter strides in some tensor, which is so walked in tiles:
-    // small ones, to stay in the first-level cache.
+    // Its loop is outside those of dims with shorter strides in half of the tensors, which are so walked
+    // in tiles: small ones, to stay in the first-level cache. For one of three the others would wait.
     int place = 0;
     const auto is_within = [&](const Strides* strides) {
       return strides->of[place] != 0 && strides->of[place] < strides->of[along_];
     };
-    while (place < along_ && std::none_of(tensors.begin(), tensors.end(), is_within)) ++place;
+    const auto half = static_cast<std::ptrdiff_t>(tensors.size() + 1) / 2;
+    while (place < along_ && std::count_if(tensors.begin(), tensors.end(), is_within) < half)
+      ++place;
     if (place < along_ && !along_last) most_ = std::clamp<int64_t>(32, few, most);
     for (int j = 0; j < loops_; ++j) {
       order_[j] = j < place || j > along_ ? j : j == place ? along_ : j - 1;
