@@ -42,6 +42,13 @@ def only_what_moves_memory_under_sanitizers(request: pytest.FixtureRequest) -> N
     casts = types is not None and types.load != types.store
     if request.node.originalname in OF_VALUES and not casts:
         pytest.skip("sanitizers: a test of values, run in the o2 lane")
+    way = parameters.get("way")
+    if (
+        request.getfixturevalue("host").lane == "tsan"
+        and request.node.originalname == "test_outer_strides"
+        and way.schedule not in ("packed", "columns")
+    ):
+        pytest.skip("tsan: where rows begin moves no barrier of theirs; asan sees their accesses")
     if has_the_accesses_of_another(parameters.get("op"), types):
         pytest.skip("sanitizers: the same accesses as softmax, or as float16")
 
