@@ -8,6 +8,9 @@ namespace softmax_ext {
 // Adds softmax, log_softmax, their forms in place, and override_torch, the switch.
 void bind_softmax(py::module_& module);
 
+// Adds score_softmax and its form in place.
+void bind_scores(py::module_& module);
+
 // Adds plan(), Plan, and what names and bounds its members: SCHEDULES, HOLDS, LIMITS. Plans are of any
 // device, in every build.
 void bind_plan(py::module_& module);

@@ -106,11 +106,12 @@ void run_backward(const at::Tensor& grad_output, const at::Tensor& output, const
 
 }  // namespace
 
-at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarType> dtype, Op op) {
+at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarType> dtype,
+                            const char* function) {
   const at::ScalarType result = dtype.value_or(input.scalar_type());
   if (is_kernel_output_dtype(result)) return result;
   TORCH_CHECK_NOT_IMPLEMENTED(
-      false, name(op), "(): not implemented for ",
+      false, function, "(): not implemented for ",
       dtype.has_value() ? "argument 'dtype' = " : "an argument 'input' of dtype ", result,
       "; expected Half, BFloat16, Float or Double",
       dtype.has_value() ? "" : " (an input of another dtype needs the argument 'dtype')");

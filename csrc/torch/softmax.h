@@ -10,7 +10,13 @@
 namespace softmax_ext {
 
 // The output's type, checked: floating, with an integer input only if asked for.
-at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarType> dtype, Op op);
+at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarType> dtype,
+                            const char* function);
+
+inline at::ScalarType output_dtype(const at::Tensor& input, std::optional<at::ScalarType> dtype,
+                                   Op op) {
+  return output_dtype(input, dtype, name(op));
+}
 
 // An input of a type that the kernels do not take, as one that they do.
 at::Tensor cast(const at::Tensor& input, at::ScalarType dtype, Op op);

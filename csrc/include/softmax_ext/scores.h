@@ -1,0 +1,68 @@
+// Softmax of scores: what becomes of an element before softmax, and the arguments of a forward and a
+// backward call.
+//
+//   s = x * factor * scale        scale: a number a row
+//   s = softcap tanh(s / softcap) unless softcap is 0
+//   z = s + mask                  or -inf where a bool mask is false
+//
+// Key k takes part in the row of query q if q + offset - left <= k <= q + offset + right, of which a
+// bound below 0 is none; outside nothing is read. A sink is one more z of a row that takes probability
+// and has no output.
+//
+// A row is safe if there is a mask or a bound: elements whose z is -inf have probability 0 and no gradient
+// then, also where all of a row are that.
+#pragma once
+
+#include <algorithm>
+
+#include "softmax_ext/problem.h"
+
+namespace softmax_ext {
+
+// The elements of a row that take part.
+struct Range {
+  int64_t begin, end;
+};
+
+// Strides are those of the call's dims; of what a row has one of, that along dim is 0.
+struct Scores {
+  double factor = 1;
+  double softcap = 0;
+  const double* scale = nullptr;
+  const void* mask = nullptr;  // bool, 16 bits, or the type that is computed in
+  const double* sink = nullptr;
+  DType mask_dtype = DType::kBool;
+  int64_t left = -1, right = -1, offset = 0;
+  Strides scale_strides{}, mask_strides{}, sink_strides{};
+  Strides query_strides{};  // of the query's index itself
+
+  constexpr bool is_bounded() const { return left >= 0 || right >= 0; }
+  constexpr bool is_safe() const { return mask != nullptr || is_bounded(); }
+
+  constexpr Range range(int64_t query, int64_t dim) const {
+    const int64_t diagonal = query + offset;
+    const int64_t begin = left < 0 ? 0 : std::clamp<int64_t>(diagonal - left, 0, dim);
+    const int64_t end = right < 0 ? dim : std::clamp<int64_t>(diagonal + right + 1, begin, dim);
+    return {begin, end};
+  }
+};
+
+// What a row has one of is of the type that is computed in: float, or double for results of doubles.
+struct ScoreForwardArgs
+    : ForwardArgs {  // of rows: inner is 1; output null where only lse is wanted
+  Scores scores;
+  void* lse = nullptr;  // log(sum(exp(z))), or null
+  Strides lse_strides{};
+};
+
+struct ScoreBackwardArgs : BackwardArgs {
+  Scores scores;
+  const void* input = nullptr;  // of the type of grad_input; where there is a softcap or grad_scale
+  const void* lse = nullptr;    // where there is grad_sink
+  void* grad_scale = nullptr;   // of factor * scale, a number a row; or null
+  void* grad_sink = nullptr;    // a number a row; or null
+  void* grad_mask = nullptr;  // of the type computed in, with 0 strides where it is summed; or null
+  Strides input_strides{}, row_strides{}, grad_mask_strides{};
+};
+
+}  // namespace softmax_ext
