@@ -202,24 +202,23 @@ def _inverse(name: str, temperature: Any, rows: _Rows) -> tuple[Tensor | None, f
             f"{name}(): expected argument 'temperature' of a floating dtype, "
             f"but got {temperature.dtype}"
         )
-    positive = (temperature.detach() > 0).all()
-    if _has_values(positive):
-        if not positive:
-            raise ValueError(f"{message}, but got {temperature.detach()}")
-    else:
-        torch._assert_async(positive, message)
+    values = _values(temperature)
+    if values is None:
+        torch._assert_async((temperature > 0).all(), message)
+    elif not (values > 0).all():
+        raise ValueError(f"{message}, but got {values}")
     return rows.to_last(temperature.double().reciprocal()), 1.0
 
 
-def _has_values(tensor: Tensor) -> bool:
-    """Whether they are there to be read, at no cost: not in a graph, nor under a transform."""
-    return (
-        not is_dynamo_compiling()
-        and type(tensor) is Tensor
-        and tensor.device.type == "cpu"
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+def _values(tensor: Tensor) -> Tensor | None:
+    """What can be read at no cost: nothing of a graph, nor of another device; of a transform, the
+    tensor within."""
+    if is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+    return tensor.detach() if is_plain else None
 
 
 def _softcap(name: str, softcap: Any) -> float:
@@ -366,12 +365,22 @@ def is_of_kernels(input: Tensor) -> bool:
     )
 
 
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _by_torch(*arguments: Any) -> Tensor:
+    """Such that a program that is exported has the operators of torch that it is composed of."""
+    composed = torch.ops.softmax_ext.score_softmax_by_torch.default
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    with torch._C.DisableTorchFunction():  # a mode of torch.export would record one operator
+        return composed._op_dk(key, *arguments)[0]  # type: ignore[no-any-return]
+
+
 def _computed(name: str, input: Tensor, dtype: torch.dtype | None, arguments: _Arguments) -> Tensor:
-    if not is_dynamo_compiling():
-        return _C.score_softmax(OPS[name], input, dtype, *arguments)  # type: ignore[no-any-return]
-    operators = torch.ops.softmax_ext
-    entry = operators.score_softmax if is_of_kernels(input) else operators.score_softmax_by_torch
-    return entry(OPS[name], input, dtype, *arguments)[0]  # type: ignore[no-any-return]
+    given = (OPS[name], input, dtype, *arguments)
+    if torch.compiler._is_exporting_flag or (is_dynamo_compiling() and not is_of_kernels(input)):
+        return _by_torch(*given)  # type: ignore[no-any-return]
+    if is_dynamo_compiling():
+        return torch.ops.softmax_ext.score_softmax(*given)[0]  # type: ignore[no-any-return]
+    return _C.score_softmax(*given)  # type: ignore[no-any-return]
 
 
 def softmax_of_scores(
