@@ -165,10 +165,33 @@ def softmax(
         input: of any shape; float16, bfloat16, float32 or float64, or another dtype together with
             the argument `dtype`. On the CPU, or on a CUDA device where the build has kernels for
             it; a tensor that the kernels do not take goes to torch's own operator.
-        dim: of which the slices sum to 1, from -input.ndim to input.ndim - 1. Without it, torch's
-            implicit choice, with its warning.
+        dim: of which the slices sum to 1, from -input.ndim to input.ndim - 1; or a tuple of dims,
+            over all of which together they do, () being all. Without it, torch's implicit choice,
+            with its warning.
         dtype: of the result, floating. The input is rounded to it first, within the kernel.
         out: where to write the result, as in torch.softmax; resized if its shape is another.
+
+    With x the input, what is below makes it softcap * tanh(x * scale / softcap) + mask first. Each
+    tensor has a gradient, may be of another floating dtype than the input, and is broadcast to the
+    input without being expanded in memory.
+
+    Args:
+        scale: a float, or a tensor of size 1 at `dim`: a number for each row, head or batch.
+        temperature: 1 / scale, above 0; instead of it.
+        softcap: above 0, as in Gemma 2: no score is beyond it.
+        mask: bool, of which True takes part, or floating and added.
+        is_causal: whether a query, a place in the dim before the last, takes only the keys, the
+            places in the last dim, up to its own: those up to query + causal_offset.
+        causal_offset: by default keys - queries, so that the last query takes all keys, as in
+            FlashAttention. torch.nn.functional.scaled_dot_product_attention has 0.
+        window: (left, right): how many keys before its own a query takes, and how many behind; -1
+            is all. With `is_causal` none behind.
+        sink: of each row, a score that takes its share and has no place in the result: a float, a
+            tensor of size 1 at `dim`, or of shape (heads,) where the input is
+            (..., heads, queries, keys).
+
+    With a mask, is_causal or a window a row of which nothing takes part is 0, and what has a score
+    of -inf takes no part: its result is 0, of log_softmax -inf, and its gradient is 0.
 
     Returns:
         A contiguous tensor of the input's shape, on its device; `out` if that is given.
@@ -176,16 +199,26 @@ def softmax(
     Raises:
         IndexError: `dim` is out of range.
         NotImplementedError: the result's dtype is not one of the four.
-        TypeError: an argument is of the wrong type.
+        TypeError: an argument is of the wrong type or dtype, or of a name that is unknown.
         RuntimeError: `out` has another dtype or device, overlaps the input in part, or a gradient
-            is asked for.
+            is asked for; a dim is there twice; a mask, scale, temperature or sink is on another
+            device or does not broadcast.
+        ValueError: both scale and temperature; a temperature or a softcap that is not above 0;
+            is_causal or a window where `dim` is not the last of two or more; a window of less
+            than -1.
 
     Source: torch.nn.functional.softmax and torch.softmax; Milakov and Gimelshein, "Online
-    normalizer calculation for softmax", arXiv 1805.02867.
+    normalizer calculation for softmax", arXiv 1805.02867. For the sink, "gpt-oss-120b & gpt-oss-20b
+    Model Card", arXiv 2508.10925; for the softcap, "Gemma 2", arXiv 2408.00118.
 
     Example:
         >>> softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
         tensor([0.0900, 0.2447, 0.6652])
+        >>> softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0, temperature=2.0)
+        tensor([0.1863, 0.3072, 0.5065])
+        >>> softmax(torch.zeros(2, 3), dim=-1, is_causal=True)
+        tensor([[0.5000, 0.5000, 0.0000],
+                [0.3333, 0.3333, 0.3333]])
     """
     if is_dynamo_compiling():
         return _traced("softmax", input, dim, dtype, out, scores)
@@ -292,11 +325,14 @@ def softmax_(
     """:func:`softmax` in the input's own memory.
 
     The output is all that the gradient needs, so a forward and a backward pass take two tensors of
-    the input's size beside it: the output's gradient and the input's.
+    the input's size beside it: the output's gradient and the input's. For the gradient with a
+    softcap, or of a scale that is a tensor, the input is kept as well, which takes one more.
 
     Args:
         input: of any shape and layout; float16, bfloat16, float32 or float64. It is overwritten.
         dim: of which the slices sum to 1, as in :func:`softmax`.
+        scores: scale, temperature, softcap, mask, is_causal, causal_offset, window and sink, as in
+            :func:`softmax`.
 
     Returns:
         `input`.
