@@ -74,7 +74,7 @@ OLDEST_TORCH = (2, 11)
 NEWEST_TRIED_TORCH = (2, 15)
 
 # Of csrc/cpu, what is compiled once for each instruction set; which one runs is decided at import.
-KERNELS = ("softmax_forward", "softmax_backward")
+KERNELS = ("softmax_forward", "softmax_backward", "scores_forward", "scores_backward")
 X86_ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

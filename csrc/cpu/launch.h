@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "softmax_ext/problem.h"
+#include "softmax_ext/scores.h"
 
 namespace softmax_ext::cpu {
 
@@ -54,6 +55,9 @@ struct Kernels {
   const char* isa;  // "baseline", "avx2" or "avx512"
   void (*launch_forward)(const ForwardArgs& args, const Threads& threads);
   void (*launch_backward)(const BackwardArgs& args, const Threads& threads);
+  // Their tensors lie side by side along dim.
+  void (*launch_score_forward)(const ScoreForwardArgs& args, const Threads& threads);
+  void (*launch_score_backward)(const ScoreBackwardArgs& args, const Threads& threads);
 };
 
 // Those that this build has and this processor can run, fastest first.

@@ -309,12 +309,19 @@ SOFTMAX_EXT_INLINE RowScores<A> row_scores(const Scores& scores, const Place& pl
   return row;
 }
 
+// Of reduce_and_store: rows are read where they lie.
+struct Unplaced {
+  static constexpr int64_t together() { return 1; }
+  static void place_rows(int64_t, int64_t, int64_t, int64_t) {}
+};
+
 // y is `value` but for the registers of a chunk of n, which are result(i, lanes).
 template <Write write, class T, class A = compute_t<T>, class Result>
 SOFTMAX_EXT_INLINE void store_chunk(T* y, int64_t n, Registers<A> registers, A value,
                                     Result result) {
   const auto fill = [=](T* to, int64_t count) SOFTMAX_EXT_LAMBDA {
-    store_each<write, T>(to, count, [=](int64_t, auto) SOFTMAX_EXT_LAMBDA { return Vec<A>(value); });
+    store_each<write, T>(to, count,
+                         [=](int64_t, auto) SOFTMAX_EXT_LAMBDA { return Vec<A>(value); });
   };
   const int64_t end = std::min(registers.end, n);
   if (registers.begin > 0) fill(y, registers.begin);

@@ -1,6 +1,13 @@
 #include "scores.h"
 
+#include <ATen/ExpandUtils.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+
+#include <utility>
+#include <vector>
 
 #include "softmax.h"
 #include "tensors.h"
@@ -24,6 +31,109 @@ void check_broadcast(const char* function, const char* argument, const at::Tenso
               "(): Expected all tensors to be on the same device, but found 'input' on ",
               input.device(), " and '", argument, "' on ", tensor.device());
   check_storage(function, argument, tensor);
+}
+
+bool is_side_by_side(const at::Tensor& tensor) {
+  return tensor.size(-1) == 1 || tensor.stride(-1) == 1;
+}
+
+// With the elements of a row one after another.
+at::Tensor side_by_side(const at::Tensor& tensor) {
+  return is_side_by_side(tensor) ? tensor : tensor.contiguous();
+}
+
+c10::DimVector rows_of(const at::Tensor& tensor) {
+  c10::DimVector sizes(tensor.sizes().begin(), tensor.sizes().end());
+  sizes.back() = 1;
+  return sizes;
+}
+
+at::Tensor empty_of_rows(const at::Tensor& tensor, at::ScalarType dtype) {
+  return at::empty(rows_of(tensor), tensor.options().dtype(dtype));
+}
+
+// The tensors of a launch, each expanded to the shape of the scores.
+class Call {
+ public:
+  Call(at::IntArrayRef sizes, const Shape& shape) : sizes_(sizes), shape_(shape) {
+    tensors_.reserve(kMost);
+    arguments_.reserve(kMost);
+  }
+
+  // Its first element.
+  const void* add(const at::Tensor& tensor, Strides& strides) {
+    tensors_.push_back(tensor.sizes() == sizes_ ? tensor : tensor.expand(sizes_));
+    strides = contiguous_strides(shape_);
+    arguments_.push_back({&tensors_.back(), &strides});
+    return tensor.const_data_ptr();
+  }
+
+  void add_scores(const ScoreTensors& tensors, const ScoreOptions& options, at::ScalarType wide,
+                  Scores& scores) {
+    const auto guard = [](const c10::SymInt& value) { return value.guard_int(__FILE__, __LINE__); };
+    scores.factor = options.factor;
+    scores.softcap = options.softcap;
+    scores.left = guard(options.left);
+    scores.right = guard(options.right);
+    scores.offset = guard(options.offset);
+    if (tensors.scale.defined()) {
+      scores.scale =
+          static_cast<const double*>(add(tensors.scale.to(at::kDouble), scores.scale_strides));
+    }
+    if (tensors.sink.defined()) {
+      scores.sink =
+          static_cast<const double*>(add(tensors.sink.to(at::kDouble), scores.sink_strides));
+    } else if (options.sink != -INFINITY) {
+      scores.sink = &options.sink;
+    }
+    if (tensors.mask.defined()) {
+      at::Tensor mask = tensors.mask;
+      const at::ScalarType dtype = mask.scalar_type();
+      const bool taken = dtype == at::kBool || dtype == wide ||
+                         (wide == at::kFloat && (dtype == at::kHalf || dtype == at::kBFloat16));
+      if (!taken) mask = mask.to(wide);
+      if (mask.dim() > 0) mask = side_by_side(mask);
+      scores.mask_dtype = to_dtype(mask.scalar_type());
+      scores.mask = add(mask, scores.mask_strides);
+    }
+    // The query's index, as where an element of a tensor of one for each lies.
+    if (options.is_bounded()) {
+      add(at::empty({sizes_[sizes_.size() - 2], 1}, at::kByte), scores.query_strides);
+    }
+  }
+
+  // False where the tensors have too many dims.
+  bool find(Dims& dims) const {
+    return find_strides(arguments_, static_cast<int64_t>(sizes_.size()) - 1, dims);
+  }
+
+ private:
+  static constexpr size_t kMost = 12;
+
+  at::IntArrayRef sizes_;
+  Shape shape_;
+  std::vector<at::Tensor> tensors_;
+  std::vector<Argument> arguments_;
+};
+
+bool run_forward(const at::Tensor& input, const ScoreTensors& tensors, const ScoreOptions& options,
+                 const at::Tensor& output, bool output_is_new, const at::Tensor& lse) {
+  const at::ScalarType dtype = input.scalar_type();
+  ScoreForwardArgs args{
+      {input.const_data_ptr(), output.defined() ? output.mutable_data_ptr() : nullptr,
+       to_dtype(dtype), to_dtype(dtype), to_shape(input, -1),
+       options.op == ScoreOp::kSoftmax ? Op::kSoftmax : Op::kLogSoftmax, output_is_new}};
+  Call call(input.sizes(), args.shape);
+  call.add(input, args.input_strides);
+  if (output.defined()) call.add(output, args.output_strides);
+  call.add_scores(tensors, options, at::toOpMathType(dtype), args.scores);
+  if (lse.defined()) {
+    call.add(lse, args.lse_strides);
+    args.lse = lse.mutable_data_ptr();
+  }
+  if (!call.find(args.dims)) return false;
+  cpu::kernels().launch_score_forward(args, threads(args.shape));
+  return true;
 }
 
 }  // namespace
@@ -55,20 +165,122 @@ at::ScalarType check_scores(const ScoreTensors& tensors, const ScoreOptions& opt
 
 std::tuple<at::Tensor, at::Tensor> score_forward(const ScoreTensors& tensors,
                                                  const ScoreOptions& options,
-                                                 std::optional<at::ScalarType> dtype, bool) {
-  return composed_scores(tensors, options, dtype);
+                                                 std::optional<at::ScalarType> dtype,
+                                                 bool wants_lse) {
+  const at::ScalarType result_dtype = check_scores(tensors, options, dtype);
+  const bool only_lse = options.op == ScoreOp::kLogSumExp;
+  const at::Tensor input = side_by_side(tensors.input.to(result_dtype));
+  NewTensor output{};
+  if (!only_lse) output = empty(input.sizes(), result_dtype, input.device());
+  at::Tensor lse;
+  if (only_lse || wants_lse) lse = empty_of_rows(input, at::toOpMathType(result_dtype));
+  if (input.numel() == 0) {
+    if (lse.defined()) lse.fill_(-INFINITY);
+  } else if (!run_forward(input, tensors, options, output.tensor, output.is_new, lse)) {
+    return composed_scores(tensors, options, dtype);
+  }
+  return {only_lse ? lse.to(result_dtype) : output.tensor, lse};
 }
 
-at::Tensor score_forward_in_place(const ScoreTensors& tensors, const ScoreOptions& options, bool) {
-  auto [result, lse] = composed_scores(tensors, options, std::nullopt);
-  tensors.input.copy_(result);
+at::Tensor score_forward_in_place(const ScoreTensors& tensors, const ScoreOptions& options,
+                                  bool wants_lse) {
+  const at::Tensor& input = tensors.input;
+  const at::ScalarType result_dtype = check_scores(tensors, options, std::nullopt);
+  for (const at::Tensor* const other : {&tensors.scale, &tensors.mask, &tensors.sink}) {
+    if (other->defined()) at::assert_no_overlap(input, *other);
+  }
+  at::Tensor lse;
+  if (wants_lse) lse = empty_of_rows(input, at::toOpMathType(result_dtype));
+  if (input.numel() == 0) return lse;
+  const bool direct = is_side_by_side(input) && is_without_overlap(input);
+  if (!direct || !run_forward(input, tensors, options, input, /*output_is_new=*/false, lse)) {
+    at::Tensor result;
+    std::tie(result, lse) = score_forward(tensors, options, std::nullopt, wants_lse);
+    input.copy_(result);
+  }
   return lse;
 }
 
-ScoreTensors score_backward(const at::Tensor& g, const at::Tensor& y, const at::Tensor&,
+ScoreTensors score_backward(const at::Tensor& g, const at::Tensor& y, const at::Tensor& lse,
                             const ScoreTensors& tensors, const ScoreOptions& options,
                             at::ScalarType input_dtype, const ScoreWanted& wanted) {
-  return composed_score_gradients(g, y, tensors, options, input_dtype, wanted);
+  const at::ScalarType dtype = y.scalar_type(), wide = at::toOpMathType(dtype);
+  const bool of_lse = options.op == ScoreOp::kLogSumExp;
+  check_gradient(g, y, -1, is_kernel_output_dtype(input_dtype) ? input_dtype : dtype,
+                 options.op == ScoreOp::kSoftmax ? Op::kSoftmax : Op::kLogSoftmax);
+  const bool needs_input = of_lse || options.softcap != 0 || wanted.scale;
+  TORCH_CHECK(
+      !needs_input || (tensors.input.defined() && (of_lse || tensors.input.sizes() == y.sizes())),
+      name(options.op), "_backward(): expected argument 'input' to have the shape of 'result'");
+  const ScoreTensors of_result{needs_input ? tensors.input : y, tensors.scale, tensors.mask,
+                               tensors.sink};
+  (void)check_scores(of_result, options, dtype);
+  if (of_lse) {
+    if (options.softcap != 0 || wanted.scale || wanted.mask || wanted.sink) {
+      return composed_score_gradients(g, y, tensors, options, input_dtype, wanted);
+    }
+    // The gradient is softmax, weighted: dz = g exp(z - lse).
+    ScoreOptions shares = options;
+    shares.op = ScoreOp::kSoftmax;
+    at::Tensor p = std::get<0>(score_forward(tensors, shares, wide, /*wants_lse=*/false));
+    at::Tensor weight = g.to(wide) * options.factor;
+    if (tensors.scale.defined()) weight = weight * tensors.scale.to(wide);
+    return {p.mul_(weight).to(input_dtype), {}, {}, {}};
+  }
+  const bool wants_sink = wanted.sink && tensors.sink.defined();
+  TORCH_CHECK(!wants_sink || (lse.defined() && lse.scalar_type() == wide &&
+                              lse.sizes() == rows_of(y) && lse.is_contiguous()),
+              name(options.op), "_backward(): expected argument 'lse' of the result's rows");
+  if (y.numel() == 0) {
+    return composed_score_gradients(g, y, tensors, options, input_dtype, wanted);
+  }
+  const at::Tensor grad = side_by_side(g), output = side_by_side(y);
+  const at::Tensor input = needs_input ? side_by_side(tensors.input.to(dtype)) : at::Tensor();
+  const NewTensor grad_input = empty(y.sizes(), dtype, y.device());
+  at::Tensor grad_scale, grad_sink, grad_mask;
+  if (wanted.scale) grad_scale = empty_of_rows(y, wide);
+  if (wants_sink) grad_sink = empty_of_rows(y, wide);
+  if (wanted.mask) {
+    c10::DimVector sizes(tensors.mask.sizes().begin(), tensors.mask.sizes().end());
+    if (sizes.empty()) sizes.push_back(1);
+    sizes.back() = y.size(-1);
+    grad_mask = at::empty(sizes, y.options().dtype(wide));
+  }
+  ScoreBackwardArgs args{
+      {grad.const_data_ptr(), output.const_data_ptr(), grad_input.tensor.mutable_data_ptr(),
+       to_dtype(dtype), to_dtype(dtype), to_shape(y, -1),
+       options.op == ScoreOp::kSoftmax ? Op::kSoftmax : Op::kLogSoftmax, grad_input.is_new}};
+  Call call(y.sizes(), args.shape);
+  call.add(grad, args.grad_output_strides);
+  call.add(output, args.output_strides);
+  call.add(grad_input.tensor, args.grad_input_strides);
+  call.add_scores(of_result, options, wide, args.scores);
+  if (needs_input) args.input = call.add(input, args.input_strides);
+  if (wants_sink) {
+    args.lse = call.add(lse, args.row_strides);
+    args.grad_sink = grad_sink.mutable_data_ptr();
+  }
+  if (wanted.scale) {
+    call.add(grad_scale, args.row_strides);
+    args.grad_scale = grad_scale.mutable_data_ptr();
+  }
+  if (wanted.mask) {
+    call.add(grad_mask, args.grad_mask_strides);
+    args.grad_mask = grad_mask.mutable_data_ptr();
+  }
+  if (!call.find(args.dims)) {
+    return composed_score_gradients(g, y, tensors, options, input_dtype, wanted);
+  }
+  cpu::kernels().launch_score_backward(args, threads(args.shape));
+  ScoreTensors gradients;
+  if (wanted.input) gradients.input = grad_input.tensor.to(input_dtype);
+  const auto summed_to = [](at::Tensor gradient, const at::Tensor& tensor) {
+    return at::sum_to(std::move(gradient), tensor.sizes()).to(tensor.scalar_type());
+  };
+  if (wanted.scale) gradients.scale = summed_to(grad_scale.mul_(options.factor), tensors.scale);
+  if (wants_sink) gradients.sink = summed_to(grad_sink, tensors.sink);
+  if (wanted.mask) gradients.mask = summed_to(grad_mask, tensors.mask);
+  return gradients;
 }
 
 }  // namespace softmax_ext

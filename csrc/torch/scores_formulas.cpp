@@ -41,19 +41,20 @@ struct Composed {
 Composed scores_of(const ScoreTensors& tensors, const ScoreOptions& options,
                    at::ScalarType result_dtype) {
   const at::ScalarType wide = wide_type(result_dtype);
+  at::Tensor live;
+  if (options.is_bounded()) live = within_bounds(tensors.input, options);
+  if (tensors.mask.defined() && tensors.mask.scalar_type() == at::kBool) {
+    live = live.defined() ? live.logical_and(tensors.mask) : tensors.mask;
+  }
   at::Tensor z = tensors.input.to(result_dtype).to(wide);
+  // Of what takes no part, the input may be anything.
+  if (live.defined()) z = z.masked_fill(live.logical_not(), 0);
   if (options.factor != 1) z = z * options.factor;
   if (tensors.scale.defined()) z = z * tensors.scale.to(wide);
   if (options.softcap != 0) z = (z / options.softcap).tanh() * options.softcap;
   if (!tensors.is_safe(options)) return {z, {}};
-  at::Tensor live;
-  if (options.is_bounded()) live = within_bounds(tensors.input, options);
-  if (tensors.mask.defined()) {
-    if (tensors.mask.scalar_type() == at::kBool) {
-      live = live.defined() ? live.logical_and(tensors.mask) : tensors.mask;
-    } else {
-      z = z + tensors.mask.to(wide);
-    }
+  if (tensors.mask.defined() && tensors.mask.scalar_type() != at::kBool) {
+    z = z + tensors.mask.to(wide);
   }
   if (live.defined()) z = z.masked_fill(live.logical_not(), -INFINITY);
   const at::Tensor dead = z.eq(-INFINITY);
@@ -111,7 +112,7 @@ ScoreTensors composed_score_gradients(const at::Tensor& g, const at::Tensor& y,
                                       const ScoreTensors& tensors, const ScoreOptions& options,
                                       at::ScalarType input_dtype, const ScoreWanted& wanted) {
   const at::ScalarType wide = wide_type(y.scalar_type());
-  at::Tensor grad = g.to(wide), dz, share;  // share: the sum of g times what dz has of it
+  at::Tensor grad = g.to(wide), dz;
   const at::Tensor output = y.to(wide);
   at::Tensor of_sink;
   if (options.op == ScoreOp::kSoftmax) {
@@ -135,7 +136,11 @@ ScoreTensors composed_score_gradients(const at::Tensor& g, const at::Tensor& y,
   if (wanted.mask) gradients.mask = summed_to(dz, tensors.mask);
   if (!wanted.input && !wanted.scale) return gradients;
   at::Tensor x;
-  if (wanted.scale || options.softcap != 0) x = tensors.input.to(y.scalar_type()).to(wide);
+  if (wanted.scale || options.softcap != 0) {
+    // Of what takes no part, the input may be anything.
+    x = tensors.input.to(y.scalar_type()).to(wide);
+    if (tensors.is_safe(options)) x = x.masked_fill(dz.eq(0), 0);
+  }
   const auto scaled = [&](at::Tensor tensor) {
     if (options.factor != 1) tensor = tensor * options.factor;
     return tensors.scale.defined() ? tensor * tensors.scale.to(wide) : tensor;

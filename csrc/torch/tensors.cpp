@@ -158,12 +158,12 @@ cpu::Threads threads(const Shape& shape) {
           }};
 }
 
-bool find_strides(std::initializer_list<Argument> tensors, int64_t dim, Dims& dims) {
+bool find_strides(c10::ArrayRef<Argument> tensors, int64_t dim, Dims& dims) {
   const auto is_contiguous = [](const Argument& argument) {
     return argument.tensor->is_contiguous();
   };
   if (std::all_of(tensors.begin(), tensors.end(), is_contiguous)) return true;
-  const at::IntArrayRef sizes = tensors.begin()->tensor->sizes();
+  const at::IntArrayRef sizes = tensors.front().tensor->sizes();
   int count = 0;
   // Neighbours that are one dim in all tensors are one here.
   const auto add = [&](int64_t begin, int64_t end) {

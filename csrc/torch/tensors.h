@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <initializer_list>
 #include <optional>
 
 #include "../cpu/launch.h"
@@ -57,7 +56,7 @@ struct Argument {
 
 // Sets the dims of a call and the strides of its tensors, which are those of contiguous ones; false if
 // they are too many. dim is not negative.
-bool find_strides(std::initializer_list<Argument> tensors, int64_t dim, Dims& dims);
+bool find_strides(c10::ArrayRef<Argument> tensors, int64_t dim, Dims& dims);
 
 // Where the elements of a tensor lie, seen as (outer, dim, inner); none where it has too many dims.
 struct Layout {

@@ -50,13 +50,13 @@ struct Scores {
 // What a row has one of is of the type that is computed in: float, or double for results of doubles.
 struct ScoreForwardArgs
     : ForwardArgs {  // of rows: inner is 1; output null where only lse is wanted
-  Scores scores;
+  Scores scores{};
   void* lse = nullptr;  // log(sum(exp(z))), or null
   Strides lse_strides{};
 };
 
 struct ScoreBackwardArgs : BackwardArgs {
-  Scores scores;
+  Scores scores{};
   const void* input = nullptr;  // of the type of grad_input; where there is a softcap or grad_scale
   const void* lse = nullptr;    // where there is grad_sink
   void* grad_scale = nullptr;   // of factor * scale, a number a row; or null

@@ -1,0 +1,314 @@
+// The gradients of scores on the CPU, compiled once for each instruction set as softmax_forward.cpp is. With
+// dz the gradient of softmax or log-softmax:
+//
+//   dx = dz scale (1 - t^2), with t the tanh of a softcap
+//   of a scale: sum(dz x (1 - t^2)) of a row; of a sink: -exp(sink - lse) sum(what dz has summed)
+//   of a mask: dz, summed over the rows that share an element
+//
+// The schedules are those of scores_forward.cpp, and
+//
+//   owned tiles  of the mask, where its gradient is wanted: a thread has some rows of the mask, and goes through
+//                all rows of the call that share them, in their order. Few tiles are had in parts of
+//                these, as many as the shape asks for.
+#include "dispatch.h"
+#include "scores.h"
+
+namespace softmax_ext::cpu {
+namespace {
+
+template <class T, class A = compute_t<T>>
+struct GradientRow {
+  const T* grad;
+  const T* output;
+  const T* input;  // null where it is not needed
+  T* grad_input;
+  A* grad_mask;   // to which dz is added, or null
+  A* grad_scale;  // or null
+  A* grad_sink;   // or null
+  A lse;
+  RowScores<A> scores;
+};
+
+template <class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE GradientRow<T> gradient_row(const ScoreBackwardArgs& args, const Place& place,
+                                               int64_t k) {
+  const int64_t a_row = place(args.row_strides, k);
+  const auto at = [&](void* data) SOFTMAX_EXT_LAMBDA {
+    return data == nullptr ? nullptr : static_cast<A*>(data) + a_row;
+  };
+  return {static_cast<const T*>(args.grad_output) + place(args.grad_output_strides, k),
+          static_cast<const T*>(args.output) + place(args.output_strides, k),
+          args.input == nullptr ? nullptr
+                                : static_cast<const T*>(args.input) + place(args.input_strides, k),
+          static_cast<T*>(args.grad_input) + place(args.grad_input_strides, k),
+          nullptr,
+          at(args.grad_scale),
+          at(args.grad_sink),
+          args.lse == nullptr ? A(0) : static_cast<const A*>(args.lse)[a_row],
+          row_scores<A>(args.scores, place, k, args.shape.dim)};
+}
+
+// What a row's gradient needs summed, of the n elements from `first` on, lane by lane.
+template <Op op, class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE Vec<A> sum_of_terms(const GradientRow<T>& row, int64_t first, int64_t n,
+                                       bool is_safe) {
+  using V = Vec<A>;
+  const T* const grad = row.grad + first;
+  const T* const y = row.output + first;
+  V sums[kSums] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
+  const auto add = [&](int64_t i, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+    const V output = load(y + i, lanes, A(0));
+    V term = Backward<op, V>::term(load(grad + i, lanes, A(0)), output);
+    if (op == Op::kLogSoftmax && is_safe) term = zero_where_lowest(term, output);
+    sums[k] = sums[k] + term;
+  };
+  for_each_register(Registers<A>(within(row.scores.range, first, n)),
+                    [&](int64_t i, int64_t k) SOFTMAX_EXT_LAMBDA {
+                      if (i + V::kSize <= n) {
+                        add(i, k, All{});
+                      } else {
+                        add(i, k, First{n - i});
+                      }
+                    });
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// value, or 0 where dz is that: of what takes no part, the input may be anything.
+template <class V>
+SOFTMAX_EXT_INLINE V unless_zero(V dz, V value) {
+  return dz.raw == typename V::Raw{} ? dz.raw : value.raw;
+}
+
+// Stores the gradients of the n elements from `first` on; the sum of dz x.
+template <Op op, Write write, class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE A store_gradients(const GradientRow<T>& row, int64_t first, int64_t n, A sum,
+                                     bool is_safe) {
+  using V = Vec<A>;
+  const Backward<op, V> formula{sum};
+  const V scale(row.scores.scale), inverse(row.scores.inverse_cap);
+  const bool has_softcap = row.scores.softcap != 0;
+  V of_scale(A(0));
+  V* const scale_sum = &of_scale;
+  const T* const grad = row.grad + first;
+  const T* const y = row.output + first;
+  const T* const x = row.input == nullptr ? nullptr : row.input + first;
+  A* const grad_mask = row.grad_mask == nullptr ? nullptr : row.grad_mask + first;
+  store_chunk<write>(row.grad_input + first, n, Registers<A>(within(row.scores.range, first, n)),
+                     A(0), [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+                       const V output = load(y + i, lanes, A(0));
+                       V dz = formula.of(load(grad + i, lanes, A(0)), output);
+                       if (op == Op::kLogSoftmax && is_safe) dz = zero_where_lowest(dz, output);
+                       if (grad_mask != nullptr) {
+                         store(grad_mask + i, lanes, load(grad_mask + i, lanes, A(0)) + dz);
+                       }
+                       if (x != nullptr) {
+                         const V input = load(x + i, lanes, A(0));
+                         if (has_softcap) {
+                           const V t = tanh_of(input * scale * inverse);
+                           dz = unless_zero(dz, dz * (V(A(1)) - t * t));
+                         }
+                         *scale_sum = *scale_sum + unless_zero(dz, dz * input);
+                       }
+                       return dz * scale;
+                     });
+  return sum_over_lanes(of_scale);
+}
+
+template <class T, class A>
+SOFTMAX_EXT_INLINE void store_grad_sink(const GradientRow<T>& row, A sum) {
+  if (row.grad_sink == nullptr) return;
+  const A share = row.scores.sink == kLowest<A> ? A(0) : std::exp(row.scores.sink - row.lse);
+  *row.grad_sink = -share * sum;
+}
+
+// Of at most a chunk, or one row.
+template <Op op, Write write, class T>
+void score_gradients_of_rows(const ScoreBackwardArgs& args, const GradientRow<T>* rows,
+                             int64_t count) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  const int64_t dim = args.shape.dim;
+  const bool is_safe = args.scores.is_safe();
+  alignas(64) A sums[V::kSize];
+  if (dim <= kChunk<A>) {
+    V lanes[V::kSize];
+    for (int64_t r = 0; r < count; ++r) lanes[r] = sum_of_terms<op>(rows[r], 0, dim, is_safe);
+    rounded_sum_over_lanes(lanes, count, sums);
+  } else {
+    double sum = 0;
+    for (int64_t i = 0; i < dim; i += kChunk<A>) {
+      sum +=
+          exact_sum_over_lanes(sum_of_terms<op>(rows[0], i, std::min(kChunk<A>, dim - i), is_safe));
+    }
+    sums[0] = static_cast<A>(sum);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    double of_scale = 0;
+    for (int64_t i = 0; i < dim; i += kChunk<A>) {
+      of_scale +=
+          store_gradients<op, write>(rows[r], i, std::min(kChunk<A>, dim - i), sums[r], is_safe);
+    }
+    if (rows[r].grad_scale != nullptr) *rows[r].grad_scale = static_cast<A>(of_scale);
+    store_grad_sink(rows[r], sums[r]);
+  }
+}
+
+// Rows that are worked on together.
+template <class A>
+constexpr int64_t few_rows(int64_t dim) {
+  return std::clamp<int64_t>(kChunk<A> / 4 / dim, 1, Vec<A>::kSize);
+}
+
+template <Op op, Write write, class T>
+void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  const int64_t dim = args.shape.dim, chunks = ceil_div(dim, kChunk<A>);
+  const bool is_safe = args.scores.is_safe();
+  const auto row_of = [&](int64_t row) {
+    int64_t index[Dims::kMax];
+    return gradient_row<T>(args, place_of(args.dims, row, index), 0);
+  };
+  const Buffer<double> of_scale(args.grad_scale == nullptr ? 1 : args.shape.rows() * chunks);
+  reduce_and_store<Sum, A>(
+      args.shape.rows(), dim, Unplaced{}, threads,
+      [&](int64_t row, int64_t i, int64_t n) {
+        return Sum{exact_sum_over_lanes(sum_of_terms<op>(row_of(row), i, n, is_safe))};
+      },
+      [&](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
+        const GradientRow<T> at = row_of(row);
+        const A sum = static_cast<A>(of_row.sum);
+        const A of_chunk = store_gradients<op, write>(at, i, n, sum, is_safe);
+        if (args.grad_scale != nullptr) of_scale.data()[row * chunks + i / kChunk<A>] = of_chunk;
+        if (i == 0) store_grad_sink(at, sum);
+      });
+  if (args.grad_scale == nullptr) return;
+  for (int64_t row = 0; row < args.shape.rows(); ++row) {
+    double sum = 0;
+    for (int64_t k = 0; k < chunks; ++k) sum += of_scale.data()[row * chunks + k];
+    *row_of(row).grad_scale = static_cast<A>(sum);
+  }
+}
+
+template <Op op, Write write, class T>
+void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  // So many terms of an element's sum are added to each other before they are to the rest.
+  constexpr int64_t kTerms = 32;
+  // Enough for any number of threads, of shapes that have so many.
+  constexpr int64_t kItems = 64;
+  const Dims& dims = args.dims;
+  const int64_t dim = args.shape.dim;
+  int owned[Dims::kMax], shared[Dims::kMax], owned_dims = 0, shared_dims = 0;
+  int64_t rows = 1, sharing = 1;
+  for (int k = 0; k < dims.outer; ++k) {
+    if (args.grad_mask_strides.of[k] != 0) {
+      owned[owned_dims++] = k;
+      rows *= dims.sizes[k];
+    } else {
+      shared[shared_dims++] = k;
+      sharing *= dims.sizes[k];
+    }
+  }
+  const auto set_index = [&](int64_t* index, const int* which, int count, int64_t i) {
+    for (int k = count; k-- > 0; i /= dims.sizes[which[k]]) {
+      index[which[k]] = i % dims.sizes[which[k]];
+    }
+  };
+  const int64_t tile = std::clamp<int64_t>(kChunk<A> / dim, 1, rows), tiles = ceil_div(rows, tile);
+  const int64_t parts = std::clamp<int64_t>(kItems / tiles, 1, ceil_div(sharing, 2 * kTerms));
+  const int64_t few = few_rows<A>(dim), along = owned_dims == 0 ? 0 : owned[owned_dims - 1];
+  const int64_t run = owned_dims == 0 ? 1 : dims.sizes[along];
+  A* const result = static_cast<A*>(args.grad_mask);
+  const Buffer<A> of_parts(std::max<int64_t>(1, (parts - 1) * rows * dim));
+  parallel_for(threads, tiles * parts, /*grain=*/1, [&](int64_t begin, int64_t end) {
+    const Buffer<A> terms(tile * dim);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t part = item % parts, first = item / parts * tile;
+      const int64_t last = std::min(first + tile, rows), size = (last - first) * dim;
+      A* const sums =
+          (part == 0 ? result : of_parts.data() + (part - 1) * rows * dim) + first * dim;
+      std::fill_n(sums, size, A(0));
+      std::fill_n(terms.data(), size, A(0));
+      const int64_t share_begin = sharing * part / parts;
+      const int64_t share_end = sharing * (part + 1) / parts;
+      for (int64_t b = share_begin; b < share_end; ++b) {
+        int64_t index[Dims::kMax] = {};
+        set_index(index, shared, shared_dims, b);
+        for (int64_t row = first; row < last;) {
+          set_index(index, owned, owned_dims, row);
+          const int64_t left = std::min(last - row, run - row % run);
+          const int64_t count = std::min(few, left);
+          const Place place{&dims, index, static_cast<int>(along)};
+          GradientRow<T> gradients[Vec<A>::kSize];
+          for (int64_t r = 0; r < count; ++r) {
+            gradients[r] = gradient_row<T>(args, place, r);
+            gradients[r].grad_mask = terms.data() + (row - first + r) * dim;
+          }
+          score_gradients_of_rows<op, write>(args, gradients, count);
+          row += count;
+        }
+        if ((b - share_begin + 1) % kTerms == 0 || b + 1 == share_end) {
+          for_each_vector<Vec<A>::kSize>(size, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+            store(sums + i, lanes,
+                  load(sums + i, lanes, A(0)) + load(terms.data() + i, lanes, A(0)));
+          });
+          std::fill_n(terms.data(), size, A(0));
+        }
+      }
+    }
+  });
+  if (parts == 1) return;
+  parallel_for(threads, rows, grain<A>(parts * dim), [&](int64_t begin, int64_t end) {
+    for (int64_t part = 1; part < parts; ++part) {
+      const A* const more = of_parts.data() + (part - 1) * rows * dim;
+      for (int64_t i = begin * dim; i < end * dim; ++i) result[i] += more[i];
+    }
+  });
+}
+
+template <Op op, Write write, class T>
+void score_gradients(const ScoreBackwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  const int64_t dim = args.shape.dim;
+  if (args.grad_mask != nullptr) return score_gradients_with_mask<op, write, T>(args, threads);
+  if (dim > kChunk<A>) return score_gradients_of_long_rows<op, write, T>(args, threads);
+  const int64_t few = few_rows<A>(dim), most = 4 * few;
+  const Groups groups(args.dims, few, most,
+                      {&args.grad_output_strides, &args.output_strides, &args.grad_input_strides},
+                      false);
+  parallel_for(threads, groups.count(), ceil_div(grain<A>(dim), most),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const Group group = groups[i];
+                   const Place place{&args.dims, group.index, groups.along()};
+                   for (int64_t r = 0; r < group.size; r += few) {
+                     const int64_t count = std::min(few, group.size - r);
+                     GradientRow<T> rows[Vec<A>::kSize];
+                     for (int64_t k = 0; k < count; ++k) {
+                       rows[k] = gradient_row<T>(args, place, r + k);
+                     }
+                     score_gradients_of_rows<op, write>(args, rows, count);
+                   }
+                 }
+               });
+}
+
+template <Op op>
+void launch_score_backward(const ScoreBackwardArgs& args, const Threads& threads) {
+  const bool streamed = is_streamed(args.shape, args.dims, args.grad_input_strides, args.grad_input,
+                                    args.grad_input_dtype, args.grad_input_is_new);
+  visit(args.output_dtype, [&](auto element) {
+    visit(streamed,
+          [&](auto write) { score_gradients<op, write(), decltype(element)>(args, threads); });
+  });
+}
+
+}  // namespace
+
+void SOFTMAX_EXT_OF_ISA(launch_score_backward)(const ScoreBackwardArgs& args,
+                                               const Threads& threads) {
+  args.op == Op::kSoftmax ? launch_score_backward<Op::kSoftmax>(args, threads)
+                          : launch_score_backward<Op::kLogSoftmax>(args, threads);
+}
+
+}  // namespace softmax_ext::cpu
