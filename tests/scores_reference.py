@@ -52,7 +52,6 @@ class Reference:
         input: torch.Tensor,
         dim: int | tuple[int, ...],
         *,
-        dtype: torch.dtype | None = None,
         scale: Any = None,
         temperature: Any = None,
         softcap: float | None = None,
@@ -64,7 +63,7 @@ class Reference:
             return torch.as_tensor(value, device="cpu", dtype=torch.float64)
 
         self.op, self.dims = op, dim if isinstance(dim, tuple) else (dim,)
-        x = input.cpu().to(dtype or input.dtype).double()
+        x = wide(input)
         factor = wide(1.0 if scale is None else scale)
         if temperature is not None:
             factor = 1 / wide(temperature)
@@ -90,6 +89,7 @@ class Reference:
             added = torch.where(live, added, 0.0)
         self.z = z = scores(x, added)
         self.live, self.x, self.factor = live, x.detach(), factor.detach()
+        self.share_of_sink = torch.zeros(())
         top = self.row_max(torch.where(live, z.detach(), -math.inf), -math.inf)
         if sink is not None:
             top = torch.maximum(top, wide(sink).detach())
@@ -98,7 +98,9 @@ class Reference:
         e = torch.where(live, torch.exp(z - top), 0.0)
         total = e.sum(self.dims, keepdim=True)
         if sink is not None:
-            total = total + torch.exp(wide(sink) - top)
+            of_sink = torch.exp(wide(sink) - top)
+            total = total + of_sink
+            self.share_of_sink = (of_sink / total).detach().nan_to_num()
         empty = (total == 0) & self.is_safe
         total = torch.where(empty, 1.0, total)
         log_total = torch.where(empty, -math.inf, top + torch.log(total))
@@ -154,7 +156,7 @@ class Reference:
             "mask": of_scores,
             "scale": of_scale,
             "temperature": of_scale * self.factor.square(),
-            "sink": of_row,  # of which it takes what its row leaves of 1
+            "sink": self.share_of_sink * of_row,
         }
 
 
@@ -167,10 +169,20 @@ def assert_like_reference(
     **scores: Any,
 ) -> torch.Tensor:
     """The value and, of each tensor that requires one, the gradient; the result is returned."""
-    leaves = {"input": input, **{k: v for k, v in scores.items() if isinstance(v, torch.Tensor)}}
-    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    tensors = {"input": input, **{k: v for k, v in scores.items() if isinstance(v, torch.Tensor)}}
+    leaves = {name: each for name, each in tensors.items() if each.requires_grad}
+
+    def exact(name: str, leaf: torch.Tensor) -> torch.Tensor:
+        """In float64, so that a gradient of it is; the input as rounded to the result's dtype."""
+        leaf = leaf.detach().to(dtype or leaf.dtype) if name == "input" else leaf.detach()
+        return leaf.cpu().double().requires_grad_()
+
+    references = {name: exact(name, leaf) for name, leaf in leaves.items()}
     result = (function or OURS[op])(input, dim, dtype=dtype, **scores)
-    expected = Reference(op, input, dim, dtype=dtype, **scores)
+    exact_input = references.get("input", input.detach().to(dtype or input.dtype))
+    expected = Reference(
+        op, exact_input, dim, **{**scores, **{k: v for k, v in references.items() if k != "input"}}
+    )
     assert result.dtype == (dtype or input.dtype)
     assert result.device == input.device
     assert result.is_contiguous()
@@ -182,7 +194,7 @@ def assert_like_reference(
         grad = grad.masked_fill(result.detach().cpu() == -math.inf, 0.0)
     grad = grad.to(result.dtype)
     found = torch.autograd.grad(result, list(leaves.values()), grad.to(result.device))
-    right = torch.autograd.grad(expected.result, list(leaves.values()), grad.double())
+    right = torch.autograd.grad(expected.result, list(references.values()), grad.double())
     sizes, tolerance = expected.terms(grad), TOLERANCES[result.dtype]
     # A gradient may be computed from the result as rounded.
     unit = torch.finfo(result.dtype).eps / 2
@@ -193,7 +205,7 @@ def assert_like_reference(
         of_heads = name == "sink" and leaf.dim() == 1 and input.dim() >= 3
         shape = (leaf.numel(), 1, 1) if of_heads else leaf.shape
         summed = summed.sum_to_size(shape).reshape(leaf.shape)
-        rounding = TOLERANCES[leaf.dtype].rtol * reference.cpu().double().abs()
+        rounding = TOLERANCES[leaf.dtype].rtol * reference.abs()
         allowed = summed + rounding + 2 * TOLERANCES[leaf.dtype].atol["softmax"]
-        assert_within(actual, reference.cpu().double(), allowed)
+        assert_within(actual, reference, allowed)
     return result
