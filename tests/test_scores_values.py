@@ -16,11 +16,14 @@ from tolerances import FLOATING, SIXTEEN_BIT, ulp
 import softmax_ext
 
 NONE = ("no scale", "no softcap", "no mask", "no band", "no sink")
-ALONE = [
-    tuple(name if makers is kind else none for makers, none in zip(KINDS, NONE, strict=True))
-    for kind in KINDS
-    for name in kind
-]
+# Each kind of each argument alone, and none.
+ALONE = list(
+    dict.fromkeys(
+        tuple(name if makers is kind else none for makers, none in zip(KINDS, NONE, strict=True))
+        for kind in KINDS
+        for name in kind
+    )
+)
 # What a model of today asks for: each with another broadcast.
 MODELS = [
     ("scale", "no softcap", "floating of batch", "no band", "no sink"),
