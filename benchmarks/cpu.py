@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 import softmax_ext
+from benchmarks import scores_cpu_cases
 from benchmarks.common import (
     DTYPES,
     OPS,
@@ -39,6 +40,7 @@ from benchmarks.common import (
     smallest_step,
     wall_seconds,
 )
+from benchmarks.scores_cpu_cases import FRESH, ScoresCase
 from benchmarks.softmax_cpu_cases import LAYOUTS, MODES, SETS, Case
 
 PEERS = ("torch", "contiguous", "compile", "onnxruntime")
@@ -91,6 +93,8 @@ def contenders(case: Case, peers: Iterable[str]) -> dict[str, Run]:
 
     "contiguous": by softmax_ext, of a contiguous copy where what is read is not.
     """
+    if isinstance(case, ScoresCase):
+        return case.runs()
     shape, dim, mode, dtype = case.shape, case.dim, case.mode, DTYPES[case.dtype]
     torch.manual_seed(0)
     strided, grad = (in_dtype(LAYOUTS[case.layout](shape), dtype) for _ in range(2))
@@ -118,6 +122,8 @@ def verify(case: Case, runs: dict[str, Run]) -> None:
     expected = runs["torch"]().detach().double()
     limit = TOLERANCE[dtype] * expected.abs().max().item() + smallest_step(dtype)
     for name, run in runs.items():
+        if name == "plain":  # of other work
+            continue
         error = (run().detach().double() - expected).abs().max().item()
         if not error <= limit:
             raise AssertionError(f"{name} and torch differ by up to {error:.3g}: {case}")
@@ -171,9 +177,10 @@ def measure(case: Case, times: list[dict[str, float]], floors: list[dict[str, fl
         **asdict(case),
         us=us,
         speedup={
-            name: statistics.median(entry[name] / entry["softmax_ext"] for entry in times)
+            name: statistics.median(entry[name] / entry[ours] for entry in times)
             for name in us
-            if name != "softmax_ext"
+            for ours in ["softmax_ext" + FRESH * name.endswith(FRESH)]
+            if name != ours
         },
         copy_us=copy_us,
         exp_us=exp_us if case.takes_exp else 0.0,
@@ -187,10 +194,15 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks cpu", description=__doc__)
     threads = sorted({1, torch.get_num_threads()})
     parser.add_argument("--threads", type=int, nargs="+", default=threads)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: all; of scores two")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "out", "backward"])
-    parser.add_argument("--set", choices=SETS, default="shapes", help="columns: inner 2 to 64")
+    parser.add_argument("--modes", nargs="+", choices=MODES)
+    parser.add_argument(
+        "--set",
+        choices=[*SETS, "scores"],
+        default="shapes",
+        help="columns: inner 2 to 64; scores: with arguments, in the modes forward and both",
+    )
     parser.add_argument("--shapes", nargs="+", help="only these, as 4096x16", default=[])
     parser.add_argument("--peers", nargs="+", choices=PEERS[2:], default=[], help="beside torch")
     parser.add_argument("--budget", type=float, default=0.1, help="seconds a case in each round")
@@ -199,7 +211,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--at-least", type=float, help="fail if a speed-up over torch is below this"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    of_scores = options.set == "scores"
+    options.dtypes = options.dtypes or (["float32", "bfloat16"] if of_scores else list(DTYPES))
+    options.modes = options.modes or (
+        ["forward", "both"] if of_scores else ["forward", "out", "backward"]
+    )
+    if of_scores and not set(options.modes) <= {"forward", "both"}:
+        parser.error("--set scores has the modes forward and both")
+    return options
 
 
 def machine() -> dict[str, object]:
@@ -308,32 +328,41 @@ def progress(cases: list[Case], title: str) -> Iterable[Case]:
     return bar
 
 
-def keep_freed_memory() -> None:
-    """What is freed stays mapped, so that no result of either side has pages that are new."""
-    trim_threshold, mmap_threshold = -1, -3
+def keep_freed_memory(with_large: bool) -> None:
+    """What is freed stays mapped, so that no result of either side has pages that are new.
+
+    Those of more than 32 MB, which C libraries map anew each time, only `with_large`.
+    """
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of the GNU C library
     if mallopt is not None:
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**25)
+        if with_large:
+            mallopt(mmap_max, 0)
 
 
 def main() -> int:
     options = arguments()
     if options.set != "shapes":
-        keep_freed_memory()
+        keep_freed_memory(with_large=options.set == "scores")
     for peer in options.peers:
         if peer == "onnxruntime" and not all(
             map(importlib.util.find_spec, ("onnxruntime", "onnx"))
         ):
             print("onnxruntime is missing: pip install softmax_ext[bench]", file=sys.stderr)
             return 2
-    cases = [
-        Case(op, mode, shape, dim, layout, dtype, threads)
-        for threads, (shape, dim, layout), dtype, op, mode in itertools.product(
-            options.threads, SETS[options.set], options.dtypes, options.ops, options.modes
-        )
-        if not options.shapes or "x".join(map(str, shape)) in options.shapes
-    ]
+    if options.set == "scores":
+        cases = scores_cpu_cases.cases(options.threads, options.dtypes, options.modes)
+    else:
+        cases = [
+            Case(op, mode, shape, dim, layout, dtype, threads)
+            for threads, (shape, dim, layout), dtype, op, mode in itertools.product(
+                options.threads, SETS[options.set], options.dtypes, options.ops, options.modes
+            )
+        ]
+    if options.shapes:
+        cases = [case for case in cases if "x".join(map(str, case.shape)) in options.shapes]
     if not cases:
         print("no such case", file=sys.stderr)
         return 2
@@ -348,7 +377,8 @@ def main() -> int:
             times[case] += turns(runs, options.budget)
             floors[case] += turns(floor_runs(case), options.budget / 4)
     results = [measure(case, times[case], floors[case]) for case in cases]
-    print("\n".join(table(results)), end="\n\n")
+    lines = scores_cpu_cases.table if options.set == "scores" else table
+    print("\n".join(lines(results)), end="\n\n")
     print("\n".join(summary(results)))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,33 @@ def log_softmax(input: Tensor, dim: int, dtype: dtype | None, out: Tensor | None
 def softmax_(input: Tensor, dim: int) -> Tensor: ...
 def log_softmax_(input: Tensor, dim: int) -> Tensor: ...
 def softmin_(input: Tensor, dim: int) -> Tensor: ...
+def score_softmax(
+    op: int,
+    input: Tensor,
+    dtype: dtype | None,
+    scale: Tensor | None,
+    factor: float,
+    softcap: float,
+    mask: Tensor | None,
+    left: int,
+    right: int,
+    offset: int,
+    sink: Tensor | None,
+    sink_value: float,
+) -> Tensor: ...
+def score_softmax_(
+    op: int,
+    input: Tensor,
+    scale: Tensor | None,
+    factor: float,
+    softcap: float,
+    mask: Tensor | None,
+    left: int,
+    right: int,
+    offset: int,
+    sink: Tensor | None,
+    sink_value: float,
+) -> Tensor: ...
 def override_torch(on: bool) -> None: ...
 def build_info() -> dict[str, object]: ...
 def memory_stats() -> tuple[int, int, int]: ...

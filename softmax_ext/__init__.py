@@ -13,6 +13,7 @@ from softmax_ext._info import BuildInfo, __version__, build_info
 from softmax_ext.functional import (
     log_softmax,
     log_softmax_,
+    logsumexp,
     softmax,
     softmax_,
     softmin,
@@ -40,6 +41,7 @@ __all__ = [
     "is_enabled",
     "log_softmax",
     "log_softmax_",
+    "logsumexp",
     "memory_stats",
     "softmax",
     "softmax_",

@@ -27,6 +27,7 @@ PUBLIC = (
     "softmax_",
     "log_softmax_",
     "softmin_",
+    "logsumexp",
     "enable",
     "disable",
     "enabled",

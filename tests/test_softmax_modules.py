@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import softmax_ext
+from softmax_ext.functional.scores import Scores
 
 NAMES = ("Softmax", "LogSoftmax", "Softmin")
 ALL = (*NAMES, "Softmax2d")
@@ -31,7 +32,8 @@ def test_repr_and_state(name: str, dim: int | None) -> None:
     assert list(ours.parameters()) == list(ours.buffers()) == []
     assert ours.dim == dim
     assert isinstance(ours, torch.nn.Module)
-    assert ours.__constants__ == [*theirs.__constants__, "inplace"]
+    own = ["inplace"] if name == "Softmin" else ["inplace", "scored"]
+    assert ours.__constants__ == [*theirs.__constants__, *own]
     assert repr(both(name, dim=dim)[0]) == repr(theirs)
 
 
@@ -43,16 +45,22 @@ def test_repr_of_softmax2d() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_signature(name: str) -> None:
-    """torch's, typed, and `inplace`."""
+    """torch's, typed, `inplace`, and what softmax is told of scores; dim may be a tuple there."""
     ours, theirs = (
         inspect.signature(getattr(package, name), eval_str=True)
         for package in (softmax_ext, torch.nn)
     )
-    *parameters, inplace = ours.parameters.values()
-    has_dim = name != "Softmax2d"  # whose signature in torch is that of Module
-    assert parameters == (list(theirs.parameters.values()) if has_dim else [])
-    assert str(inplace) == "inplace: bool = False"
-    assert inplace.kind is inspect.Parameter.KEYWORD_ONLY
+    own = {key: p for key, p in ours.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    of_scores = {} if name in ("Softmin", "Softmax2d") else Scores.__annotations__
+    assert list(own) == ["inplace", *of_scores]
+    assert str(own["inplace"]) == "inplace: bool = False"
+    if name == "Softmax2d":  # whose signature in torch is that of Module
+        assert ours.parameters == own
+    else:
+        dim, of_torch = ours.parameters["dim"], theirs.parameters["dim"]
+        assert list(ours.parameters) == ["dim", *own]
+        assert dim.replace(annotation=of_torch.annotation) == of_torch
+        assert dim.annotation == (int | tuple[int, ...] | None if of_scores else int | None)
     for type_ in (getattr(softmax_ext, name), getattr(torch.nn, name)):
         with pytest.raises(TypeError):
             type_(dims=1)

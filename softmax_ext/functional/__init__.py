@@ -1,5 +1,6 @@
 """The functions, with the signatures of torch.nn.functional; a file for each family."""
 
+from softmax_ext.functional.scores import logsumexp
 from softmax_ext.functional.softmax import (
     log_softmax,
     log_softmax_,
@@ -9,4 +10,12 @@ from softmax_ext.functional.softmax import (
     softmin_,
 )
 
-__all__ = ["log_softmax", "log_softmax_", "softmax", "softmax_", "softmin", "softmin_"]
+__all__ = [
+    "log_softmax",
+    "log_softmax_",
+    "logsumexp",
+    "softmax",
+    "softmax_",
+    "softmin",
+    "softmin_",
+]

@@ -6,10 +6,14 @@ only the computation differs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from softmax_ext import functional as F
+from softmax_ext.functional.scores import Scores, given, with_scores
 
 __all__ = ["LogSoftmax", "Softmax", "Softmax2d", "Softmin"]
 
@@ -33,12 +37,55 @@ class _OverDim(_WithInplace):
         self.inplace = inplace
 
 
-class Softmax(_OverDim, torch.nn.Softmax):
+class _OfScores(_OverDim):
+    """The keyword-only arguments of the functions: a parameter stays one, another tensor is a
+    buffer, anything else an attribute."""
+
+    __constants__ = ["dim", "inplace", "scored"]  # noqa: RUF012
+    scored: bool = False  # also of modules pickled without it
+    names: tuple[str, ...] = ()
+
+    @with_scores
+    def __init__(
+        self,
+        dim: int | tuple[int, ...] | None = None,
+        *,
+        inplace: bool = False,
+        **scores: Unpack[Scores],
+    ) -> None:
+        super().__init__(dim, inplace=inplace)  # type: ignore[arg-type]
+        scores = given(type(self).__name__, scores)
+        if not scores:
+            return
+        self.scored, self.names = True, tuple(scores)
+        for name, value in scores.items():
+            if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def extra_repr(self) -> str:
+        def text(value: object) -> str:
+            return f"Tensor{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+        shown = [f"{name}={text(getattr(self, name))}" for name in self.names]
+        return ", ".join([super().extra_repr(), *shown])
+
+    def _of_scores(self, function: Callable[..., Tensor], input: Tensor) -> Tensor:
+        scores = {name: getattr(self, name) for name in self.names}
+        return function(input, self.dim, _stacklevel=6, **scores)
+
+
+class Softmax(_OfScores, torch.nn.Softmax):
     """torch.nn.Softmax by :func:`softmax_ext.softmax`.
 
     Args:
-        dim: of which the slices sum to 1. Without it, torch's implicit choice, with its warning.
+        dim: of which the slices sum to 1, or a tuple of dims. Without it, torch's implicit choice,
+            with its warning.
         inplace: whether the result takes the input's memory.
+        scale, temperature, softcap, mask, is_causal, causal_offset, window, sink: as in
+            :func:`softmax_ext.softmax`. A tensor is a buffer of the module, a torch.nn.Parameter
+            one of its parameters.
 
     Shape: any to the same, in the input's dtype. Errors are those of :func:`softmax_ext.softmax`.
 
@@ -47,20 +94,26 @@ class Softmax(_OverDim, torch.nn.Softmax):
     Example:
         >>> Softmax(dim=1)(torch.tensor([[2.0, 1.0, 0.1]]))
         tensor([[0.6590, 0.2424, 0.0986]])
+        >>> Softmax(dim=1, temperature=2.0)(torch.tensor([[2.0, 1.0, 0.1]]))
+        tensor([[0.5017, 0.3043, 0.1940]])
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.scored:
+            return self._of_scores(F.softmax_ if self.inplace else F.softmax, input)
         if self.inplace:
             return F.softmax_(input, self.dim, _stacklevel=5)
         return F.softmax(input, self.dim, _stacklevel=5)
 
 
-class LogSoftmax(_OverDim, torch.nn.LogSoftmax):
+class LogSoftmax(_OfScores, torch.nn.LogSoftmax):
     """torch.nn.LogSoftmax by :func:`softmax_ext.log_softmax`.
 
     Args:
-        dim: over which. Without it, torch's implicit choice, with its warning.
+        dim: over which, or a tuple of dims. Without it, torch's implicit choice, with its warning.
         inplace: whether the result takes the input's memory.
+        scale, temperature, softcap, mask, is_causal, causal_offset, window, sink: as of
+            :class:`Softmax`.
 
     Shape: any to the same, in the input's dtype. Errors are those of :func:`softmax_ext.softmax`.
 
@@ -72,6 +125,8 @@ class LogSoftmax(_OverDim, torch.nn.LogSoftmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.scored:
+            return self._of_scores(F.log_softmax_ if self.inplace else F.log_softmax, input)
         if self.inplace:
             return F.log_softmax_(input, self.dim, _stacklevel=5)
         return F.log_softmax(input, self.dim, _stacklevel=5)
