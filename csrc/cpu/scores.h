@@ -48,43 +48,49 @@ SOFTMAX_EXT_INLINE Vec<T> zero_where_lowest(Vec<T> x, Vec<T> y) {
   return y.raw == Vec<T>(kLowest<T>).raw ? typename Vec<T>::Raw{} : x.raw;
 }
 
+// 2^n of integers from -126 to 0.
 template <class T>
-struct TanhConstants;
+SOFTMAX_EXT_INLINE Vec<T> power_of_two(Vec<T> n) {
+  using C = ExpConstants<T>;
+  const auto bits = bit_cast<typename Vec<T>::RawInt>(n + Vec<T>(C::kRound + C::kBias));
+  return bit_cast<typename Vec<T>::Raw>(bits << C::kMantissaBits);
+}
 
-// Odd polynomials, or their quotients, of Moshier, "Methods and Programs for Mathematical Functions" (1989).
-template <>
-struct TanhConstants<float> {
-  static SOFTMAX_EXT_INLINE VecF small(VecF x, VecF square) {
-    VecF p(-5.70498872745e-3f);
-    p = fma_of(p, square, VecF(2.06390887954e-2f));
-    p = fma_of(p, square, VecF(-5.37397155531e-2f));
-    p = fma_of(p, square, VecF(1.33314422036e-1f));
-    p = fma_of(p, square, VecF(-3.33332819422e-1f));
-    return fma_of(p * square, x, x);
+// a / b, exact to its last place but for few, with b from 1 to 2.
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> quotient_of(Vec<T> a, Vec<T> b) {
+#if defined(SOFTMAX_EXT_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    VecF reciprocal = _mm512_rcp14_ps(b.raw);
+    reciprocal = fma_of(fma_of(-reciprocal, b, VecF(1.0f)), reciprocal, reciprocal);
+    return Full<VecF>::quotient(a, b, reciprocal);
   }
-};
-template <>
-struct TanhConstants<double> {
-  static SOFTMAX_EXT_INLINE VecD small(VecD x, VecD square) {
-    VecD p(-9.64399179425052238628e-1);
-    p = fma_of(p, square, VecD(-9.92877231001918586564e1));
-    p = fma_of(p, square, VecD(-1.61468768441708447952e3));
-    VecD q = square + VecD(1.12811678491632931402e2);
-    q = fma_of(q, square, VecD(2.23548839060100448583e3));
-    q = fma_of(q, square, VecD(4.84406305325125486048e3));
-    return fma_of(x * square, p / q, x);
-  }
-};
+#endif
+  return a / b;
+}
 
-// Within two units in the last place; a NaN stays one.
+// -m / (2 + m) with m = exp(-2 |x|) - 1, which is as exact where x is small: of exp(r) - 1 with n = 0. Within two
+// units in the last place; a NaN stays one.
 template <class T>
 SOFTMAX_EXT_INLINE Vec<T> tanh_of(Vec<T> x) {
-  const Vec<T> size = x.raw < typename Vec<T>::Raw{} ? -x.raw : x.raw;
-  const Vec<T> e = exp_of_nonpositive(size * Vec<T>(T(-2)));
-  const Vec<T> large = (Vec<T>(T(1)) - e) / (Vec<T>(T(1)) + e);
-  const Vec<T> of_sign = x.raw < typename Vec<T>::Raw{} ? -large.raw : large.raw;
-  const Vec<T> small = TanhConstants<T>::small(x, x * x);
-  return size.raw < Vec<T>(T(0.625)).raw ? small.raw : of_sign.raw;
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  using RawInt = typename V::RawInt;
+  const RawInt sign_bit = bit_cast<RawInt>(V(T(-0.0)));
+  const RawInt sign = bit_cast<RawInt>(x) & sign_bit;
+  const V size(bit_cast<typename V::Raw>(bit_cast<RawInt>(x) & ~sign_bit));
+  // Beyond, it is 1.
+  const V y = max_of(V(T(sizeof(T) == 4 ? -20 : -40)), size * V(T(-2)));
+  const V n = fma_of(y, V(T(1.44269504088896340736)), V(C::kRound)) - V(C::kRound);
+  V r = fma_of(n, V(-C::kLn2High), y);
+  r = fma_of(n, V(-C::kLn2Low), r);
+  constexpr int kDegree = static_cast<int>(sizeof(C::kPolynomial) / sizeof(T)) - 1;
+  V q(C::kPolynomial[kDegree]);
+  for (int k = kDegree - 1; k >= 0; --k) q = fma_of(q, r, V(C::kPolynomial[k]));
+  const V power = power_of_two(n);
+  const V m = fma_of(power, fma_of(q * r, r, r), power - V(T(1)));
+  const V result = quotient_of(-m, V(T(2)) + m);
+  return V(bit_cast<typename V::Raw>(bit_cast<RawInt>(result) | sign));
 }
 
 // ---- masks --------------------------------------------------------------------------------------
@@ -96,24 +102,52 @@ struct OneForAll {
   A value;
 };
 
-// So many bytes as a register has lanes.
-template <class A, class Lanes>
-SOFTMAX_EXT_INLINE typename Vec<A>::RawInt load_bytes(const Bool* mask, Lanes lanes) {
-  constexpr int kSize = Vec<A>::kSize;
-  typedef uint8_t Bytes __attribute__((vector_size(kSize)));
-  Bytes bytes{};
-  if constexpr (kWhole<Lanes>) {
-    std::memcpy(&bytes, mask, kSize);
-  } else {
+// s where the mask is true, else -inf.
 #if defined(SOFTMAX_EXT_AVX512)
-    const __m128i some = _mm_maskz_loadu_epi8(mask_of(lanes), mask);
-    std::memcpy(&bytes, &some, kSize);
-#else
-    for (int64_t k = 0; k < lanes.count; ++k) bytes[k] = mask[k].byte;
-#endif
+template <class A, class Lanes>
+SOFTMAX_EXT_INLINE Vec<A> where_true(const Bool* mask, Lanes lanes, Vec<A> s) {
+  __m128i bytes;
+  if constexpr (!kWhole<Lanes>) {
+    bytes = _mm_maskz_loadu_epi8(mask_of(lanes), mask);
+  } else if constexpr (sizeof(A) == 4) {
+    bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
+  } else {
+    bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask));
   }
-  return __builtin_convertvector(bytes, typename Vec<A>::RawInt);
+  const __mmask16 live = _mm_test_epi8_mask(bytes, bytes);
+  // In a register: a load that the compiler makes wait for the mask also waits for stores.
+  asm("" : "+v"(s.raw));
+  if constexpr (sizeof(A) == 4) {
+    return _mm512_mask_mov_ps(_mm512_set1_ps(kLowest<A>), live, s.raw);
+  } else {
+    return _mm512_mask_mov_pd(_mm512_set1_pd(kLowest<A>), static_cast<__mmask8>(live), s.raw);
+  }
 }
+#else
+template <class A, class Lanes>
+SOFTMAX_EXT_INLINE Vec<A> where_true(const Bool* mask, Lanes lanes, Vec<A> s) {
+  constexpr int kSize = Vec<A>::kSize;
+  uint8_t bytes[kSize] = {};
+  if constexpr (kWhole<Lanes>) {
+    std::memcpy(bytes, mask, kSize);
+  } else {
+    for (int64_t k = 0; k < lanes.count; ++k) bytes[k] = mask[k].byte;
+  }
+#if defined(SOFTMAX_EXT_AVX2)
+  int64_t packed = 0;
+  std::memcpy(&packed, bytes, kSize);
+  const __m128i some = _mm_cvtsi64_si128(packed);
+  const __m256i dead = sizeof(A) == 4
+                           ? _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(some), _mm256_setzero_si256())
+                           : _mm256_cmpeq_epi64(_mm256_cvtepu8_epi64(some), _mm256_setzero_si256());
+  const auto live = bit_cast<typename Vec<A>::RawInt>(dead) == 0;
+#else
+  typename Vec<A>::RawInt live;
+  for (int k = 0; k < kSize; ++k) live[k] = -(bytes[k] != 0);
+#endif
+  return live ? s.raw : Vec<A>(kLowest<A>).raw;
+}
+#endif
 
 template <class A, class Lanes>
 SOFTMAX_EXT_INLINE Vec<A> masked(Vec<A> s, const NoMask&, int64_t, Lanes) {
@@ -125,7 +159,7 @@ SOFTMAX_EXT_INLINE Vec<A> masked(Vec<A> s, OneForAll<A> mask, int64_t, Lanes) {
 }
 template <class A, class Lanes>
 SOFTMAX_EXT_INLINE Vec<A> masked(Vec<A> s, const Bool* mask, int64_t i, Lanes lanes) {
-  return load_bytes<A>(mask + i, lanes) != 0 ? s.raw : Vec<A>(kLowest<A>).raw;
+  return where_true(mask + i, lanes, s);
 }
 template <class A, class M, class Lanes>
 SOFTMAX_EXT_INLINE Vec<A> masked(Vec<A> s, const M* mask, int64_t i, Lanes lanes) {
@@ -191,12 +225,19 @@ SOFTMAX_EXT_INLINE Vec<A> scores_of(const T* x, A* z, int64_t first, int64_t n, 
 // The scores of elements [begin, end) of a row, which has them from x on, in whole registers from z on, and
 // the largest of each lane.
 template <class T, class A = compute_t<T>>
-__attribute__((noinline)) Vec<A> load_scores(const T* x, A* z, int64_t begin, int64_t end,
-                                             const RowScores<A>& row) {
+__attribute__((noinline)) Vec<A> load_masked_scores(const T* x, A* z, int64_t begin, int64_t end,
+                                                    const RowScores<A>& row) {
   return row.with_mask([&](auto mask) {
     return row.softcap == 0 ? scores_of<false>(x, z, begin, end - begin, mask, row)
                             : scores_of<true>(x, z, begin, end - begin, mask, row);
   });
+}
+
+template <class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE Vec<A> load_scores(const T* x, A* z, int64_t begin, int64_t end,
+                                      const RowScores<A>& row) {
+  if (row.mask != nullptr || row.softcap != 0) return load_masked_scores(x, z, begin, end, row);
+  return scores_of<false>(x, z, begin, end - begin, NoMask{}, row);
 }
 
 // Registers of a chunk, in elements from its first: [begin, end) has its range, in whole stretches from the
@@ -244,15 +285,22 @@ SOFTMAX_EXT_INLINE void for_each_register(Registers<A> registers, F f) {
   }
 }
 
-// The sum of exp(z - max) lane by lane; with kKeep, z is that afterwards.
+// The sum of exp(z - max) lane by lane. With kKeep it is left in `kept`, of n elements: z, or others.
 template <bool kKeep, class A>
-SOFTMAX_EXT_INLINE Vec<A> sum_of_exp(A* z, Registers<A> registers, A max) {
+SOFTMAX_EXT_INLINE Vec<A> sum_of_exp(const A* z, Registers<A> registers, A max, A* kept = nullptr,
+                                     int64_t n = std::numeric_limits<int64_t>::max()) {
   using V = Vec<A>;
   const V shift = shift_of(V(max));
   V sums[kSums] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
   for_each_register(registers, [&](int64_t i, int64_t k) SOFTMAX_EXT_LAMBDA {
     const V e = exp_of_nonpositive(load(z + i, All{}, A(0)) - shift);
-    if constexpr (kKeep) store(z + i, All{}, e);
+    if constexpr (kKeep) {
+      if (i + V::kSize <= n) {
+        store(kept + i, All{}, e);
+      } else {
+        store(kept + i, First{n - i}, e);
+      }
+    }
     sums[k] = sums[k] + e;
   });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -260,17 +308,31 @@ SOFTMAX_EXT_INLINE Vec<A> sum_of_exp(A* z, Registers<A> registers, A max) {
 
 // ---- the rows of a call -------------------------------------------------------------------------
 
-// Where rows of a call lie: in each tensor, by its strides.
+// Some rows of a call along one outer dim, and where these lie in a tensor: `next` from one another.
 struct Place {
   const Dims* dims;
-  const int64_t* index;  // of the first, of each outer dim
-  int along;             // the dim of the others
+  const int64_t* index;  // of the first
+  int along;
 
-  SOFTMAX_EXT_INLINE int64_t operator()(const Strides& strides, int64_t k) const {
-    return outer_offset(*dims, strides, index) + k * strides.of[along];
+  SOFTMAX_EXT_INLINE int64_t first(const Strides& strides) const {
+    return outer_offset(*dims, strides, index);
+  }
+  template <class T>
+  SOFTMAX_EXT_INLINE Few<T> operator()(T* data, const Strides& strides) const {
+    if (data == nullptr) return {nullptr, 0};
+    return {data + first(strides), strides.of[along]};
+  }
+  template <class T>
+  SOFTMAX_EXT_INLINE Few<T> operator()(void* data, const Strides& strides) const {
+    return (*this)(static_cast<T*>(data), strides);
+  }
+  template <class T>
+  SOFTMAX_EXT_INLINE Few<const T> operator()(const void* data, const Strides& strides) const {
+    return (*this)(static_cast<const T*>(data), strides);
   }
 };
 
+// A row alone. index: kMax numbers, to be kept as long.
 inline Place place_of(const Dims& dims, int64_t row, int64_t* index) {
   for (int k = dims.outer - 1; k > 0; --k) {
     index[k] = row % dims.sizes[k];
@@ -280,33 +342,74 @@ inline Place place_of(const Dims& dims, int64_t row, int64_t* index) {
   return {&dims, index, dims.outer - 1};
 }
 
+// What scores are made of in some rows.
 template <class A>
-SOFTMAX_EXT_INLINE RowScores<A> row_scores(const Scores& scores, const Place& place, int64_t k,
-                                           int64_t dim) {
-  RowScores<A> row;
-  double scale = scores.factor;
-  if (scores.scale != nullptr) scale *= scores.scale[place(scores.scale_strides, k)];
-  row.scale = static_cast<A>(scale);
-  row.softcap = static_cast<A>(scores.softcap);
-  row.inverse_cap = static_cast<A>(1 / scores.softcap);
-  row.range = {0, dim};
-  if (scores.is_bounded()) row.range = scores.range(place(scores.query_strides, k), dim);
-  row.mask = nullptr;
-  if (scores.mask != nullptr) {
-    const int64_t offset = place(scores.mask_strides, k) * size_of(scores.mask_dtype);
-    row.mask = static_cast<const char*>(scores.mask) + offset;
-    row.mask_dtype = scores.mask_dtype;
-    row.one_for_all = scores.mask_strides.dim == 0 && dim > 1;
-    if (row.one_for_all && scores.mask_dtype == DType::kBool &&
-        static_cast<const Bool*>(row.mask)->byte == 0) {
-      row.range.end = row.range.begin;
+class ScoresOfRows {
+ public:
+  ScoresOfRows(const Scores& scores, const Place& place, int64_t dim)
+      : scores_(scores),
+        dim_(dim),
+        scale_(place(scores.scale, scores.scale_strides)),
+        sink_(place(scores.sink, scores.sink_strides)),
+        mask_(static_cast<const char*>(scores.mask)) {
+    row_.softcap = static_cast<A>(scores.softcap);
+    row_.inverse_cap = scores.softcap == 0 ? A(0) : static_cast<A>(1 / scores.softcap);
+    row_.mask_dtype = scores.mask_dtype;
+    row_.one_for_all = scores.mask_strides.dim == 0 && dim > 1;
+    if (mask_ != nullptr) {
+      const int64_t size = size_of(scores.mask_dtype);
+      mask_ += place.first(scores.mask_strides) * size;
+      mask_next_ = scores.mask_strides.of[place.along] * size;
+    }
+    if (scores.is_bounded()) {
+      query_ = place.first(scores.query_strides);
+      query_next_ = scores.query_strides.of[place.along];
     }
   }
-  row.sink = kLowest<A>;
-  if (scores.sink != nullptr) {
-    row.sink = static_cast<A>(scores.sink[place(scores.sink_strides, k)]);
+
+  SOFTMAX_EXT_INLINE RowScores<A> operator[](int64_t k) const {
+    RowScores<A> row = row_;
+    row.scale =
+        static_cast<A>(scale_.first == nullptr ? scores_.factor : scores_.factor * *scale_[k]);
+    row.sink = sink_.first == nullptr ? kLowest<A> : static_cast<A>(*sink_[k]);
+    row.range =
+        scores_.is_bounded() ? scores_.range(query_ + k * query_next_, dim_) : Range{0, dim_};
+    row.mask = nullptr;
+    if (mask_ != nullptr) {
+      row.mask = mask_ + k * mask_next_;
+      if (row.one_for_all && row.mask_dtype == DType::kBool &&
+          static_cast<const Bool*>(row.mask)->byte == 0) {
+        row.range.end = row.range.begin;
+      }
+    }
+    return row;
   }
-  return row;
+
+ private:
+  const Scores& scores_;
+  int64_t dim_;
+  Few<const double> scale_, sink_;
+  const char* mask_;
+  int64_t mask_next_ = 0, query_ = 0, query_next_ = 0;
+  RowScores<A> row_{};
+};
+
+// rows(place, first, count) for all rows, `few` of a place at a time.
+template <class A, class Rows>
+void for_each_place(const Shape& shape, const Dims& dims, int64_t few,
+                    std::initializer_list<const Strides*> tensors, const Threads& threads,
+                    Rows rows) {
+  const int64_t most = 4 * few;
+  // Neighbours lie side by side, unless too few of them do.
+  const bool along_last = 2 * dims.sizes[dims.outer - 1] >= few;
+  const Groups groups(dims, few, most, tensors, along_last);
+  parallel_for(threads, groups.count(), ceil_div(grain<A>(shape.dim), most),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const Group group = groups[i];
+                   rows(Place{&dims, group.index, groups.along()}, group.size);
+                 }
+               });
 }
 
 // Of reduce_and_store: rows are read where they lie.

@@ -29,24 +29,33 @@ struct GradientRow {
   RowScores<A> scores;
 };
 
+// Some rows of a call.
 template <class T, class A = compute_t<T>>
-SOFTMAX_EXT_INLINE GradientRow<T> gradient_row(const ScoreBackwardArgs& args, const Place& place,
-                                               int64_t k) {
-  const int64_t a_row = place(args.row_strides, k);
-  const auto at = [&](void* data) SOFTMAX_EXT_LAMBDA {
-    return data == nullptr ? nullptr : static_cast<A*>(data) + a_row;
-  };
-  return {static_cast<const T*>(args.grad_output) + place(args.grad_output_strides, k),
-          static_cast<const T*>(args.output) + place(args.output_strides, k),
-          args.input == nullptr ? nullptr
-                                : static_cast<const T*>(args.input) + place(args.input_strides, k),
-          static_cast<T*>(args.grad_input) + place(args.grad_input_strides, k),
-          nullptr,
-          at(args.grad_scale),
-          at(args.grad_sink),
-          args.lse == nullptr ? A(0) : static_cast<const A*>(args.lse)[a_row],
-          row_scores<A>(args.scores, place, k, args.shape.dim)};
-}
+class GradientRows {
+ public:
+  GradientRows(const ScoreBackwardArgs& args, const Place& place)
+      : grads_(place.operator()<T>(args.grad_output, args.grad_output_strides)),
+        outputs_(place.operator()<T>(args.output, args.output_strides)),
+        inputs_(place.operator()<T>(args.input, args.input_strides)),
+        grad_inputs_(place.operator()<T>(args.grad_input, args.grad_input_strides)),
+        grad_scales_(place.operator()<A>(args.grad_scale, args.row_strides)),
+        grad_sinks_(place.operator()<A>(args.grad_sink, args.row_strides)),
+        lse_(place.operator()<A>(args.lse, args.row_strides)),
+        scores_(args.scores, place, args.shape.dim) {}
+
+  SOFTMAX_EXT_INLINE GradientRow<T> operator[](int64_t k) const {
+    return {grads_[k], outputs_[k],     inputs_[k],     grad_inputs_[k],
+            nullptr,   grad_scales_[k], grad_sinks_[k], lse_.first == nullptr ? A(0) : *lse_[k],
+            scores_[k]};
+  }
+
+ private:
+  Few<const T> grads_, outputs_, inputs_;
+  Few<T> grad_inputs_;
+  Few<A> grad_scales_, grad_sinks_;
+  Few<const A> lse_;
+  ScoresOfRows<A> scores_;
+};
 
 // What a row's gradient needs summed, of the n elements from `first` on, lane by lane.
 template <Op op, class T, class A = compute_t<T>>
@@ -166,7 +175,7 @@ void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& 
   const bool is_safe = args.scores.is_safe();
   const auto row_of = [&](int64_t row) {
     int64_t index[Dims::kMax];
-    return gradient_row<T>(args, place_of(args.dims, row, index), 0);
+    return GradientRows<T>(args, place_of(args.dims, row, index))[0];
   };
   const Buffer<double> of_scale(args.grad_scale == nullptr ? 1 : args.shape.rows() * chunks);
   reduce_and_store<Sum, A>(
@@ -238,10 +247,10 @@ void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& thr
           set_index(index, owned, owned_dims, row);
           const int64_t left = std::min(last - row, run - row % run);
           const int64_t count = std::min(few, left);
-          const Place place{&dims, index, static_cast<int>(along)};
+          const GradientRows<T> of_run(args, Place{&dims, index, static_cast<int>(along)});
           GradientRow<T> gradients[Vec<A>::kSize];
           for (int64_t r = 0; r < count; ++r) {
-            gradients[r] = gradient_row<T>(args, place, r);
+            gradients[r] = of_run[r];
             gradients[r].grad_mask = terms.data() + (row - first + r) * dim;
           }
           score_gradients_of_rows<op, write>(args, gradients, count);
@@ -272,25 +281,18 @@ void score_gradients(const ScoreBackwardArgs& args, const Threads& threads) {
   const int64_t dim = args.shape.dim;
   if (args.grad_mask != nullptr) return score_gradients_with_mask<op, write, T>(args, threads);
   if (dim > kChunk<A>) return score_gradients_of_long_rows<op, write, T>(args, threads);
-  const int64_t few = few_rows<A>(dim), most = 4 * few;
-  const Groups groups(args.dims, few, most,
-                      {&args.grad_output_strides, &args.output_strides, &args.grad_input_strides},
-                      false);
-  parallel_for(threads, groups.count(), ceil_div(grain<A>(dim), most),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   const Group group = groups[i];
-                   const Place place{&args.dims, group.index, groups.along()};
-                   for (int64_t r = 0; r < group.size; r += few) {
-                     const int64_t count = std::min(few, group.size - r);
-                     GradientRow<T> rows[Vec<A>::kSize];
-                     for (int64_t k = 0; k < count; ++k) {
-                       rows[k] = gradient_row<T>(args, place, r + k);
-                     }
-                     score_gradients_of_rows<op, write>(args, rows, count);
-                   }
-                 }
-               });
+  const int64_t few = few_rows<A>(dim);
+  for_each_place<A>(args.shape, args.dims, few,
+                    {&args.grad_output_strides, &args.output_strides, &args.grad_input_strides},
+                    threads, [&](const Place& place, int64_t size) {
+                      const GradientRows<T> all(args, place);
+                      for (int64_t first = 0; first < size; first += few) {
+                        const int64_t count = std::min(few, size - first);
+                        GradientRow<T> rows[Vec<A>::kSize];
+                        for (int64_t r = 0; r < count; ++r) rows[r] = all[first + r];
+                        score_gradients_of_rows<op, write>(args, rows, count);
+                      }
+                    });
 }
 
 template <Op op>

@@ -47,9 +47,24 @@ void store_dead(const A* z, T* y, int64_t n, Registers<A> registers, A dead) {
 template <Op op, class A>
 constexpr A kDead = op == Op::kSoftmax ? A(0) : kLowest<A>;
 
+// Some rows of a call.
+template <class T, class A = compute_t<T>>
+struct ScoreRows {
+  Few<const T> x;
+  Few<T> y;
+  Few<A> lse;
+  ScoresOfRows<A> scores;
+
+  ScoreRows(const ScoreForwardArgs& args, const Place& place)
+      : x(place.operator()<T>(args.input, args.input_strides)),
+        y(place.operator()<T>(args.output, args.output_strides)),
+        lse(place.operator()<A>(args.lse, args.lse_strides)),
+        scores(args.scores, place, args.shape.dim) {}
+};
+
 // `count` rows of at most a chunk, or one.
 template <Op op, Write write, class T>
-void score_short_rows(const ScoreForwardArgs& args, const Place& place, int64_t first,
+void score_short_rows(const ScoreForwardArgs& args, const ScoreRows<T>& at, int64_t first,
                       int64_t count) {
   using A = compute_t<T>;
   using V = Vec<A>;
@@ -60,13 +75,10 @@ void score_short_rows(const ScoreForwardArgs& args, const Place& place, int64_t 
   RowScores<A> rows[V::kSize];
   V lanes[V::kSize];
   alignas(64) A maxes[V::kSize] = {}, sinks[V::kSize] = {};
-  const auto x_of = [&](int64_t r) SOFTMAX_EXT_LAMBDA {
-    return static_cast<const T*>(args.input) + place(args.input_strides, first + r);
-  };
   const auto range_of = [&](int64_t r) SOFTMAX_EXT_LAMBDA { return rows[r].range; };
   for (int64_t r = 0; r < count; ++r) {
-    rows[r] = row_scores<A>(args.scores, place, first + r, dim);
-    lanes[r] = place_scores(x_of(r), scratch + r * apart, 0, range_of(r), rows[r]);
+    rows[r] = at.scores[first + r];
+    lanes[r] = place_scores(at.x[first + r], scratch + r * apart, 0, range_of(r), rows[r]);
   }
   max_over_lanes(lanes, count, maxes);
   if (args.scores.sink != nullptr) {
@@ -76,7 +88,8 @@ void score_short_rows(const ScoreForwardArgs& args, const Place& place, int64_t 
     }
   }
   for (int64_t r = 0; r < count; ++r) {
-    lanes[r] = sum_of_exp<kKeep>(scratch + r * apart, Registers<A>(range_of(r)), maxes[r]);
+    A* const z = scratch + r * apart;
+    lanes[r] = sum_of_exp<kKeep>(z, Registers<A>(range_of(r)), maxes[r], z);
   }
   ExactSum<V> sum = exact_sum_over_lanes(lanes, count);
   const V max = load(maxes, All{}, A(0));
@@ -90,7 +103,7 @@ void score_short_rows(const ScoreForwardArgs& args, const Place& place, int64_t 
       if (args.output == nullptr && maxes[r] == -kLowest<A>) {
         value = lse_of_infinite(scratch + r * apart, Registers<A>(range_of(r)), value);
       }
-      static_cast<A*>(args.lse)[place(args.lse_strides, first + r)] = value;
+      *at.lse[first + r] = value;
     }
   }
   if (args.output == nullptr) return;
@@ -99,12 +112,12 @@ void score_short_rows(const ScoreForwardArgs& args, const Place& place, int64_t 
     const auto formula = of_lane(formulas, r);
     const Registers<A> registers(range_of(r));
     A* const z = scratch + r * apart;
-    T* const y = static_cast<T*>(args.output) + place(args.output_strides, first + r);
+    T* const y = at.y[first + r];
     const bool is_nan = is_safe && sum.sum.raw[r] != sum.sum.raw[r];
     // Before the output, which may be the input.
     alignas(64) A again[kKeep ? kChunk<A> + 2 * V::kSize : 1];
     if constexpr (kKeep) {
-      if (is_nan) place_scores(x_of(r), again, 0, range_of(r), rows[r]);
+      if (is_nan) place_scores(at.x[first + r], again, 0, range_of(r), rows[r]);
     }
     store_chunk<write>(y, dim, registers, kDead<op, A>,
                        [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
@@ -127,17 +140,13 @@ void score_long_rows(const ScoreForwardArgs& args, const Threads& threads) {
   struct Row {
     const T* x;
     T* y;
-    int64_t lse;
+    A* lse;
     RowScores<A> scores;
   };
   const auto row_of = [&](int64_t row) {
     int64_t index[Dims::kMax];
-    const Place place = place_of(args.dims, row, index);
-    return Row{
-        static_cast<const T*>(args.input) + place(args.input_strides, 0),
-        static_cast<T*>(args.output) + (args.output == nullptr ? 0 : place(args.output_strides, 0)),
-        args.lse == nullptr ? 0 : place(args.lse_strides, 0),
-        row_scores<A>(args.scores, place, 0, dim)};
+    const ScoreRows<T> rows(args, place_of(args.dims, row, index));
+    return Row{rows.x[0], rows.y[0], rows.lse[0], rows.scores[0]};
   };
   // As forward_rows: the exps of a chunk are kept in the output's memory where a row stays in cache.
   constexpr bool kByChunk = op == Op::kSoftmax && std::is_same_v<T, A>;
@@ -156,10 +165,7 @@ void score_long_rows(const ScoreForwardArgs& args, const Threads& threads) {
         const Registers<A> registers(range);
         if constexpr (kByChunk) {
           if (keeps) {
-            const V sum = sum_of_exp<true>(z, registers, max);
-            store_chunk<Write::kCached>(at.y + i, n, registers, A(0), [&](int64_t k, auto lanes) {
-              return load(z + k, lanes, A(0));
-            });
+            const V sum = sum_of_exp<true>(z, registers, max, at.y + i, n);
             return OnlineState<double>{max, exact_sum_over_lanes(sum)};
           }
         }
@@ -187,7 +193,7 @@ void score_long_rows(const ScoreForwardArgs& args, const Threads& threads) {
             }
             lse = of_all;
           }
-          static_cast<A*>(args.lse)[at.lse] = lse;
+          *at.lse = lse;
         }
         if (args.output == nullptr) return;
         const auto formula = formula_of_scores<op, T>(V(max), V(sum), V(rest), is_safe);
@@ -220,19 +226,14 @@ void score_rows(const ScoreForwardArgs& args, const Threads& threads) {
   const int64_t dim = args.shape.dim;
   if (dim > kChunk<A>) return score_long_rows<op, write, T>(args, threads);
   const int64_t apart = round_up(dim, Vec<A>::kSize) + Vec<A>::kSize;
-  const int64_t few = std::clamp<int64_t>(kChunk<A> / 2 / apart, 1, Vec<A>::kSize);
-  const int64_t most = 4 * few;
-  const Groups groups(args.dims, few, most, {&args.input_strides, &args.output_strides}, false);
-  parallel_for(threads, groups.count(), ceil_div(grain<A>(dim), most),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   const Group group = groups[i];
-                   const Place place{&args.dims, group.index, groups.along()};
-                   for (int64_t r = 0; r < group.size; r += few) {
-                     score_short_rows<op, write, T>(args, place, r, std::min(few, group.size - r));
-                   }
-                 }
-               });
+  const int64_t few = std::clamp<int64_t>(kChunk<A> / apart, 1, Vec<A>::kSize);
+  for_each_place<A>(args.shape, args.dims, few, {&args.input_strides, &args.output_strides},
+                    threads, [&](const Place& place, int64_t size) {
+                      const ScoreRows<T> rows(args, place);
+                      for (int64_t r = 0; r < size; r += few) {
+                        score_short_rows<op, write, T>(args, rows, r, std::min(few, size - r));
+                      }
+                    });
 }
 
 template <Op op>
