@@ -376,10 +376,13 @@ def _by_torch(*arguments: Any) -> Tensor:
 
 def _computed(name: str, input: Tensor, dtype: torch.dtype | None, arguments: _Arguments) -> Tensor:
     given = (OPS[name], input, dtype, *arguments)
-    if torch.compiler._is_exporting_flag or (is_dynamo_compiling() and not is_of_kernels(input)):
+    if torch.compiler._is_exporting_flag:
         return _by_torch(*given)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
-        return torch.ops.softmax_ext.score_softmax(*given)[0]  # type: ignore[no-any-return]
+        operators = torch.ops.softmax_ext
+        of_kernels = is_of_kernels(input)
+        entry = operators.score_softmax if of_kernels else operators.score_softmax_by_torch
+        return entry(*given)[0]  # type: ignore[no-any-return]
     return _C.score_softmax(*given)  # type: ignore[no-any-return]
 
 
