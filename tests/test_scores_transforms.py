@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from scores_arguments import KINDS, arguments, to_device
 from scores_reference import OURS
 from test_scores_values import MODELS
@@ -240,6 +241,22 @@ def test_opcheck(number: int, op: str, kinds: tuple[str, ...], device: str) -> N
     torch.library.opcheck(
         operators.score_softmax_backward.default, (*arguments, *rest, torch.float32, wanted)
     )
+
+
+def test_bands_that_become_symbolic(device: str) -> None:
+    """As in decoding: the offset and the window are arguments that change."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(x: torch.Tensor, offset: int, left: int) -> torch.Tensor:
+        return softmax_ext.softmax(
+            x, -1, is_causal=True, causal_offset=offset, window=(left, 0), sink=0.0
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    x = torch.randn(3, 4, 9, device=device)
+    for offset, left in [(5, 3), (2, 4), (7, 6), (3, 5)]:
+        torch.testing.assert_close(compiled(x, offset, left), function(x, offset, left))
+    assert counter.frame_count <= 2
 
 
 class Attention(torch.nn.Module):

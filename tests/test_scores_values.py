@@ -421,6 +421,15 @@ def test_a_row_has_the_same_bits_alone(
     assert torch.equal(OURS[op](x[1, 2, 3:], -1, **alone)[0], y[1, 2, 3])
 
 
+def test_numbers_of_numpy(device: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    x = torch.randn(3, 5, device=device)
+    expected = softmax_ext.softmax(x, 1, scale=0.5, softcap=2.0, sink=1.0, window=(1, 2))
+    scores = {"scale": numpy.float32(0.5), "softcap": numpy.float64(2.0), "sink": numpy.int64(1)}
+    window = (numpy.int64(1), numpy.int32(2))
+    assert torch.equal(softmax_ext.softmax(x, numpy.int64(1), window=window, **scores), expected)
+
+
 def test_arguments_that_say_nothing_change_no_bit(device: str) -> None:
     x = torch.randn(3, 5, device=device)
     nothing: dict[str, Any] = dict.fromkeys(("scale", "temperature", "softcap", "mask", "sink"))

@@ -123,15 +123,24 @@ def _type_error(name: str, argument: str, expected: str, value: object) -> TypeE
     )
 
 
+def _is_int(value: object) -> bool:
+    """Or a number of NumPy's or a tensor that Python takes for an index, as torch does."""
+    return type(value) is int or (hasattr(value, "__index__") and not isinstance(value, bool))
+
+
+def _index(value: Any) -> int:
+    """Not of what is an int already, which may be a symbol of a graph."""
+    return value if type(value) is int else operator.index(value)
+
+
 def _rows(name: str, input: Tensor, dim: Any) -> _Rows:
     shape = input.shape
     rank = len(shape) or 1
     dims: list[int] = []
     for each in dim if isinstance(dim, tuple) else (dim,):
-        if type(each) is not int:
-            if isinstance(each, (bool, float, str)) or not hasattr(each, "__index__"):
-                raise _type_error(name, "dim", "int or tuple of ints", each)
-            each = operator.index(each)
+        if not _is_int(each):
+            raise _type_error(name, "dim", "int or tuple of ints", each)
+        each = _index(each)
         if not -rank <= each < rank:
             raise IndexError(
                 f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], "
@@ -245,19 +254,17 @@ def _band(name: str, scores: Scores, rows: _Rows) -> tuple[int, int, int]:
     window: Any = scores.get("window")
     if type(is_causal) is not bool:
         raise _type_error(name, "is_causal", "bool", is_causal)
-    if offset is not None and (isinstance(offset, bool) or not hasattr(offset, "__index__")):
+    if offset is not None and not _is_int(offset):
         raise _type_error(name, "causal_offset", "int", offset)
     left, right = -1, -1
     if window is not None:
-        if not isinstance(window, (tuple, list)) or any(
-            isinstance(each, bool) or not hasattr(each, "__index__") for each in window
-        ):
+        if not isinstance(window, (tuple, list)) or not all(map(_is_int, window)):
             raise _type_error(name, "window", "tuple of two ints", window)
         if len(window) != 2 or min(window) < -1:
             raise ValueError(
                 f"{name}(): expected a window of two ints, each -1 or more, but got {window}"
             )
-        left, right = map(operator.index, window)
+        left, right = map(_index, window)
     if is_causal:
         right = 0
     elif window is None:
@@ -270,7 +277,7 @@ def _band(name: str, scores: Scores, rows: _Rows) -> tuple[int, int, int]:
             f"of them, but got an input of {len(rows.shape)} dims with dim {rows.dims}"
         )
     queries, keys = rows.shape[-2:]
-    return left, right, keys - queries if offset is None else operator.index(offset)
+    return left, right, keys - queries if offset is None else _index(offset)
 
 
 def _sink(name: str, sink: Any, rows: _Rows) -> tuple[Tensor | None, float]:
