@@ -106,6 +106,15 @@ def test_integers(op: str, dtype: torch.dtype, device: str) -> None:
     assert_like_reference(op, input, 1, torch.float32, **scores)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8], ids=str)
+def test_logsumexp_of_integers(dtype: torch.dtype, device: str) -> None:
+    """In torch's default dtype, as torch.logsumexp."""
+    input = torch.randint(0, 2, (3, 5), device=device).to(dtype)
+    for scores in ({}, {"scale": 0.5}):
+        actual = softmax_ext.logsumexp(input, 1, **scores)
+        torch.testing.assert_close(actual, torch.logsumexp(input * scores.get("scale", 1.0), 1))
+
+
 LAYOUTS: dict[str, Any] = {
     "transposed": lambda t: t.mT.contiguous().mT,
     "sliced": lambda t: torch.cat([t, t], -1)[..., : t.size(-1)],
