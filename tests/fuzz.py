@@ -36,6 +36,9 @@ ENTRIES = (
     "switch",
     "switch, backward",
     "switch, backward out",
+    "scores",
+    "scores in place",
+    "scores' backward operator",
 )
 
 
@@ -128,7 +131,34 @@ def run(entry: str, op: str, tensors: list[torch.Tensor], dim: int, dtype: Any) 
         with softmax_ext.enabled():
             return function()
 
+    def scores_by_torch(dtype: torch.dtype) -> Any:
+        """In float64. A row without anything has no probabilities, and no logarithms."""
+        z = x.to(dtype).double() * 0.5
+        z = z.masked_fill(~y, -torch.inf) if y.dtype == torch.bool else z + y.double()
+        if z.shape != x.shape:
+            raise RuntimeError
+        nothing = -torch.inf if op == "log_softmax" else 0.0
+        return TORCH[op](z, dim).nan_to_num(nan=nothing, neginf=nothing).to(dtype)
+
     to = dtype or torch.float32
+    if entry == "scores":
+        return (
+            lambda: OURS[op](x, dim, dtype=dtype, scale=0.5, mask=y),
+            lambda: scores_by_torch(dtype or x.dtype),
+        )
+    if entry == "scores in place":
+        return (
+            lambda: IN_PLACE[op](x, dim, scale=0.5, mask=y),
+            lambda: scores_by_torch(x.dtype),
+        )
+    if entry == "scores' backward operator":
+        number, rest = OPS.index(op), (-1, -1, 0, None, -torch.inf)
+        return (
+            lambda: ops.score_softmax_backward(
+                number, x, y, None, None, None, 1.0, 0.0, None, *rest, to, [True] + 3 * [False]
+            ),
+            lambda: backward_by_torch(to, -1),
+        )
     if entry == "function":
         return lambda: OURS[op](x, dim, dtype=dtype), lambda: TORCH[op](x, dim, dtype=dtype)
     if entry == "out":

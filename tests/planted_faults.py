@@ -40,6 +40,8 @@ GRADIENTS = "tests/test_softmax_backward.py"
 BITS = "tests/test_softmax_batch_invariance.py"
 LAYOUT = "tests/test_softmax_layout.py"
 STRIDES = "tests/test_softmax_layout_strides.py"
+SCORES_PY = "softmax_ext/functional/scores.py"
+SCORES = "tests/test_scores_values.py tests/test_scores_stand_ins.py"
 HOST = "tests/simt/kernels"
 HOST_STRIDES = f"{HOST}/test_strides.py"
 
@@ -602,6 +604,78 @@ FAULTS = [
         "return _C.softmax(-input, dim, dtype, out)",
         "return _C.softmax(-input.to(dtype or input.dtype), dim, dtype, out)",
         VALUES,
+    ),
+    Fault(
+        "a causal mask is top left",
+        "python",
+        SCORES_PY,
+        "keys - queries if offset is None",
+        "0 if offset is None",
+        SCORES,
+    ),
+    Fault(
+        "a window goes behind a causal query",
+        "python",
+        SCORES_PY,
+        "    if is_causal:\n        right = 0\n",
+        "    if is_causal:\n        right = max(right, 0)\n",
+        SCORES,
+    ),
+    Fault(
+        "a temperature multiplies",
+        "python",
+        SCORES_PY,
+        "return None, 1.0 / temperature",
+        "return None, float(temperature)",
+        SCORES,
+    ),
+    Fault(
+        "sinks of heads are of queries",
+        "python",
+        SCORES_PY,
+        "sink = sink.view(-1, 1, 1)",
+        "sink = sink.view(-1, 1)",
+        SCORES,
+    ),
+    Fault(
+        "a mask is not moved with the dims",
+        "python",
+        SCORES_PY,
+        "    return rows.to_last(mask)\n",
+        "    return mask\n",
+        SCORES,
+    ),
+    Fault(
+        "a result over other dims stays permuted",
+        "python",
+        SCORES_PY,
+        ".permute(inverse).contiguous()",
+        ".permute(order).contiguous()",
+        SCORES,
+    ),
+    Fault(
+        "logsumexp of integers is of integers",
+        "python",
+        SCORES_PY,
+        "        dtype = torch.get_default_dtype()\n",
+        "        dtype = torch.float64\n",
+        "tests/test_scores_values.py",
+    ),
+    Fault(
+        "a tensor temperature is not checked",
+        "python",
+        SCORES_PY,
+        "    elif not (values > 0).all():",
+        "    elif not (values > 0).any():",
+        "tests/test_scores_errors.py",
+    ),
+    Fault(
+        "an exported program needs this package",
+        "python",
+        SCORES_PY,
+        "    if torch.compiler._is_exporting_flag:\n        return",
+        "    if False:\n        return",
+        "tests/test_scores_transforms.py",
     ),
 ]
 

@@ -392,12 +392,15 @@ def test_opcheck(
 
 
 def test_every_registered_operator_is_checked() -> None:
+    """Those of scores by test_scores_transforms.py."""
     names = {
         schema.name
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("softmax_ext::")
     }
-    assert names == {f"softmax_ext::{op}{end}" for op in OPS for end in ("", "_backward")}
+    of_softmax = {f"{op}{end}" for op in OPS for end in ("", "_backward")}
+    of_scores = {f"score_softmax{end}" for end in ("", "_backward", "_by_torch")}
+    assert names == {f"softmax_ext::{name}" for name in of_softmax | of_scores}
 
 
 @pytest.mark.parametrize("op", OPS)

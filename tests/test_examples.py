@@ -1,4 +1,6 @@
-"""Known results, as printed in textbooks: to four decimals."""
+"""Known results, as printed in textbooks: to four decimals; and examples/temperature.py."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,3 +43,46 @@ def test_integer_logits(device: str) -> None:
     input = torch.tensor([1, 2, 3], device=device)
     probabilities = softmax_ext.softmax(input, dim=0, dtype=torch.float64)
     assert rounded(probabilities) == [0.0900, 0.2447, 0.6652]
+
+
+@pytest.fixture
+def temperature(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    return pytest.importorskip("temperature", reason="the packages of the extra `demo`")
+
+
+def test_temperature(temperature, tmp_path, capsys):
+    """Probabilities as sure as they are right, of the same classes."""
+    output = tmp_path / "reliability.png"
+    results = temperature.main(output)
+    before, after = results["before"], results["after"]
+    assert after.accuracy == before.accuracy > 0.85
+    assert after.error < 0.6 * before.error
+    printed = capsys.readouterr().out
+    for result in results.values():
+        assert f"{result.accuracy:.4f}" in printed and f"{result.error:.4f}" in printed
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_calibration_of_known_probabilities(temperature):
+    """Of three bins: sure of 0.9 and half right, of 0.7 and all right, of 0.3 and none right."""
+
+    def row(p, chosen):
+        rest = torch.full((10,), (1 - p) / 9)
+        return rest.index_fill(0, torch.tensor([chosen]), p)
+
+    rows = [(0.91, 1), (0.91, 2), (0.71, 3), (0.71, 3), (0.31, 4), (0.31, 4)]
+    labels = torch.tensor([1, 1, 3, 3, 5, 6])
+    result = temperature.calibration(torch.stack([row(*each) for each in rows]), labels)
+    assert result.accuracy == pytest.approx(0.5)
+    assert result.confidence == pytest.approx([0.31, 0.71, 0.91])
+    assert result.right == pytest.approx([0, 1, 0.5])
+    assert result.images == [2, 2, 2]
+    assert result.error == pytest.approx((0.31 + 0.29 + 0.41) / 3)
+
+
+def test_the_temperature_of_known_logits(temperature):
+    """Logits three times as large as those that the labels were drawn by."""
+    logits = 2 * torch.randn(20000, 10)
+    labels = torch.multinomial(torch.softmax(logits, 1), 1)[:, 0]
+    assert temperature.fit_temperature(3 * logits, labels).item() == pytest.approx(3, rel=0.05)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from scores_arguments import KINDS, arguments, to_device
 from scores_reference import OURS
 from test_scores_values import MODELS
@@ -217,6 +218,47 @@ def test_dynamic_shapes_compile_once(device: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("kinds", MODELS, ids=str)
+@pytest.mark.parametrize(("number", "op"), enumerate(OURS), ids=str)
+def test_opcheck(number: int, op: str, kinds: tuple[str, ...], device: str) -> None:
+    """Schema, autograd registration, fake tensors and AOT dispatch of every registered operator."""
+    operators = torch.ops.softmax_ext
+    x = torch.randn(SHAPE, device=device, requires_grad=True)
+    tensors, joined = split(kinds, device, torch.float32)
+    scores = joined(*tensors)
+    scale, mask, sink = (scores.get(name) for name in ("scale", "mask", "sink"))
+    sink = sink.detach().view(-1, 1, 1) if sink is not None and sink.dim() == 1 else sink
+    scale = scale if isinstance(scale, torch.Tensor) else None
+    band = (-1, 0, 1) if scores.get("is_causal") else (-1, -1, 0)
+    rest = (scale, 0.5, scores.get("softcap", 0.0), mask, *band, sink, -torch.inf)
+    torch.library.opcheck(operators.score_softmax.default, (number, x, None, *rest))
+    torch.library.opcheck(operators.score_softmax_by_torch.default, (number, x, None, *rest))
+    y, lse = operators.score_softmax(number, x, None, *rest)
+    wanted = [True, *(getattr(each, "requires_grad", False) for each in (scale, mask, sink))]
+    grad = torch.randn_like(y)
+    arguments = (number, grad, y.detach(), lse.detach(), x.detach())
+    rest = tuple(each.detach() if isinstance(each, torch.Tensor) else each for each in rest)
+    torch.library.opcheck(
+        operators.score_softmax_backward.default, (*arguments, *rest, torch.float32, wanted)
+    )
+
+
+def test_bands_that_become_symbolic(device: str) -> None:
+    """As in decoding: the offset and the window are arguments that change."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(x: torch.Tensor, offset: int, left: int) -> torch.Tensor:
+        return softmax_ext.softmax(
+            x, -1, is_causal=True, causal_offset=offset, window=(left, 0), sink=0.0
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    x = torch.randn(3, 4, 9, device=device)
+    for offset, left in [(5, 3), (2, 4), (7, 6), (3, 5)]:
+        torch.testing.assert_close(compiled(x, offset, left), function(x, offset, left))
+    assert counter.frame_count <= 2
+
+
 class Attention(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -300,6 +342,22 @@ def test_subclass(name: str, of: str, device: str) -> None:
     assert called[0]["mask"] is tensors["mask"] and called[0]["sink"] is tensors["sink"]
     assert type(result) is Subclass
     torch.testing.assert_close(result.as_subclass(torch.Tensor), expected)
+
+
+class Plain(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_compiled_subclass(device: str) -> None:
+    x = torch.randn(3, 4, device=device)
+    function = torch.compile(
+        lambda x: softmax_ext.softmax(x, 1, scale=2.0), fullgraph=True, backend="eager"
+    )
+    y = function(x.as_subclass(Plain))
+    assert type(y) is Plain
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), softmax_ext.softmax(x, 1, scale=2.0))
 
 
 def test_torch_function_mode(device: str) -> None:

@@ -106,6 +106,15 @@ def test_integers(op: str, dtype: torch.dtype, device: str) -> None:
     assert_like_reference(op, input, 1, torch.float32, **scores)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8], ids=str)
+def test_logsumexp_of_integers(dtype: torch.dtype, device: str) -> None:
+    """In torch's default dtype, as torch.logsumexp."""
+    input = torch.randint(0, 2, (3, 5), device=device).to(dtype)
+    for scores in ({}, {"scale": 0.5}):
+        actual = softmax_ext.logsumexp(input, 1, **scores)
+        torch.testing.assert_close(actual, torch.logsumexp(input * scores.get("scale", 1.0), 1))
+
+
 LAYOUTS: dict[str, Any] = {
     "transposed": lambda t: t.mT.contiguous().mT,
     "sliced": lambda t: torch.cat([t, t], -1)[..., : t.size(-1)],
@@ -419,6 +428,15 @@ def test_a_row_has_the_same_bits_alone(
         offset = scores.get("causal_offset")
         alone["causal_offset"] = 3 + (keys - 4 if offset is None else offset)
     assert torch.equal(OURS[op](x[1, 2, 3:], -1, **alone)[0], y[1, 2, 3])
+
+
+def test_numbers_of_numpy(device: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    x = torch.randn(3, 5, device=device)
+    expected = softmax_ext.softmax(x, 1, scale=0.5, softcap=2.0, sink=1.0, window=(1, 2))
+    scores = {"scale": numpy.float32(0.5), "softcap": numpy.float64(2.0), "sink": numpy.int64(1)}
+    window = (numpy.int64(1), numpy.int32(2))
+    assert torch.equal(softmax_ext.softmax(x, numpy.int64(1), window=window, **scores), expected)
 
 
 def test_arguments_that_say_nothing_change_no_bit(device: str) -> None:

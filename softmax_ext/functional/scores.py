@@ -41,6 +41,7 @@ class Scores(TypedDict, total=False):
     sink: float | Tensor | None
 
 
+_NAMES = frozenset(Scores.__annotations__)
 OPS = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}  # as the kernels number them
 
 
@@ -62,18 +63,9 @@ def with_scores(function: _Function) -> _Function:
     return function
 
 
-class _Arguments(NamedTuple):
-    """What the kernels take beside the input, in their order; the rows are along the last dim."""
-
-    scale: Tensor | None
-    factor: float
-    softcap: float
-    mask: Tensor | None
-    left: int
-    right: int
-    offset: int
-    sink: Tensor | None
-    sink_value: float
+# What the kernels take beside the input, in their order: scale, factor, softcap, mask, left, right,
+# offset, sink, sink_value.
+_Arguments = tuple[Tensor | None, float, float, Tensor | None, int, int, int, Tensor | None, float]
 
 
 class _Rows(NamedTuple):
@@ -81,10 +73,7 @@ class _Rows(NamedTuple):
 
     shape: Sequence[int]
     dims: tuple[int, ...]
-
-    @property
-    def are_last(self) -> bool:
-        return self.dims == (len(self.shape) - 1,)
+    are_last: bool  # along the last dim
 
     @property
     def are_neighbours(self) -> bool:
@@ -134,41 +123,63 @@ def _type_error(name: str, argument: str, expected: str, value: object) -> TypeE
     )
 
 
+def _is_int(value: object) -> bool:
+    """Or a number of NumPy's or a tensor that Python takes for an index, as torch does."""
+    return type(value) is int or (hasattr(value, "__index__") and not isinstance(value, bool))
+
+
+def _index(value: Any) -> int:
+    """Not of what is an int already, which may be a symbol of a graph."""
+    return value if type(value) is int else operator.index(value)
+
+
 def _rows(name: str, input: Tensor, dim: Any) -> _Rows:
-    rank = max(input.dim(), 1)
-    dims = []
+    shape = input.shape
+    rank = len(shape) or 1
+    dims: list[int] = []
     for each in dim if isinstance(dim, tuple) else (dim,):
-        if isinstance(each, (bool, float, str)) or not hasattr(each, "__index__"):
+        if not _is_int(each):
             raise _type_error(name, "dim", "int or tuple of ints", each)
-        index = operator.index(each)
-        if not -rank <= index < rank:
+        each = _index(each)
+        if not -rank <= each < rank:
             raise IndexError(
                 f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], "
-                f"but got {index})"
+                f"but got {each})"
             )
-        index %= rank
+        index = each % rank
         if index in dims:
             raise RuntimeError(f"dim {index} appears multiple times in the list of dims")
         dims.append(index)
-    return _Rows(input.shape, tuple(sorted(dims or range(rank))))
+    dims = sorted(dims or range(rank))
+    return _Rows(shape, tuple(dims), dims == [len(shape) - 1])
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return type(value) in (float, int) or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def _check_shape(
-    name: str, argument: str, tensor: Tensor, rows: _Rows, *, along_row: bool = False
+    name: str,
+    argument: str,
+    tensor: Tensor,
+    rows: _Rows,
+    *,
+    along_row: bool = False,
+    shown: Sequence[int] | None = None,
 ) -> None:
-    """That it broadcasts to the input; unless `along_row`, with one number a row."""
+    """That it broadcasts to the input; unless `along_row`, with one number a row.
+
+    The kernels check it too: here it is for what is moved, or has another form there.
+    """
     allowed = [1 if not along_row and d in rows.dims else s for d, s in enumerate(rows.shape)]
     skipped = len(allowed) - tensor.dim()
     if skipped < 0 or any(
         size not in (1, allow) for size, allow in zip(tensor.shape, allowed[skipped:], strict=True)
     ):
         raise RuntimeError(
-            f"{name}(): expected argument '{argument}' of a shape that broadcasts to {allowed}, "
-            f"but got {list(tensor.shape)}"
+            f"{name}(): argument '{argument}' of shape {list(shown or tensor.shape)} cannot be "
+            f"broadcast to 'input' of shape {list(rows.shape)}"
+            + (" with one number for each row" if not along_row else "")
         )
 
 
@@ -178,12 +189,11 @@ def _scale(name: str, scores: Scores, rows: _Rows) -> tuple[Tensor | None, float
         if scale is not None:
             raise ValueError(f"{name}(): expected scale or temperature, but got both")
         return _inverse(name, temperature, rows)
-    if scale is None:
-        return None, 1.0
     if isinstance(scale, Tensor):
-        _check_shape(name, "scale", scale, rows)
+        if not rows.are_last:
+            _check_shape(name, "scale", scale, rows)
         return rows.to_last(scale), 1.0
-    if not _is_number(scale):
+    if scale is None or not _is_number(scale):
         raise _type_error(name, "scale", "float or Tensor", scale)
     return None, float(scale)
 
@@ -222,8 +232,6 @@ def _values(tensor: Tensor) -> Tensor | None:
 
 
 def _softcap(name: str, softcap: Any) -> float:
-    if softcap is None:
-        return 0.0
     if not _is_number(softcap):
         raise _type_error(name, "softcap", "float", softcap)
     if not 0 < softcap < math.inf:
@@ -231,12 +239,11 @@ def _softcap(name: str, softcap: Any) -> float:
     return float(softcap)
 
 
-def _mask(name: str, mask: Any, rows: _Rows) -> Tensor | None:
-    if mask is None:
-        return None
+def _mask(name: str, mask: Any, rows: _Rows) -> Tensor:
     if not isinstance(mask, Tensor):
         raise _type_error(name, "mask", "Tensor", mask)
-    _check_shape(name, "mask", mask, rows, along_row=True)
+    if not rows.are_last:
+        _check_shape(name, "mask", mask, rows, along_row=True)
     return rows.to_last(mask)
 
 
@@ -247,19 +254,17 @@ def _band(name: str, scores: Scores, rows: _Rows) -> tuple[int, int, int]:
     window: Any = scores.get("window")
     if type(is_causal) is not bool:
         raise _type_error(name, "is_causal", "bool", is_causal)
-    if offset is not None and (isinstance(offset, bool) or not hasattr(offset, "__index__")):
+    if offset is not None and not _is_int(offset):
         raise _type_error(name, "causal_offset", "int", offset)
     left, right = -1, -1
     if window is not None:
-        if not isinstance(window, (tuple, list)) or any(
-            isinstance(each, bool) or not hasattr(each, "__index__") for each in window
-        ):
+        if not isinstance(window, (tuple, list)) or not all(map(_is_int, window)):
             raise _type_error(name, "window", "tuple of two ints", window)
         if len(window) != 2 or min(window) < -1:
             raise ValueError(
                 f"{name}(): expected a window of two ints, each -1 or more, but got {window}"
             )
-        left, right = map(operator.index, window)
+        left, right = map(_index, window)
     if is_causal:
         right = 0
     elif window is None:
@@ -272,38 +277,45 @@ def _band(name: str, scores: Scores, rows: _Rows) -> tuple[int, int, int]:
             f"of them, but got an input of {len(rows.shape)} dims with dim {rows.dims}"
         )
     queries, keys = rows.shape[-2:]
-    return left, right, keys - queries if offset is None else operator.index(offset)
+    return left, right, keys - queries if offset is None else _index(offset)
 
 
 def _sink(name: str, sink: Any, rows: _Rows) -> tuple[Tensor | None, float]:
-    if sink is None:
-        return None, -math.inf
     if not isinstance(sink, Tensor):
         if not _is_number(sink):
             raise _type_error(name, "sink", "float or Tensor", sink)
         return None, float(sink)
+    shown = sink.shape
     if sink.dim() == 1 and rows.are_last and len(rows.shape) >= 3:
         sink = sink.view(-1, 1, 1)  # one of each head
-    _check_shape(name, "sink", sink, rows)
+    _check_shape(name, "sink", sink, rows, shown=shown)
     return rows.to_last(sink), -math.inf
 
 
 def _arguments(name: str, rows: _Rows, scores: Scores) -> _Arguments:
     """For the input as `rows.to_last` has it."""
-    scale, factor = _scale(name, scores, rows)
-    softcap = _softcap(name, scores.get("softcap"))
-    mask = _mask(name, scores.get("mask"), rows)
-    left, right, offset = _band(name, scores, rows)
-    sink, sink_value = _sink(name, scores.get("sink"), rows)
-    return _Arguments(scale, factor, softcap, mask, left, right, offset, sink, sink_value)
+    scale, factor, softcap, mask = None, 1.0, 0.0, None
+    left, right, offset = -1, -1, 0
+    sink, sink_value = None, -math.inf
+    if "scale" in scores or "temperature" in scores:
+        scale, factor = _scale(name, scores, rows)
+    if "softcap" in scores:
+        softcap = _softcap(name, scores["softcap"])
+    if "mask" in scores:
+        mask = _mask(name, scores["mask"], rows)
+    if "is_causal" in scores or "window" in scores or "causal_offset" in scores:
+        left, right, offset = _band(name, scores, rows)
+    if "sink" in scores:
+        sink, sink_value = _sink(name, scores["sink"], rows)
+    return (scale, factor, softcap, mask, left, right, offset, sink, sink_value)
 
 
 def given(name: str, scores: Scores) -> Scores:
     """Without those that are as if they were not there."""
-    unknown = [each for each in scores if each not in Scores.__annotations__]
-    if unknown:
+    if not scores.keys() <= _NAMES:
+        unknown = next(each for each in scores if each not in _NAMES)
         raise TypeError(
-            f"{name}() got an unexpected keyword argument '{unknown[0]}'; of scores it takes "
+            f"{name}() got an unexpected keyword argument '{unknown}'; of scores it takes "
             + ", ".join(Scores.__annotations__)
         )
     return {k: v for k, v in scores.items() if v is not None and v is not False}  # type: ignore[return-value]
@@ -346,9 +358,9 @@ def _copied(result: Tensor, out: Tensor) -> Tensor:
     return torch.mul(result, 1, out=out)
 
 
-def overriding(input: Any, scores: Scores) -> tuple[Tensor, ...]:
+def overriding(input: Any, scores: Scores) -> tuple[Any, ...]:
     """The tensors among these, if one is of a class that overrides torch's functions."""
-    tensors = tuple(each for each in (input, *scores.values()) if isinstance(each, Tensor))
+    tensors = (input, *(each for each in scores.values() if isinstance(each, Tensor)))
     return tensors if has_torch_function(tensors) else ()
 
 
@@ -375,12 +387,15 @@ def _by_torch(*arguments: Any) -> Tensor:
 
 
 def _computed(name: str, input: Tensor, dtype: torch.dtype | None, arguments: _Arguments) -> Tensor:
-    given = (OPS[name], input, dtype, *arguments)
-    if torch.compiler._is_exporting_flag or (is_dynamo_compiling() and not is_of_kernels(input)):
-        return _by_torch(*given)  # type: ignore[no-any-return]
+    call = (OPS[name], input, dtype, *arguments)
+    if torch.compiler._is_exporting_flag:
+        return _by_torch(*call)  # type: ignore[no-any-return]
     if is_dynamo_compiling():
-        return torch.ops.softmax_ext.score_softmax(*given)[0]  # type: ignore[no-any-return]
-    return _C.score_softmax(*given)  # type: ignore[no-any-return]
+        operators = torch.ops.softmax_ext
+        of_kernels = is_of_kernels(input)
+        entry = operators.score_softmax if of_kernels else operators.score_softmax_by_torch
+        return entry(*call)[0]  # type: ignore[no-any-return]
+    return _C.score_softmax(*call)  # type: ignore[no-any-return]
 
 
 def softmax_of_scores(
