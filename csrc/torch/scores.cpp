@@ -243,6 +243,16 @@ ScoreTensors score_backward(const at::Tensor& g, const at::Tensor& y, const at::
     return composed_score_gradients(g, y, tensors, options, input_dtype, wanted);
   };
   if (of_shape.input.numel() == 0) return composed();
+  const at::ScalarType wider =
+      is_kernel_output_dtype(input_dtype) ? c10::promoteTypes(dtype, input_dtype) : dtype;
+  if (wider != dtype) {
+    // The gradient is rounded once.
+    ScoreTensors widened = tensors;
+    if (needs_input) widened.input = tensors.input.to(dtype).to(wider);
+    return score_backward(g.to(wider), y.to(wider),
+                          lse.defined() ? lse.to(at::toOpMathType(wider)) : lse, widened, options,
+                          input_dtype, wanted);
+  }
   const at::Tensor grad = of_lse ? g : side_by_side(g), output = side_by_side(y);
   const at::Tensor input = needs_input ? side_by_side(tensors.input.to(dtype)) : at::Tensor();
   const NewTensor grad_input = empty(sizes, dtype, y.device());
