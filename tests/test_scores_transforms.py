@@ -267,6 +267,7 @@ class Attention(torch.nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         y = softmax_ext.softmax(x, -1, scale=0.5, softcap=20.0, is_causal=True, sink=self.sink)
         z = softmax_ext.log_softmax(x, -1, mask=mask).exp()
+        z = z + softmax_ext.softmax_(x * 2, -1, mask=mask) + softmax_ext.softmax(x, (0, 3))
         return y + z + softmax_ext.logsumexp(x, -1, keepdim=True, temperature=2.0)
 
 

@@ -41,7 +41,7 @@ class Scores(TypedDict, total=False):
     sink: float | Tensor | None
 
 
-_NAMES = frozenset(Scores.__annotations__)
+_DEFAULTS = {**dict.fromkeys(Scores.__annotations__), "is_causal": False}
 OPS = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}  # as the kernels number them
 
 
@@ -53,9 +53,7 @@ def with_scores(function: _Function) -> _Function:
     signature = inspect.signature(function, eval_str=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     names = [
-        inspect.Parameter(
-            name, keyword, default=None if name != "is_causal" else False, annotation=hint
-        )
+        inspect.Parameter(name, keyword, default=_DEFAULTS[name], annotation=hint)
         for name, hint in get_type_hints(Scores).items()
     ]
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -312,13 +310,13 @@ def _arguments(name: str, rows: _Rows, scores: Scores) -> _Arguments:
 
 def given(name: str, scores: Scores) -> Scores:
     """Without those that are as if they were not there."""
-    if not scores.keys() <= _NAMES:
-        unknown = next(each for each in scores if each not in _NAMES)
+    if not scores.keys() <= _DEFAULTS.keys():
+        unknown = next(each for each in scores if each not in _DEFAULTS)
         raise TypeError(
             f"{name}() got an unexpected keyword argument '{unknown}'; of scores it takes "
-            + ", ".join(Scores.__annotations__)
+            + ", ".join(_DEFAULTS)
         )
-    return {k: v for k, v in scores.items() if v is not None and v is not False}  # type: ignore[return-value]
+    return {k: v for k, v in scores.items() if v is not _DEFAULTS[k]}  # type: ignore[return-value]
 
 
 def _check_input(name: str, input: Any) -> None:
@@ -435,7 +433,8 @@ def softmax_of_scores_(
     _check_input(name + "_", input)
     scores = given(name + "_", scores)
     rows = _rows(name + "_", input, dim)
-    if scores and rows.are_last and not is_dynamo_compiling():
+    traced = is_dynamo_compiling() or torch.compiler._is_exporting_flag
+    if scores and rows.are_last and not traced:
         _C.score_softmax_(OPS[name], input, *_arguments(name + "_", rows, scores))
         return input
     return input.copy_(softmax_of_scores(name, plain, input, dim, None, None, scores))
