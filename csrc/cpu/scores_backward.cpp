@@ -1,9 +1,10 @@
 // The gradients of scores on the CPU, compiled once for each instruction set as softmax_forward.cpp is. With
 // dz the gradient of softmax or log-softmax:
 //
+//   dz = g exp(z - lse) of logsumexp
 //   dx = dz scale (1 - t^2), with t the tanh of a softcap
 //   of a scale: sum(dz x (1 - t^2)) of a row; of a sink: -exp(sink - lse) sum(what dz has summed)
-//   of a mask: dz, summed over the rows that share an element
+//   of a mask: dz, summed over the rows, or the elements of one, that share an element
 //
 // The schedules are those of scores_forward.cpp, and
 //
@@ -16,17 +17,39 @@
 namespace softmax_ext::cpu {
 namespace {
 
+// The formulas of the gradient, of elements that are read as `output`.
+template <ScoreOp op, class V>
+struct ScoreBackward : Backward<static_cast<Op>(op), V> {};
+
+template <class V>
+struct ScoreBackward<ScoreOp::kLogSumExp, V> {
+  V grad;
+
+  SOFTMAX_EXT_INLINE V of(V, V output) const { return grad * output; }
+};
+
 template <class T, class A = compute_t<T>>
 struct GradientRow {
   const T* grad;
-  const T* output;
-  const T* input;  // null where it is not needed
+  const T* output;  // null for logsumexp
+  const T* input;   // null where it is not needed
   T* grad_input;
-  A* grad_mask;   // to which dz is added, or null
-  A* grad_scale;  // or null
-  A* grad_sink;   // or null
+  A* grad_mask;  // to which dz is added, or null
+  A* grad_mask_of_row;
+  A* grad_scale;
+  A* grad_sink;
   A lse;
   RowScores<A> scores;
+};
+
+// What is summed in a chunk as its gradients are stored.
+struct Stored {
+  double of_scale = 0, of_mask = 0;
+
+  SOFTMAX_EXT_INLINE void add(Stored other) {
+    of_scale += other.of_scale;
+    of_mask += other.of_mask;
+  }
 };
 
 // Some rows of a call.
@@ -38,27 +61,29 @@ class GradientRows {
         outputs_(place.operator()<T>(args.output, args.output_strides)),
         inputs_(place.operator()<T>(args.input, args.input_strides)),
         grad_inputs_(place.operator()<T>(args.grad_input, args.grad_input_strides)),
+        grad_masks_(place.operator()<A>(args.grad_mask_of_rows, args.row_strides)),
         grad_scales_(place.operator()<A>(args.grad_scale, args.row_strides)),
         grad_sinks_(place.operator()<A>(args.grad_sink, args.row_strides)),
         lse_(place.operator()<A>(args.lse, args.row_strides)),
         scores_(args.scores, place, args.shape.dim) {}
 
   SOFTMAX_EXT_INLINE GradientRow<T> operator[](int64_t k) const {
-    return {grads_[k], outputs_[k],     inputs_[k],     grad_inputs_[k],
-            nullptr,   grad_scales_[k], grad_sinks_[k], lse_.first == nullptr ? A(0) : *lse_[k],
+    return {grads_[k],       outputs_[k],    inputs_[k],
+            grad_inputs_[k], nullptr,        grad_masks_[k],
+            grad_scales_[k], grad_sinks_[k], lse_.first == nullptr ? A(0) : *lse_[k],
             scores_[k]};
   }
 
  private:
   Few<const T> grads_, outputs_, inputs_;
   Few<T> grad_inputs_;
-  Few<A> grad_scales_, grad_sinks_;
+  Few<A> grad_masks_, grad_scales_, grad_sinks_;
   Few<const A> lse_;
   ScoresOfRows<A> scores_;
 };
 
 // What a row's gradient needs summed, of the n elements from `first` on, lane by lane.
-template <Op op, class T, class A = compute_t<T>>
+template <ScoreOp op, class T, class A = compute_t<T>>
 SOFTMAX_EXT_INLINE Vec<A> sum_of_terms(const GradientRow<T>& row, int64_t first, int64_t n,
                                        bool is_safe) {
   using V = Vec<A>;
@@ -67,8 +92,8 @@ SOFTMAX_EXT_INLINE Vec<A> sum_of_terms(const GradientRow<T>& row, int64_t first,
   V sums[kSums] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
   const auto add = [&](int64_t i, int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
     const V output = load(y + i, lanes, A(0));
-    V term = Backward<op, V>::term(load(grad + i, lanes, A(0)), output);
-    if (op == Op::kLogSoftmax && is_safe) term = zero_where_lowest(term, output);
+    V term = ScoreBackward<op, V>::term(load(grad + i, lanes, A(0)), output);
+    if (op == ScoreOp::kLogSoftmax && is_safe) term = zero_where_lowest(term, output);
     sums[k] = sums[k] + term;
   };
   for_each_register(Registers<A>(within(row.scores.range, first, n)),
@@ -88,77 +113,99 @@ SOFTMAX_EXT_INLINE V unless_zero(V dz, V value) {
   return dz.raw == typename V::Raw{} ? dz.raw : value.raw;
 }
 
-// Stores the gradients of the n elements from `first` on; the sum of dz x.
-template <Op op, Write write, class T, class A = compute_t<T>>
-SOFTMAX_EXT_INLINE A store_gradients(const GradientRow<T>& row, int64_t first, int64_t n, A sum,
-                                     bool is_safe) {
+// Stores the gradients of the n elements from `first` on, at most a chunk. sum: of the row's terms.
+template <ScoreOp op, Write write, class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE Stored store_gradients(const GradientRow<T>& row, int64_t first, int64_t n,
+                                          A sum, bool is_safe) {
   using V = Vec<A>;
-  const Backward<op, V> formula{sum};
+  constexpr bool kOfLse = op == ScoreOp::kLogSumExp;
+  const Range range = within(row.scores.range, first, n);
+  alignas(64) A scratch[kOfLse ? kChunk<A> + 2 * V::kSize : 1];
+  if constexpr (kOfLse) place_scores(row.input, scratch, first, range, row.scores);
+  const A* const z = scratch;
+  const V lse = shift_of(V(row.lse));
+  const ScoreBackward<op, V> formula{V(kOfLse ? static_cast<A>(to_float(*row.grad)) : sum)};
   const V scale(row.scores.scale), inverse(row.scores.inverse_cap);
-  const bool has_softcap = row.scores.softcap != 0;
-  V of_scale(A(0));
-  V* const scale_sum = &of_scale;
-  const T* const grad = row.grad + first;
-  const T* const y = row.output + first;
-  const T* const x = row.input == nullptr ? nullptr : row.input + first;
+  const bool has_softcap = row.scores.softcap != 0, sums_mask = row.grad_mask_of_row != nullptr;
+  V sums[2] = {V(A(0)), V(A(0))};
+  V* const of_scale = sums;
+  V* const of_mask = sums + 1;
+  const T* const grad = kOfLse ? nullptr : row.grad + first;
+  const T* const y = kOfLse ? nullptr : row.output + first;
+  const bool needs_input = has_softcap || row.grad_scale != nullptr;
+  const T* const x = needs_input ? row.input + first : nullptr;
   A* const grad_mask = row.grad_mask == nullptr ? nullptr : row.grad_mask + first;
-  store_chunk<write>(row.grad_input + first, n, Registers<A>(within(row.scores.range, first, n)),
-                     A(0), [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-                       const V output = load(y + i, lanes, A(0));
-                       V dz = formula.of(load(grad + i, lanes, A(0)), output);
-                       if (op == Op::kLogSoftmax && is_safe) dz = zero_where_lowest(dz, output);
+  store_chunk<write>(row.grad_input + first, n, Registers<A>(range), A(0),
+                     [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+                       V dz;
+                       if constexpr (kOfLse) {
+                         dz = formula.of(V(), exp_of_nonpositive(load(z + i, All{}, A(0)) - lse));
+                         if (!kWhole<decltype(lanes)>) dz = filled(dz, lanes, A(0));
+                       } else {
+                         const V output = load(y + i, lanes, A(0));
+                         dz = formula.of(load(grad + i, lanes, A(0)), output);
+                         if (op == ScoreOp::kLogSoftmax && is_safe)
+                           dz = zero_where_lowest(dz, output);
+                       }
                        if (grad_mask != nullptr) {
                          store(grad_mask + i, lanes, load(grad_mask + i, lanes, A(0)) + dz);
                        }
+                       if (sums_mask) *of_mask = *of_mask + filled(dz, lanes, A(0));
                        if (x != nullptr) {
                          const V input = load(x + i, lanes, A(0));
                          if (has_softcap) {
                            const V t = tanh_of(input * scale * inverse);
                            dz = unless_zero(dz, dz * (V(A(1)) - t * t));
                          }
-                         *scale_sum = *scale_sum + unless_zero(dz, dz * input);
+                         *of_scale = *of_scale + unless_zero(dz, dz * input);
                        }
                        return dz * scale;
                      });
-  return sum_over_lanes(of_scale);
+  return {exact_sum_over_lanes(sums[0]), exact_sum_over_lanes(sums[1])};
 }
 
-template <class T, class A>
-SOFTMAX_EXT_INLINE void store_grad_sink(const GradientRow<T>& row, A sum) {
-  if (row.grad_sink == nullptr) return;
-  const A share = row.scores.sink == kLowest<A> ? A(0) : std::exp(row.scores.sink - row.lse);
-  *row.grad_sink = -share * sum;
+// What a row has one of.
+template <ScoreOp op, class T, class A>
+SOFTMAX_EXT_INLINE void store_of_row(const GradientRow<T>& row, A sum, Stored stored) {
+  if (row.grad_scale != nullptr) *row.grad_scale = static_cast<A>(stored.of_scale);
+  if (row.grad_mask_of_row != nullptr) *row.grad_mask_of_row = static_cast<A>(stored.of_mask);
+  if (row.grad_sink != nullptr) {
+    const A share = row.scores.sink == kLowest<A> ? A(0) : std::exp(row.scores.sink - row.lse);
+    const A of_share = op == ScoreOp::kLogSumExp ? static_cast<A>(to_float(*row.grad)) : -sum;
+    *row.grad_sink = share * of_share;
+  }
 }
 
 // Of at most a chunk, or one row.
-template <Op op, Write write, class T>
+template <ScoreOp op, Write write, class T>
 void score_gradients_of_rows(const ScoreBackwardArgs& args, const GradientRow<T>* rows,
                              int64_t count) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const int64_t dim = args.shape.dim;
   const bool is_safe = args.scores.is_safe();
-  alignas(64) A sums[V::kSize];
-  if (dim <= kChunk<A>) {
-    V lanes[V::kSize];
-    for (int64_t r = 0; r < count; ++r) lanes[r] = sum_of_terms<op>(rows[r], 0, dim, is_safe);
-    rounded_sum_over_lanes(lanes, count, sums);
-  } else {
-    double sum = 0;
-    for (int64_t i = 0; i < dim; i += kChunk<A>) {
-      sum +=
-          exact_sum_over_lanes(sum_of_terms<op>(rows[0], i, std::min(kChunk<A>, dim - i), is_safe));
+  alignas(64) A sums[V::kSize] = {};
+  if constexpr (op != ScoreOp::kLogSumExp) {
+    if (dim <= kChunk<A>) {
+      V lanes[V::kSize];
+      for (int64_t r = 0; r < count; ++r) lanes[r] = sum_of_terms<op>(rows[r], 0, dim, is_safe);
+      rounded_sum_over_lanes(lanes, count, sums);
+    } else {
+      double sum = 0;
+      for (int64_t i = 0; i < dim; i += kChunk<A>) {
+        sum += exact_sum_over_lanes(
+            sum_of_terms<op>(rows[0], i, std::min(kChunk<A>, dim - i), is_safe));
+      }
+      sums[0] = static_cast<A>(sum);
     }
-    sums[0] = static_cast<A>(sum);
   }
   for (int64_t r = 0; r < count; ++r) {
-    double of_scale = 0;
+    Stored stored;
     for (int64_t i = 0; i < dim; i += kChunk<A>) {
-      of_scale +=
-          store_gradients<op, write>(rows[r], i, std::min(kChunk<A>, dim - i), sums[r], is_safe);
+      stored.add(
+          store_gradients<op, write>(rows[r], i, std::min(kChunk<A>, dim - i), sums[r], is_safe));
     }
-    if (rows[r].grad_scale != nullptr) *rows[r].grad_scale = static_cast<A>(of_scale);
-    store_grad_sink(rows[r], sums[r]);
+    store_of_row<op>(rows[r], sums[r], stored);
   }
 }
 
@@ -168,7 +215,7 @@ constexpr int64_t few_rows(int64_t dim) {
   return std::clamp<int64_t>(kChunk<A> / 4 / dim, 1, Vec<A>::kSize);
 }
 
-template <Op op, Write write, class T>
+template <ScoreOp op, Write write, class T>
 void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   const int64_t dim = args.shape.dim, chunks = ceil_div(dim, kChunk<A>);
@@ -177,28 +224,33 @@ void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& 
     int64_t index[Dims::kMax];
     return GradientRows<T>(args, place_of(args.dims, row, index))[0];
   };
-  const Buffer<double> of_scale(args.grad_scale == nullptr ? 1 : args.shape.rows() * chunks);
+  const bool has_numbers =
+      args.grad_scale != nullptr || args.grad_mask_of_rows != nullptr || args.grad_sink != nullptr;
+  const Buffer<Stored> stored(has_numbers ? args.shape.rows() * chunks : 1);
+  const Buffer<A> sums(args.shape.rows());
   reduce_and_store<Sum, A>(
       args.shape.rows(), dim, Unplaced{}, threads,
       [&](int64_t row, int64_t i, int64_t n) {
-        return Sum{exact_sum_over_lanes(sum_of_terms<op>(row_of(row), i, n, is_safe))};
+        if constexpr (op == ScoreOp::kLogSumExp) {
+          return Sum{0};
+        } else {
+          return Sum{exact_sum_over_lanes(sum_of_terms<op>(row_of(row), i, n, is_safe))};
+        }
       },
       [&](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
-        const GradientRow<T> at = row_of(row);
         const A sum = static_cast<A>(of_row.sum);
-        const A of_chunk = store_gradients<op, write>(at, i, n, sum, is_safe);
-        if (args.grad_scale != nullptr) of_scale.data()[row * chunks + i / kChunk<A>] = of_chunk;
-        if (i == 0) store_grad_sink(at, sum);
+        const Stored of_chunk = store_gradients<op, write>(row_of(row), i, n, sum, is_safe);
+        if (has_numbers) stored.data()[row * chunks + i / kChunk<A>] = of_chunk;
+        if (i == 0) sums.data()[row] = sum;
       });
-  if (args.grad_scale == nullptr) return;
-  for (int64_t row = 0; row < args.shape.rows(); ++row) {
-    double sum = 0;
-    for (int64_t k = 0; k < chunks; ++k) sum += of_scale.data()[row * chunks + k];
-    *row_of(row).grad_scale = static_cast<A>(sum);
+  for (int64_t row = 0; has_numbers && row < args.shape.rows(); ++row) {
+    Stored of_row;
+    for (int64_t k = 0; k < chunks; ++k) of_row.add(stored.data()[row * chunks + k]);
+    store_of_row<op>(row_of(row), sums.data()[row], of_row);
   }
 }
 
-template <Op op, Write write, class T>
+template <ScoreOp op, Write write, class T>
 void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   // So many terms of an element's sum are added to each other before they are to the rest.
@@ -275,7 +327,7 @@ void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& thr
   });
 }
 
-template <Op op, Write write, class T>
+template <ScoreOp op, Write write, class T>
 void score_gradients(const ScoreBackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   const int64_t dim = args.shape.dim;
@@ -295,7 +347,7 @@ void score_gradients(const ScoreBackwardArgs& args, const Threads& threads) {
                     });
 }
 
-template <Op op>
+template <ScoreOp op>
 void launch_score_backward(const ScoreBackwardArgs& args, const Threads& threads) {
   const bool streamed = is_streamed(args.shape, args.dims, args.grad_input_strides, args.grad_input,
                                     args.grad_input_dtype, args.grad_input_is_new);
@@ -309,8 +361,9 @@ void launch_score_backward(const ScoreBackwardArgs& args, const Threads& threads
 
 void SOFTMAX_EXT_OF_ISA(launch_score_backward)(const ScoreBackwardArgs& args,
                                                const Threads& threads) {
-  args.op == Op::kSoftmax ? launch_score_backward<Op::kSoftmax>(args, threads)
-                          : launch_score_backward<Op::kLogSoftmax>(args, threads);
+  if (args.output == nullptr) return launch_score_backward<ScoreOp::kLogSumExp>(args, threads);
+  args.op == Op::kSoftmax ? launch_score_backward<ScoreOp::kSoftmax>(args, threads)
+                          : launch_score_backward<ScoreOp::kLogSoftmax>(args, threads);
 }
 
 }  // namespace softmax_ext::cpu

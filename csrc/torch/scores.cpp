@@ -4,8 +4,10 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 
+#include <array>
 #include <utility>
 #include <vector>
 
@@ -50,6 +52,18 @@ c10::DimVector rows_of(const at::Tensor& tensor) {
 
 at::Tensor empty_of_rows(const at::Tensor& tensor, at::ScalarType dtype) {
   return at::empty(rows_of(tensor), tensor.options().dtype(dtype));
+}
+
+// The sum over what a tensor was broadcast to. torch's sum of many elements to one is other bits for another
+// number of threads.
+at::Tensor summed_to(at::Tensor gradient, const at::Tensor& tensor) {
+  constexpr int64_t kMany = 1 << 15, kParts = 1024;
+  if (tensor.numel() == 1 && gradient.numel() >= kMany) {
+    const int64_t more = (kParts - gradient.numel() % kParts) % kParts;
+    gradient = at::constant_pad_nd(gradient.flatten(), {0, more}).view({-1, kParts}).sum(0);
+    return gradient.sum().reshape(tensor.sizes()).to(tensor.scalar_type());
+  }
+  return at::sum_to(std::move(gradient), tensor.sizes()).to(tensor.scalar_type());
 }
 
 // The tensors of a launch, each expanded to the shape of the scores.
@@ -204,79 +218,76 @@ at::Tensor score_forward_in_place(const ScoreTensors& tensors, const ScoreOption
 ScoreTensors score_backward(const at::Tensor& g, const at::Tensor& y, const at::Tensor& lse,
                             const ScoreTensors& tensors, const ScoreOptions& options,
                             at::ScalarType input_dtype, const ScoreWanted& wanted) {
+  const char* const function = name(options.op);
   const at::ScalarType dtype = y.scalar_type(), wide = at::toOpMathType(dtype);
   const bool of_lse = options.op == ScoreOp::kLogSumExp;
   check_gradient(g, y, -1, is_kernel_output_dtype(input_dtype) ? input_dtype : dtype,
                  options.op == ScoreOp::kSoftmax ? Op::kSoftmax : Op::kLogSoftmax);
   const bool needs_input = of_lse || options.softcap != 0 || wanted.scale;
-  TORCH_CHECK(
-      !needs_input || (tensors.input.defined() && (of_lse || tensors.input.sizes() == y.sizes())),
-      name(options.op), "_backward(): expected argument 'input' to have the shape of 'result'");
-  const ScoreTensors of_result{needs_input ? tensors.input : y, tensors.scale, tensors.mask,
-                               tensors.sink};
-  (void)check_scores(of_result, options, dtype);
-  if (of_lse) {
-    if (options.softcap != 0 || wanted.scale || wanted.mask || wanted.sink) {
-      return composed_score_gradients(g, y, tensors, options, input_dtype, wanted);
-    }
-    // The gradient is softmax, weighted: dz = g exp(z - lse).
-    ScoreOptions shares = options;
-    shares.op = ScoreOp::kSoftmax;
-    at::Tensor p = std::get<0>(score_forward(tensors, shares, wide, /*wants_lse=*/false));
-    at::Tensor weight = g.to(wide) * options.factor;
-    if (tensors.scale.defined()) weight = weight * tensors.scale.to(wide);
-    return {p.mul_(weight).to(input_dtype), {}, {}, {}};
-  }
+  TORCH_CHECK(!needs_input || tensors.input.defined(), function,
+              "_backward(): expected an argument 'input'");
+  const ScoreTensors of_shape{needs_input ? tensors.input : y, tensors.scale, tensors.mask,
+                              tensors.sink};
+  (void)check_scores(of_shape, options, dtype);
+  const at::IntArrayRef sizes = of_shape.input.sizes();
+  const c10::DimVector rows = rows_of(of_shape.input);
+  TORCH_CHECK(y.sizes() == (of_lse ? at::IntArrayRef(rows) : sizes), function,
+              "_backward(): expected an argument 'result' of the input ", sizes,
+              ", but got one of ", y.sizes());
   const bool wants_sink = wanted.sink && tensors.sink.defined();
-  TORCH_CHECK(!wants_sink || (lse.defined() && lse.scalar_type() == wide &&
-                              lse.sizes() == rows_of(y) && lse.is_contiguous()),
-              name(options.op), "_backward(): expected argument 'lse' of the result's rows");
-  if (y.numel() == 0) {
+  TORCH_CHECK(
+      !(of_lse || wants_sink) ||
+          (lse.defined() && lse.scalar_type() == wide && lse.is_cpu() && lse.sizes() == rows),
+      function, "_backward(): expected an argument 'lse' of shape ", rows, " and dtype ", wide);
+  const auto composed = [&] {
     return composed_score_gradients(g, y, tensors, options, input_dtype, wanted);
-  }
-  const at::Tensor grad = side_by_side(g), output = side_by_side(y);
+  };
+  if (of_shape.input.numel() == 0) return composed();
+  const at::Tensor grad = of_lse ? g : side_by_side(g), output = side_by_side(y);
   const at::Tensor input = needs_input ? side_by_side(tensors.input.to(dtype)) : at::Tensor();
-  const NewTensor grad_input = empty(y.sizes(), dtype, y.device());
+  const NewTensor grad_input = empty(sizes, dtype, y.device());
   at::Tensor grad_scale, grad_sink, grad_mask;
-  if (wanted.scale) grad_scale = empty_of_rows(y, wide);
-  if (wants_sink) grad_sink = empty_of_rows(y, wide);
+  if (wanted.scale) grad_scale = empty_of_rows(of_shape.input, wide);
+  if (wants_sink) grad_sink = empty_of_rows(of_shape.input, wide);
+  const bool mask_of_rows =
+      wanted.mask && sizes.back() > 1 && (tensors.mask.dim() == 0 || tensors.mask.size(-1) == 1);
   if (wanted.mask) {
-    c10::DimVector sizes(tensors.mask.sizes().begin(), tensors.mask.sizes().end());
-    if (sizes.empty()) sizes.push_back(1);
-    sizes.back() = y.size(-1);
-    grad_mask = at::empty(sizes, y.options().dtype(wide));
+    grad_mask = mask_of_rows ? empty_of_rows(of_shape.input, wide)
+                             : at::empty(tensors.mask.sizes(), y.options().dtype(wide));
   }
-  ScoreBackwardArgs args{
-      {grad.const_data_ptr(), output.const_data_ptr(), grad_input.tensor.mutable_data_ptr(),
-       to_dtype(dtype), to_dtype(dtype), to_shape(y, -1),
-       options.op == ScoreOp::kSoftmax ? Op::kSoftmax : Op::kLogSoftmax, grad_input.is_new}};
-  Call call(y.sizes(), args.shape);
+  ScoreBackwardArgs args{{grad.const_data_ptr(), of_lse ? nullptr : output.const_data_ptr(),
+                          grad_input.tensor.mutable_data_ptr(), to_dtype(dtype), to_dtype(dtype),
+                          to_shape(of_shape.input, -1),
+                          options.op == ScoreOp::kSoftmax ? Op::kSoftmax : Op::kLogSoftmax,
+                          grad_input.is_new}};
+  Call call(sizes, args.shape);
   call.add(grad, args.grad_output_strides);
-  call.add(output, args.output_strides);
+  if (!of_lse) call.add(output, args.output_strides);
   call.add(grad_input.tensor, args.grad_input_strides);
-  call.add_scores(of_result, options, wide, args.scores);
+  call.add_scores(of_shape, options, wide, args.scores);
   if (needs_input) args.input = call.add(input, args.input_strides);
-  if (wants_sink) {
-    args.lse = call.add(lse, args.row_strides);
-    args.grad_sink = grad_sink.mutable_data_ptr();
+  // All that rows have one of lies as one of these does.
+  const at::Tensor lse_of_rows = of_lse || wants_sink ? lse.contiguous() : at::Tensor();
+  for (const at::Tensor* const each :
+       std::array<const at::Tensor*, 3>{&lse_of_rows, &grad_scale, &grad_mask}) {
+    if (each->defined() && each->sizes() == rows) {
+      call.add(*each, args.row_strides);
+      break;
+    }
   }
-  if (wanted.scale) {
-    call.add(grad_scale, args.row_strides);
-    args.grad_scale = grad_scale.mutable_data_ptr();
-  }
-  if (wanted.mask) {
+  if (lse_of_rows.defined()) args.lse = lse_of_rows.const_data_ptr();
+  if (wants_sink) args.grad_sink = grad_sink.mutable_data_ptr();
+  if (wanted.scale) args.grad_scale = grad_scale.mutable_data_ptr();
+  if (mask_of_rows) {
+    args.grad_mask_of_rows = grad_mask.mutable_data_ptr();
+  } else if (wanted.mask) {
     call.add(grad_mask, args.grad_mask_strides);
     args.grad_mask = grad_mask.mutable_data_ptr();
   }
-  if (!call.find(args.dims)) {
-    return composed_score_gradients(g, y, tensors, options, input_dtype, wanted);
-  }
+  if (!call.find(args.dims)) return composed();
   cpu::kernels().launch_score_backward(args, threads(args.shape));
   ScoreTensors gradients;
   if (wanted.input) gradients.input = grad_input.tensor.to(input_dtype);
-  const auto summed_to = [](at::Tensor gradient, const at::Tensor& tensor) {
-    return at::sum_to(std::move(gradient), tensor.sizes()).to(tensor.scalar_type());
-  };
   if (wanted.scale) gradients.scale = summed_to(grad_scale.mul_(options.factor), tensors.scale);
   if (wants_sink) gradients.sink = summed_to(grad_sink, tensors.sink);
   if (wanted.mask) gradients.mask = summed_to(grad_mask, tensors.mask);

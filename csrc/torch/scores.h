@@ -8,17 +8,9 @@
 #include <optional>
 #include <tuple>
 
-#include "softmax_ext/problem.h"
+#include "softmax_ext/scores.h"
 
 namespace softmax_ext {
-
-enum class ScoreOp : int64_t { kSoftmax = 0, kLogSoftmax = 1, kLogSumExp = 2 };
-
-inline const char* name(ScoreOp op) {
-  return op == ScoreOp::kSoftmax      ? "softmax"
-         : op == ScoreOp::kLogSoftmax ? "log_softmax"
-                                      : "logsumexp";
-}
 
 // What scores are made of, besides tensors.
 struct ScoreOptions {

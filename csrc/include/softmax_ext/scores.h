@@ -19,6 +19,12 @@
 
 namespace softmax_ext {
 
+enum class ScoreOp : int { kSoftmax = 0, kLogSoftmax = 1, kLogSumExp = 2 };
+
+constexpr const char* name(ScoreOp op) {
+  return op == ScoreOp::kLogSumExp ? "logsumexp" : name(static_cast<Op>(op));
+}
+
 // The elements of a row that take part.
 struct Range {
   int64_t begin, end;
@@ -47,21 +53,26 @@ struct Scores {
   }
 };
 
-// What a row has one of is of the type that is computed in: float, or double for results of doubles.
-struct ScoreForwardArgs
-    : ForwardArgs {  // of rows: inner is 1; output null where only lse is wanted
+// Of rows: inner is 1. What a row has one of is of the type that is computed in: float, or double where
+// results are doubles. lse is log(sum(exp(z))).
+struct ScoreForwardArgs : ForwardArgs {  // output null: only lse is wanted
   Scores scores{};
-  void* lse = nullptr;  // log(sum(exp(z))), or null
+  void* lse = nullptr;  // or null
   Strides lse_strides{};
 };
 
+// Of logsumexp grad_output has one element for a row, and output is null.
 struct ScoreBackwardArgs : BackwardArgs {
   Scores scores{};
-  const void* input = nullptr;  // of the type of grad_input; where there is a softcap or grad_scale
-  const void* lse = nullptr;    // where there is grad_sink
-  void* grad_scale = nullptr;   // of factor * scale, a number a row; or null
-  void* grad_sink = nullptr;    // a number a row; or null
-  void* grad_mask = nullptr;  // of the type computed in, with 0 strides where it is summed; or null
+  const void* input =
+      nullptr;  // of logsumexp, where there is a softcap, or for grad_scale; else null
+  const void* lse = nullptr;   // of logsumexp, or for grad_sink; else null
+  void* grad_scale = nullptr;  // of factor * scale, a number a row; or null
+  void* grad_sink = nullptr;   // a number a row; or null
+  // Of the type computed in, with 0 strides along the outer dims that it is summed over; or a number a row,
+  // summed over dim. Or null.
+  void* grad_mask = nullptr;
+  void* grad_mask_of_rows = nullptr;
   Strides input_strides{}, row_strides{}, grad_mask_strides{};
 };
 
