@@ -392,8 +392,18 @@ def test_a_wrong_temperature_in_a_graph_and_under_transforms(value: float, devic
     def function(temperature: torch.Tensor) -> torch.Tensor:
         return softmax_ext.softmax(x, 1, temperature=temperature)
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for each in (compiled, lambda t: torch.func.grad(lambda t: function(t).sum())(t)):
+    def mapped(temperature: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(function)(torch.stack([torch.tensor(1.0), temperature]))
+
+    for each in (
+        mapped,
+        torch.func.grad(lambda temperature: function(temperature).sum()),
+        *(
+            torch.compile(traced, fullgraph=True, backend=backend)
+            for traced in (function, mapped)
+            for backend in ("eager", "aot_eager", "inductor")
+        ),
+    ):
         assert each(torch.tensor(2.0)).isfinite().all()
         with pytest.raises((ValueError, RuntimeError), match="temperature above 0"):
             each(torch.tensor(value))

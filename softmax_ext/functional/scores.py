@@ -210,23 +210,24 @@ def _inverse(name: str, temperature: Any, rows: _Rows) -> tuple[Tensor | None, f
             f"{name}(): expected argument 'temperature' of a floating dtype, "
             f"but got {temperature.dtype}"
         )
-    values = _values(temperature)
-    if values is None:
-        torch._assert_async((temperature > 0).all(), message)
-    elif not (values > 0).all():
+    checked: Tensor = _above_0(temperature, message)
+    return rows.to_last(checked.double().reciprocal()), 1.0
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _above_0(tensor: Tensor, message: str) -> Tensor:
+    """The tensor itself. Values that cannot be read at no cost, those of a graph or of another
+    device, are asserted where they are computed."""
+    values = tensor.detach()
+    while torch._C._functorch.is_functorch_wrapped_tensor(values):
+        values = torch._C._functorch.get_unwrapped(values)
+    are_above = (values > 0).all()
+    traced = type(are_above) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+    if traced or values.device.type != "cpu":
+        torch._assert_async(are_above, message)
+    elif not are_above:
         raise ValueError(f"{message}, but got {values}")
-    return rows.to_last(temperature.double().reciprocal()), 1.0
-
-
-def _values(tensor: Tensor) -> Tensor | None:
-    """What can be read at no cost: nothing of a graph, nor of another device; of a transform, the
-    tensor within."""
-    if is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return None
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-    return tensor.detach() if is_plain else None
+    return tensor
 
 
 def _softcap(name: str, softcap: Any) -> float:
