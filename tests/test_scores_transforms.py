@@ -219,7 +219,7 @@ def test_dynamic_shapes_compile_once(device: str) -> None:
 
 
 @pytest.mark.parametrize("kinds", MODELS, ids=str)
-@pytest.mark.parametrize(("number", "op"), enumerate(OURS), ids=str)
+@pytest.mark.parametrize(("number", "op"), list(enumerate(OURS)), ids=str)
 def test_opcheck(number: int, op: str, kinds: tuple[str, ...], device: str) -> None:
     """Schema, autograd registration, fake tensors and AOT dispatch of every registered operator."""
     operators = torch.ops.softmax_ext
