@@ -665,8 +665,8 @@ FAULTS = [
         "a tensor temperature is not checked",
         "python",
         SCORES_PY,
-        "    elif not (values > 0).all():",
-        "    elif not (values > 0).any():",
+        "(values > 0).all()",
+        "(values > 0).any()",
         "tests/test_scores_errors.py",
     ),
     Fault(

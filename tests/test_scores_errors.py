@@ -26,6 +26,9 @@ def bools(*shape: int) -> torch.Tensor:
 # The argument named, what is given, what is raised, and words of it.
 FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mask that is no tensor": ({"mask": [True]}, TypeError, "'mask' must be Tensor, not list"),
+    "no mask": ({"mask": False}, TypeError, "'mask' must be Tensor, not bool"),
+    "no sink": ({"sink": False}, TypeError, "'sink' must be float or Tensor, not bool"),
+    "causal or not": ({"is_causal": None}, TypeError, "'is_causal' must be bool, not NoneType"),
     "int mask": ({"mask": torch.ones(5).int()}, TypeError, "'mask'.* bool or floating.*Int"),
     "complex mask": ({"mask": torch.ones(5).cfloat()}, TypeError, "'mask'.* bool or floating"),
     "mask of more keys": (

@@ -219,7 +219,7 @@ def test_dynamic_shapes_compile_once(device: str) -> None:
 
 
 @pytest.mark.parametrize("kinds", MODELS, ids=str)
-@pytest.mark.parametrize(("number", "op"), enumerate(OURS), ids=str)
+@pytest.mark.parametrize(("number", "op"), list(enumerate(OURS)), ids=str)
 def test_opcheck(number: int, op: str, kinds: tuple[str, ...], device: str) -> None:
     """Schema, autograd registration, fake tensors and AOT dispatch of every registered operator."""
     operators = torch.ops.softmax_ext
@@ -267,6 +267,7 @@ class Attention(torch.nn.Module):
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         y = softmax_ext.softmax(x, -1, scale=0.5, softcap=20.0, is_causal=True, sink=self.sink)
         z = softmax_ext.log_softmax(x, -1, mask=mask).exp()
+        z = z + softmax_ext.softmax_(x * 2, -1, mask=mask) + softmax_ext.softmax(x, (0, 3))
         return y + z + softmax_ext.logsumexp(x, -1, keepdim=True, temperature=2.0)
 
 
@@ -391,8 +392,18 @@ def test_a_wrong_temperature_in_a_graph_and_under_transforms(value: float, devic
     def function(temperature: torch.Tensor) -> torch.Tensor:
         return softmax_ext.softmax(x, 1, temperature=temperature)
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for each in (compiled, lambda t: torch.func.grad(lambda t: function(t).sum())(t)):
+    def mapped(temperature: torch.Tensor) -> torch.Tensor:
+        return torch.vmap(function)(torch.stack([torch.tensor(1.0), temperature]))
+
+    for each in (
+        mapped,
+        torch.func.grad(lambda temperature: function(temperature).sum()),
+        *(
+            torch.compile(traced, fullgraph=True, backend=backend)
+            for traced in (function, mapped)
+            for backend in ("eager", "aot_eager", "inductor")
+        ),
+    ):
         assert each(torch.tensor(2.0)).isfinite().all()
         with pytest.raises((ValueError, RuntimeError), match="temperature above 0"):
             each(torch.tensor(value))

@@ -41,7 +41,7 @@ class Scores(TypedDict, total=False):
     sink: float | Tensor | None
 
 
-_NAMES = frozenset(Scores.__annotations__)
+_DEFAULTS = {**dict.fromkeys(Scores.__annotations__), "is_causal": False}
 OPS = {"softmax": 0, "log_softmax": 1, "logsumexp": 2}  # as the kernels number them
 
 
@@ -53,9 +53,7 @@ def with_scores(function: _Function) -> _Function:
     signature = inspect.signature(function, eval_str=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
     names = [
-        inspect.Parameter(
-            name, keyword, default=None if name != "is_causal" else False, annotation=hint
-        )
+        inspect.Parameter(name, keyword, default=_DEFAULTS[name], annotation=hint)
         for name, hint in get_type_hints(Scores).items()
     ]
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
@@ -212,23 +210,24 @@ def _inverse(name: str, temperature: Any, rows: _Rows) -> tuple[Tensor | None, f
             f"{name}(): expected argument 'temperature' of a floating dtype, "
             f"but got {temperature.dtype}"
         )
-    values = _values(temperature)
-    if values is None:
-        torch._assert_async((temperature > 0).all(), message)
-    elif not (values > 0).all():
+    checked: Tensor = _above_0(temperature, message)
+    return rows.to_last(checked.double().reciprocal()), 1.0
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _above_0(tensor: Tensor, message: str) -> Tensor:
+    """The tensor itself. Values that cannot be read at no cost, those of a graph or of another
+    device, are asserted where they are computed."""
+    values = tensor.detach()
+    while torch._C._functorch.is_functorch_wrapped_tensor(values):
+        values = torch._C._functorch.get_unwrapped(values)
+    are_above = (values > 0).all()
+    traced = type(are_above) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+    if traced or values.device.type != "cpu":
+        torch._assert_async(are_above, message)
+    elif not are_above:
         raise ValueError(f"{message}, but got {values}")
-    return rows.to_last(temperature.double().reciprocal()), 1.0
-
-
-def _values(tensor: Tensor) -> Tensor | None:
-    """What can be read at no cost: nothing of a graph, nor of another device; of a transform, the
-    tensor within."""
-    if is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return None
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
-    return tensor.detach() if is_plain else None
+    return tensor
 
 
 def _softcap(name: str, softcap: Any) -> float:
@@ -312,13 +311,13 @@ def _arguments(name: str, rows: _Rows, scores: Scores) -> _Arguments:
 
 def given(name: str, scores: Scores) -> Scores:
     """Without those that are as if they were not there."""
-    if not scores.keys() <= _NAMES:
-        unknown = next(each for each in scores if each not in _NAMES)
+    if not scores.keys() <= _DEFAULTS.keys():
+        unknown = next(each for each in scores if each not in _DEFAULTS)
         raise TypeError(
             f"{name}() got an unexpected keyword argument '{unknown}'; of scores it takes "
-            + ", ".join(Scores.__annotations__)
+            + ", ".join(_DEFAULTS)
         )
-    return {k: v for k, v in scores.items() if v is not None and v is not False}  # type: ignore[return-value]
+    return {k: v for k, v in scores.items() if v is not _DEFAULTS[k]}  # type: ignore[return-value]
 
 
 def _check_input(name: str, input: Any) -> None:
@@ -435,7 +434,8 @@ def softmax_of_scores_(
     _check_input(name + "_", input)
     scores = given(name + "_", scores)
     rows = _rows(name + "_", input, dim)
-    if scores and rows.are_last and not is_dynamo_compiling():
+    traced = is_dynamo_compiling() or torch.compiler._is_exporting_flag
+    if scores and rows.are_last and not traced:
         _C.score_softmax_(OPS[name], input, *_arguments(name + "_", rows, scores))
         return input
     return input.copy_(softmax_of_scores(name, plain, input, dim, None, None, scores))
