@@ -1,6 +1,7 @@
 """The project's CUDA kernels, run on the CPU by the host executor (kernels.cpp)."""
 
 import argparse
+import bisect
 import os
 import select
 import subprocess
@@ -20,6 +21,9 @@ ORDERS = ("forward", "reverse", "random", "greedy")
 # Of a lane that a case runs slowly in. A sanitizer looks at each access in any order; one warp far
 # ahead of the others, and any order, show it the most of them.
 LANE_ORDERS = {"asan": ("greedy",), "tsan": ("random",)}
+# A process has launches of at most as many threads at a time, and another those of more. Each
+# meeting of a thread under ThreadSanitizer takes as long as its process has ever had threads.
+LANE_CROWDS = {"tsan": (128, 1024)}
 KEPT = FOLDER / "request"  # the last one that failed
 SECONDS = 300  # of one request; more is a loop that never ends
 
@@ -70,7 +74,7 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Host:
-    """The kernels as compiled in one lane, in a process that lives until it reports something."""
+    """The kernels as compiled in one lane, in processes that live until they report something."""
 
     def __init__(self, lane: str, seed: int) -> None:
         self.program = build(lane, "kernels")
@@ -79,9 +83,9 @@ class Host:
         self.orders = LANE_ORDERS.get(lane, ORDERS)
         self.instances: set[Instance] = set()  # what has run
         self.sent = b""  # the last request
-        self.process: subprocess.Popen[bytes] | None = None
+        self.crowds = LANE_CROWDS.get(lane, ())
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}  # by how many crowds are smaller
         self.scratch = tempfile.TemporaryDirectory()
-        self.log = self.counts / "log"
         keep_notes(self.counts, self.program.parent)
 
     @property
@@ -90,10 +94,9 @@ class Host:
         return Path(self.scratch.name)
 
     def close(self) -> None:
-        """Ends the process, which then writes its counts; the next request starts another."""
-        if self.process is not None:
-            self.process.communicate()
-            self.process = None
+        """Ends the processes, which then write their counts; the next request starts another."""
+        while self.processes:
+            self.processes.popitem()[1].communicate()
 
     def plan(
         self,
@@ -156,7 +159,12 @@ class Host:
         request = self._request(direction, op, shape, load, dtype, how)
         data = b"".join(memory_of(t).view(torch.uint8).numpy().tobytes() for t in inputs)
         of_result = memory_of(out)
-        plan, body, exps = self._exchange(request, data, of_result.numel() * dtype.itemsize)
+        crowd = 0
+        if self.crowds:
+            asks = self._request(direction, op, shape, load, dtype, how | {"orders": ()})
+            crowd = self._crowd(self._exchange(asks, b"", 0)[0], int(str(how.get("resident", 1))))
+        size = of_result.numel() * dtype.itemsize
+        plan, body, exps = self._exchange(request, data, size, crowd)
         if plan.blocks > 0:
             self.instances.add(Instance(direction, op, load, dtype, *Instance.of_plan(plan)))
         if not body:  # nothing to do, or the schedule that was asked for cannot do it
@@ -211,32 +219,43 @@ class Host:
         assert how.keys() <= request.keys(), how
         return " ".join(f"{key}={word(value)}" for key, value in (request | how).items())
 
-    def _exchange(self, request: str, data: bytes, size: int) -> tuple[Plan, bytes]:
+    def _crowd(self, plan: Plan, resident: int) -> int:
+        """Of the launch: how many of the lane's crowds are smaller."""
+        blocks = plan.blocks if plan.schedule == "grid" else min(plan.blocks, plan.team * resident)
+        return bisect.bisect_left(self.crowds, blocks * plan.threads)
+
+    def _log(self, crowd: int) -> Path:
+        return self.counts / f"log{crowd}"
+
+    def _exchange(
+        self, request: str, data: bytes, size: int, crowd: int = 0
+    ) -> tuple[Plan, bytes, int]:
         """The answer to the line and the bytes: a line, and `size` bytes."""
         self.sent = sent = f"{request}\n".encode() + data
-        if self.process is None:
-            with self.log.open("wb") as log:
-                self.process = subprocess.Popen(
+        process = self.processes.get(crowd)
+        if process is None:
+            with self._log(crowd).open("wb") as log:
+                process = self.processes[crowd] = subprocess.Popen(
                     [str(self.program)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
                     env=os.environ | counts_below(self.counts, self.program.parent),
                 )
-        assert self.process.stdin and self.process.stdout
+        assert process.stdin and process.stdout
         try:
-            self.process.stdin.write(sent)
-            self.process.stdin.flush()
-            if not select.select([self.process.stdout], [], [], SECONDS)[0]:
-                self.process.kill()
-            head = self.process.stdout.readline().decode()
+            process.stdin.write(sent)
+            process.stdin.flush()
+            if not select.select([process.stdout], [], [], SECONDS)[0]:
+                process.kill()
+            head = process.stdout.readline().decode()
             if " blocks=0 " in head:  # nothing was launched
                 size = 0
-            body = self.process.stdout.read(size) if head else b""
+            body = process.stdout.read(size) if head else b""
         except BrokenPipeError:
             head, body = "", b""
         if not head or len(body) < size:
-            raise AssertionError(self._report(sent))
+            raise AssertionError(self._report(sent, crowd))
         words = dict(each.split("=") for each in head.split())
         problem = words.pop("problem").replace("_", " ")
         exps = int(words.pop("exps"))
@@ -244,15 +263,13 @@ class Host:
         members = {key: int(text) if text.isdecimal() else text for key, text in words.items()}
         return Plan(**members), body, exps
 
-    def _report(self, request: bytes) -> str:
-        assert self.process
-        code = self.process.wait()
-        self.process = None
+    def _report(self, request: bytes, crowd: int) -> str:
+        code = self.processes.pop(crowd).wait()
         KEPT.write_bytes(request)
         line = request.split(b"\n", 1)[0].decode()
         return (
             f"the {self.lane} lane ended with {code}: {line}\n"
-            f"{self.log.read_text(errors='replace')}"
+            f"{self._log(crowd).read_text(errors='replace')}"
             f"run it again: {short(self.program)} < {short(KEPT)} > /dev/null"
         )
 

@@ -18,8 +18,8 @@ FOLDER = ROOT / "build" / "simt"
 
 LANES = {
     "o2": ["-O2", "-g1", "--coverage"],
-    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "tsan": ["-O1", "-g", "-fsanitize=thread"],
+    "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "tsan": ["-O1", "-g1", "-fsanitize=thread"],
     "debug": ["-O0", "-g3"],
     "ucontext": ["-O2", "-g1", "-DSIMT_UCONTEXT"],
 }

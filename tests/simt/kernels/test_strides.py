@@ -72,8 +72,9 @@ def lying(layout: str, values: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def shape_of(way: Way, types: Types) -> Sizes:
-    """Twelve outer indices in three dims, four where rows are long."""
-    outer = (2, 1, 2) if way.long or way.dim(types) > 3 * types.chunk else (2, 3, 2)
+    """Twelve outer indices in three dims, four where rows are long or a cluster has a column."""
+    long = way.long or way.dim(types) > 3 * types.chunk or way.name == "columns: cluster"
+    outer = (2, 1, 2) if long else (2, 3, 2)
     return (*outer, way.dim(types), way.shape(5, types)[2])
 
 
