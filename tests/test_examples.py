@@ -1,9 +1,16 @@
 """Known results, as printed in textbooks: to four decimals."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import softmax_ext
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+import graph_attention  # noqa: E402
 
 ROWS = {
     (1.0, 2.0, 3.0): (0.0900, 0.2447, 0.6652),
@@ -41,3 +48,8 @@ def test_integer_logits(device: str) -> None:
     input = torch.tensor([1, 2, 3], device=device)
     probabilities = softmax_ext.softmax(input, dim=0, dtype=torch.float64)
     assert rounded(probabilities) == [0.0900, 0.2447, 0.6652]
+
+
+def test_graph_attention() -> None:
+    """The same losses as by torch's operators, and more than features alone would tell."""
+    assert graph_attention.main(epochs=30) > 0.85

@@ -8,10 +8,14 @@
 
 namespace softmax_ext::cpu {
 
-#define SOFTMAX_EXT_KERNELS(isa)                                        \
-  void launch_forward_##isa(const ForwardArgs& args, const Threads&);   \
-  void launch_backward_##isa(const BackwardArgs& args, const Threads&); \
-  constexpr Kernels kernels_##isa = {#isa, launch_forward_##isa, launch_backward_##isa};
+#define SOFTMAX_EXT_KERNELS(isa)                                                         \
+  void launch_forward_##isa(const ForwardArgs& args, const Threads&);                    \
+  void launch_backward_##isa(const BackwardArgs& args, const Threads&);                  \
+  void launch_segments_forward_##isa(const SegmentsForwardArgs& args, const Threads&);   \
+  void launch_segments_backward_##isa(const SegmentsBackwardArgs& args, const Threads&); \
+  constexpr Kernels kernels_##isa = {#isa, launch_forward_##isa, launch_backward_##isa,  \
+                                     launch_segments_forward_##isa,                      \
+                                     launch_segments_backward_##isa};
 
 #if defined(SOFTMAX_EXT_AVX512)
 SOFTMAX_EXT_KERNELS(avx512)

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "softmax_ext/problem.h"
+#include "softmax_ext/segments.h"
 
 namespace softmax_ext::cpu {
 
@@ -54,6 +55,8 @@ struct Kernels {
   const char* isa;  // "baseline", "avx2" or "avx512"
   void (*launch_forward)(const ForwardArgs& args, const Threads& threads);
   void (*launch_backward)(const BackwardArgs& args, const Threads& threads);
+  void (*launch_segments_forward)(const SegmentsForwardArgs& args, const Threads& threads);
+  void (*launch_segments_backward)(const SegmentsBackwardArgs& args, const Threads& threads);
 };
 
 // Those that this build has and this processor can run, fastest first.

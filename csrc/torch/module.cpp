@@ -30,6 +30,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("empty_cache", cpu::empty_cache, py::call_guard<py::gil_scoped_release>());
   bind_softmax(module);
   bind_plan(module);
+  bind_segments(module);
 }
 
 }  // namespace

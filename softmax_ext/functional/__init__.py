@@ -1,5 +1,10 @@
 """The functions, with the signatures of torch.nn.functional; a file for each family."""
 
+from softmax_ext.functional.segments import (
+    segment_log_softmax,
+    segment_logsumexp,
+    segment_softmax,
+)
 from softmax_ext.functional.softmax import (
     log_softmax,
     log_softmax_,
@@ -9,4 +14,14 @@ from softmax_ext.functional.softmax import (
     softmin_,
 )
 
-__all__ = ["log_softmax", "log_softmax_", "softmax", "softmax_", "softmin", "softmin_"]
+__all__ = [
+    "log_softmax",
+    "log_softmax_",
+    "segment_log_softmax",
+    "segment_logsumexp",
+    "segment_softmax",
+    "softmax",
+    "softmax_",
+    "softmin",
+    "softmin_",
+]
