@@ -22,13 +22,14 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import softmax_ext
+from benchmarks import segments_cpu_cases
 from benchmarks.common import (
     DTYPES,
     OPS,
@@ -41,7 +42,8 @@ from benchmarks.common import (
 )
 from benchmarks.softmax_cpu_cases import LAYOUTS, MODES, SETS, Case
 
-PEERS = ("torch", "contiguous", "compile", "onnxruntime")
+OPTIONAL = ("compile", "onnxruntime")
+PEERS = ("torch", "contiguous", *OPTIONAL, *segments_cpu_cases.PEERS)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ def contenders(case: Case, peers: Iterable[str]) -> dict[str, Run]:
 
     "contiguous": by softmax_ext, of a contiguous copy where what is read is not.
     """
+    if isinstance(case, segments_cpu_cases.SegmentCase):
+        return segments_cpu_cases.contenders(case)
     shape, dim, mode, dtype = case.shape, case.dim, case.mode, DTYPES[case.dtype]
     torch.manual_seed(0)
     strided, grad = (in_dtype(LAYOUTS[case.layout](shape), dtype) for _ in range(2))
@@ -115,12 +119,13 @@ def contenders(case: Case, peers: Iterable[str]) -> dict[str, Run]:
 
 def verify(case: Case, runs: dict[str, Run]) -> None:
     dtype = DTYPES[case.dtype]
-    expected = runs["torch"]().detach().double()
+    reference = next(name for name in runs if name != "softmax_ext")
+    expected = runs[reference]().detach().double()
     limit = TOLERANCE[dtype] * expected.abs().max().item() + smallest_step(dtype)
     for name, run in runs.items():
         error = (run().detach().double() - expected).abs().max().item()
         if not error <= limit:
-            raise AssertionError(f"{name} and torch differ by up to {error:.3g}: {case}")
+            raise AssertionError(f"{name} and {reference} differ by up to {error:.3g}: {case}")
 
 
 def seconds(run: Run, repeats: int) -> float:
@@ -168,7 +173,7 @@ def measure(case: Case, times: list[dict[str, float]], floors: list[dict[str, fl
     exp_us = median(floors, "exp") * elements / (EXP_ELEMENTS * case.threads)
     floor = max(copy_us, exp_us if case.takes_exp else 0.0)
     return Result(
-        **asdict(case),
+        **{field.name: getattr(case, field.name) for field in fields(Case)},
         us=us,
         speedup={
             name: statistics.median(entry[name] / entry["softmax_ext"] for entry in times)
@@ -190,14 +195,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "out", "backward"])
-    parser.add_argument("--set", choices=SETS, default="shapes", help="columns: inner 2 to 64")
+    parser.add_argument(
+        "--set",
+        choices=[*SETS, "segments"],
+        default="shapes",
+        help="columns: inner 2 to 64; segments: segment_softmax, without `out`",
+    )
     parser.add_argument("--shapes", nargs="+", help="only these, as 4096x16", default=[])
-    parser.add_argument("--peers", nargs="+", choices=PEERS[2:], default=[], help="beside torch")
+    parser.add_argument("--peers", nargs="+", choices=OPTIONAL, default=[], help="beside torch")
     parser.add_argument("--budget", type=float, default=0.1, help="seconds a case in each round")
     parser.add_argument("--rounds", type=int, default=3, help="over all cases, with new tensors")
     parser.add_argument("--json", type=Path, help="where to write the results, and a plot beside")
     parser.add_argument(
-        "--at-least", type=float, help="fail if a speed-up over torch is below this"
+        "--at-least", type=float, help="fail if a speed-up over torch (segments: any) is below this"
     )
     return parser.parse_args()
 
@@ -327,13 +337,19 @@ def main() -> int:
         ):
             print("onnxruntime is missing: pip install softmax_ext[bench]", file=sys.stderr)
             return 2
-    cases = [
-        Case(op, mode, shape, dim, layout, dtype, threads)
-        for threads, (shape, dim, layout), dtype, op, mode in itertools.product(
-            options.threads, SETS[options.set], options.dtypes, options.ops, options.modes
+    if options.set == "segments":
+        cases = segments_cpu_cases.cases(
+            options.threads, options.dtypes, options.ops, options.modes
         )
-        if not options.shapes or "x".join(map(str, shape)) in options.shapes
-    ]
+    else:
+        cases = [
+            Case(op, mode, shape, dim, layout, dtype, threads)
+            for threads, (shape, dim, layout), dtype, op, mode in itertools.product(
+                options.threads, SETS[options.set], options.dtypes, options.ops, options.modes
+            )
+        ]
+    if options.shapes:
+        cases = [case for case in cases if "x".join(map(str, case.shape)) in options.shapes]
     if not cases:
         print("no such case", file=sys.stderr)
         return 2
@@ -356,7 +372,12 @@ def main() -> int:
         options.json.write_text(as_json(head, "results", map(asdict, results)))
         if importlib.util.find_spec("matplotlib"):
             plot(results, options.json.with_suffix(".png"))
-    least = min(result.speedup["torch"] for result in results)
+    least = min(
+        result.speedup[peer]
+        for result in results
+        for peer in ("torch", *segments_cpu_cases.PEERS)
+        if peer in result.speedup
+    )
     if options.at_least is not None and least < options.at_least:
         print(f"a speed-up is below {options.at_least}", file=sys.stderr)
         return 1

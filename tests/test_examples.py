@@ -10,7 +10,7 @@ import softmax_ext
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
-import graph_attention  # noqa: E402
+import graph_attention
 
 ROWS = {
     (1.0, 2.0, 3.0): (0.0900, 0.2447, 0.6652),

@@ -1,4 +1,4 @@
-"""segment_softmax, segment_log_softmax and segment_logsumexp: derivatives, transforms, compilers."""
+"""Derivatives of the operations on segments; transforms and compilers."""
 
 import math
 from collections.abc import Callable
@@ -130,7 +130,7 @@ def test_transforms(op: str, way: str, device: str) -> None:
 def test_vmap_over_the_segments_is_refused(device: str) -> None:
     x = torch.randn(11, device=device)
     pointers_of_each = torch.stack([PTR, PTR]).to(device)
-    with pytest.raises((RuntimeError, NotImplementedError), match="vmap|ptr"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"vmap|ptr"):
         torch.vmap(lambda ptr: OPS["softmax"](x, ptr))(pointers_of_each)
 
 

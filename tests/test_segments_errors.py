@@ -1,4 +1,4 @@
-"""The operations on segments: what is wrong raises, naming the argument, before anything is computed."""
+"""The operations on segments: what is wrong raises first, naming the argument."""
 
 from typing import Any
 

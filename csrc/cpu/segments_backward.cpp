@@ -16,28 +16,33 @@ class SegmentBackward {
       : shape_(args.shape),
         tiles_(tiles),
         scale_(Compute(args.scale)),
-        grads_(args.grad_output, args.shape, args.segments.order != nullptr),
-        outputs_(args.output, args.shape, args.segments.order != nullptr),
-        grad_inputs_(args.grad_input, args.shape, args.segments.order != nullptr) {}
+        grads_(static_cast<const T*>(args.grad_output), args.shape, args.segments.order != nullptr),
+        outputs_(static_cast<const T*>(args.output), args.shape, args.segments.order != nullptr),
+        grad_inputs_(static_cast<T*>(args.grad_input), args.shape, args.segments.order != nullptr) {
+  }
 
   void empty(int64_t, int64_t) const {}
 
-  void whole(int64_t o, int64_t, const RowsOf& rows) const {
-    const T* const grad = grads_.of(o * shape_.dim, rows);
-    const T* const y = outputs_.of(o * shape_.dim, rows);
-    T* const grad_input = grad_inputs_.of(o * shape_.dim, rows);
+  void open(int64_t o, const RowsOf& rows) {
+    grads_.gather(o, rows);
+    outputs_.gather(o, rows);
+    grad_inputs_.open(o, rows);
+  }
+  void close(int64_t o, const RowsOf& rows) const { grad_inputs_.scatter(o, rows); }
+
+  void whole(int64_t, int64_t, int64_t first, int64_t count) const {
+    const T *const grad = grads_.at(first), *const y = outputs_.at(first);
+    T* const grad_input = grad_inputs_.at(first);
     tiles_.for_each([&](int64_t c, const Tile<Compute>& tile) SOFTMAX_EXT_LAMBDA {
-      const V sum = sum_over(tile, grad + c, y + c, rows.count).rounded();
-      write(tile, grad + c, y + c, grad_input + c, rows.count, sum);
+      const V sum = sum_over(tile, grad + c, y + c, count).rounded();
+      write(tile, grad + c, y + c, grad_input + c, count, sum);
     });
-    grad_inputs_.done(o * shape_.dim, rows);
   }
 
-  void reduce(int64_t o, const RowsOf& rows, State* state) const {
-    const T* const grad = grads_.of(o * shape_.dim, rows);
-    const T* const y = outputs_.of(o * shape_.dim, rows);
+  void reduce(int64_t first, int64_t count, State* state) const {
+    const T *const grad = grads_.at(first), *const y = outputs_.at(first);
     tiles_.for_each([&](int64_t c, const Tile<Compute>& tile) {
-      const ExactSum<V> sum = sum_over(tile, grad + c, y + c, rows.count);
+      const ExactSum<V> sum = sum_over(tile, grad + c, y + c, count);
       for (int64_t k = 0; k < tile.width(); ++k) {
         state[c + k] = static_cast<double>(sum.sum.raw[k]) + zero_if_nan(sum.rest).raw[k];
       }
@@ -50,16 +55,14 @@ class SegmentBackward {
     }
   }
 
-  void finish(int64_t o, int64_t, const RowsOf& rows, const State* states) const {
-    const T* const grad = grads_.of(o * shape_.dim, rows);
-    const T* const y = outputs_.of(o * shape_.dim, rows);
-    T* const grad_input = grad_inputs_.of(o * shape_.dim, rows);
+  void finish(int64_t, int64_t, int64_t first, int64_t count, const State* states) const {
+    const T *const grad = grads_.at(first), *const y = outputs_.at(first);
+    T* const grad_input = grad_inputs_.at(first);
     tiles_.for_each([&](int64_t c, const Tile<Compute>& tile) {
       Compute sum[V::kSize];
       for (int64_t k = 0; k < tile.width(); ++k) sum[k] = static_cast<Compute>(states[c + k]);
-      write(tile, grad + c, y + c, grad_input + c, rows.count, tile.spread(sum));
+      write(tile, grad + c, y + c, grad_input + c, count, tile.spread(sum));
     });
-    grad_inputs_.done(o * shape_.dim, rows);
   }
 
  private:
@@ -86,8 +89,8 @@ class SegmentBackward {
   Shape shape_;
   const Tiles<Compute>& tiles_;
   V scale_;
-  GatheredRows<T> grads_, outputs_;
-  ScatteredRows<T> grad_inputs_;
+  Rows<const T> grads_, outputs_;
+  Rows<T> grad_inputs_;
 };
 
 // Of logsumexp: each element by itself.
@@ -104,29 +107,37 @@ class LogSumExpBackward {
         scale_(Compute(args.scale)),
         grads_(static_cast<const T*>(args.grad_output)),
         outputs_(static_cast<const T*>(args.output)),
-        inputs_(args.input, args.shape, args.segments.order != nullptr),
-        grad_inputs_(args.grad_input, args.shape, args.segments.order != nullptr) {}
+        inputs_(static_cast<const T*>(args.input), args.shape, args.segments.order != nullptr),
+        grad_inputs_(static_cast<T*>(args.grad_input), args.shape, args.segments.order != nullptr) {
+  }
 
   void empty(int64_t, int64_t) const {}
 
-  void whole(int64_t o, int64_t s, const RowsOf& rows) const {
+  void open(int64_t o, const RowsOf& rows) {
+    inputs_.gather(o, rows);
+    grad_inputs_.open(o, rows);
+  }
+  void close(int64_t o, const RowsOf& rows) const { grad_inputs_.scatter(o, rows); }
+
+  void whole(int64_t o, int64_t s, int64_t first, int64_t count) const {
     const int64_t segment = (o * count_ + s) * shape_.inner;
-    const T* const input = inputs_.of(o * shape_.dim, rows);
-    T* const grad_input = grad_inputs_.of(o * shape_.dim, rows);
+    const T* const input = inputs_.at(first);
+    T* const grad_input = grad_inputs_.at(first);
     tiles_.for_each([&](int64_t c, const Tile<Compute>& tile) SOFTMAX_EXT_LAMBDA {
       const V grad = tile.spread(grads_ + segment + c) * scale_;
       const V logsumexp = tile.spread(outputs_ + segment + c);
-      tile.for_each_step(rows.count, [&](int64_t, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+      tile.for_each_step(count, [&](int64_t, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
         const V x = load(input + c + i, lanes, {}) * scale_;
         store(grad_input + c + i, lanes, grad * exp_of(x - logsumexp));
       });
     });
-    grad_inputs_.done(o * shape_.dim, rows);
   }
 
-  void reduce(int64_t, const RowsOf&, State*) const {}
+  void reduce(int64_t, int64_t, State*) const {}
   void combine(int64_t, int64_t, State*, int64_t) const {}
-  void finish(int64_t o, int64_t s, const RowsOf& rows, const State*) const { whole(o, s, rows); }
+  void finish(int64_t o, int64_t s, int64_t first, int64_t count, const State*) const {
+    whole(o, s, first, count);
+  }
 
  private:
   using V = Vec<Compute>;
@@ -136,8 +147,8 @@ class LogSumExpBackward {
   const Tiles<Compute>& tiles_;
   V scale_;
   const T *grads_, *outputs_;
-  GatheredRows<T> inputs_;
-  ScatteredRows<T> grad_inputs_;
+  Rows<const T> inputs_;
+  Rows<T> grad_inputs_;
 };
 
 template <template <class> class Kernel>

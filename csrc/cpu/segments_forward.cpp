@@ -8,7 +8,7 @@
 namespace softmax_ext::cpu {
 namespace {
 
-// A column of some rows: their maximum, and the sum of exp(x - max), or of exp(x) where all are -inf.
+// A column of some rows: their maximum, a number or inf, and the sum of exp(x - max).
 struct MaxAndSum {
   double max, sum;
 };
@@ -41,10 +41,11 @@ class SegmentForward {
         count_(args.segments.count),
         tiles_(tiles),
         scale_(Compute(args.scale)),
-        input_(args.input, args.shape, args.segments.order != nullptr),
-        output_(args.output, args.shape, kIsElementwise && args.segments.order != nullptr),
+        input_(static_cast<const T*>(args.input), args.shape, args.segments.order != nullptr),
+        output_(static_cast<T*>(args.output), args.shape,
+                kIsElementwise && args.segments.order != nullptr),
         results_(static_cast<T*>(args.output)),
-        exps_(kIsSoftmax ? chunk_rows(args.shape.inner) * V::kSize : 1) {}
+        exps_(kIsSoftmax ? tiles.steps(chunk_rows(args.shape.inner)) * V::kSize : 1) {}
 
   void empty(int64_t o, int64_t s) const {
     if constexpr (!kIsElementwise) {
@@ -52,40 +53,33 @@ class SegmentForward {
     }
   }
 
-  void whole(int64_t o, int64_t s, const RowsOf& rows) const {
-    const T* const input = input_.of(o * shape_.dim, rows);
-    T* const output = output_of(o, s, rows);
-    tiles_.for_each([&](int64_t c, const Tile<Compute>& tile) SOFTMAX_EXT_LAMBDA {
-      const T* const x = input + c;
-      const V max = max_over(tile, x, rows.count);
-      const ExactSum<V> sum = sum_over(tile, x, rows.count, max, exps_.data());
-      if constexpr (kIsElementwise) {
-        const auto formula = formula_of<kOp, T>(max, sum.sum, sum.rest);
-        T* const y = output + c;
-        tile.for_each_step(
-            rows.count, [&](int64_t k, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-              if constexpr (kIsSoftmax) {
-                store(y + i, lanes, formula.of_exp(load(exps_.data() + k * V::kSize, All{}, {})));
-              } else {
-                store(y + i, lanes, formula.of(scaled(x + i, lanes, scale_)));
-              }
-            });
-      } else {
-        V rest;
-        const V log = log_of(sum.sum, sum.rest, &rest);
-        const V lowest(kLowest<Compute>);
-        tile.write(output + c, sum.sum.raw == typename V::Raw{} ? lowest.raw
-                                                               : ((max + log) + rest).raw);
-      }
-    });
-    if constexpr (kIsElementwise) output_.done(o * shape_.dim, rows);
+  void open(int64_t o, const RowsOf& rows) {
+    input_.gather(o, rows);
+    if constexpr (kIsElementwise) output_.open(o, rows);
+  }
+  void close(int64_t o, const RowsOf& rows) const {
+    if constexpr (kIsElementwise) output_.scatter(o, rows);
   }
 
-  void reduce(int64_t o, const RowsOf& rows, State* state) const {
-    const T* const input = input_.of(o * shape_.dim, rows);
+  void whole(int64_t o, int64_t s, int64_t first, int64_t count) const {
+    const T* const input = input_.at(first);
+    T* const output = kIsElementwise ? output_.at(first) : result(o, s);
+    tiles_.for_each([&](int64_t c, const Tile<Compute>& tile) SOFTMAX_EXT_LAMBDA {
+      visit_few(tile.steps(count), [&](auto steps) SOFTMAX_EXT_LAMBDA {
+        if constexpr (steps() > 0) {
+          few<steps()>(tile, input + c, count, output + c);
+        } else {
+          many(tile, input + c, count, output + c);
+        }
+      });
+    });
+  }
+
+  void reduce(int64_t first, int64_t count, State* state) const {
+    const T* const input = input_.at(first);
     tiles_.for_each([&](int64_t c, const Tile<Compute>& tile) {
-      const V max = max_over(tile, input + c, rows.count);
-      const ExactSum<V> sum = sum_over(tile, input + c, rows.count, max, nullptr);
+      const V max = max_over(tile, input + c, count);
+      const ExactSum<V> sum = sum_over(tile, input + c, count, max, nullptr);
       for (int64_t k = 0; k < tile.width(); ++k) {
         state[c + k] = {max.raw[k], static_cast<double>(sum.sum.raw[k]) + sum.rest.raw[k]};
       }
@@ -106,10 +100,10 @@ class SegmentForward {
     }
   }
 
-  void finish(int64_t o, int64_t, const RowsOf& rows, const State* states) const {
+  void finish(int64_t, int64_t, int64_t first, int64_t count, const State* states) const {
     if constexpr (kIsElementwise) {
-      const T* const input = input_.of(o * shape_.dim, rows);
-      T* const output = output_.of(o * shape_.dim, rows);
+      const T* const input = input_.at(first);
+      T* const output = output_.at(first);
       tiles_.for_each([&](int64_t c, const Tile<Compute>& tile) {
         Compute max[V::kSize], sum[V::kSize], rest[V::kSize];
         for (int64_t k = 0; k < tile.width(); ++k) {
@@ -118,14 +112,13 @@ class SegmentForward {
           rest[k] = static_cast<Compute>(states[c + k].sum - sum[k]);
         }
         const auto formula =
-            formula_of<kOp, T>(tile.spread(max), tile.spread(sum), tile.spread(rest));
+            formula_over(tile.spread(max), ExactSum<V>(tile.spread(sum), tile.spread(rest)));
         const T* const x = input + c;
         T* const y = output + c;
-        tile.for_each_step(rows.count, [&](int64_t, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+        tile.for_each_step(count, [&](int64_t, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
           store(y + i, lanes, formula.of(scaled(x + i, lanes, scale_)));
         });
       });
-      output_.done(o * shape_.dim, rows);
     }
   }
 
@@ -136,9 +129,72 @@ class SegmentForward {
   static constexpr Op kOp = kIsSoftmax ? Op::kSoftmax : Op::kLogSoftmax;
 
   T* result(int64_t o, int64_t s) const { return results_ + (o * count_ + s) * shape_.inner; }
-  T* output_of(int64_t o, int64_t s, const RowsOf& rows) const {
-    if constexpr (kIsElementwise) return output_.of(o * shape_.dim, rows);
-    return result(o, s);
+
+  // Of so few rows that registers hold them.
+  template <int steps>
+  SOFTMAX_EXT_INLINE void few(const Tile<Compute>& tile, const T* x, int64_t rows, T* y) const {
+    V values[steps], exps[steps];
+    tile.template for_each_of<steps>(rows, [&](int k, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+      values[k] = scaled(x + i, lanes, scale_);
+    });
+    V max(kLowestFinite<Compute>);
+    for (int k = 0; k < steps; ++k) max = max_of(values[k], max);
+    max = tile.fold(max, Max{});
+    for (int k = 0; k < steps; ++k) exps[k] = share(values[k], max);
+    const V sum = tile.fold(combine_few<steps>(exps, Add{}), Add{});
+    if constexpr (kIsElementwise) {
+      const auto formula = formula_over(max, ExactSum<V>(sum));
+      tile.template for_each_of<steps>(rows, [&](int k, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+        if constexpr (kIsSoftmax) {
+          store_masked(y + i, lanes, formula.of_exp(exps[k]));
+        } else {
+          store_masked(y + i, lanes, formula.of(values[k]));
+        }
+      });
+    } else {
+      tile.write(y, logsumexp(max, sum));
+    }
+  }
+
+  SOFTMAX_EXT_INLINE void many(const Tile<Compute>& tile, const T* x, int64_t rows, T* y) const {
+    const V max = max_over(tile, x, rows);
+    const ExactSum<V> sum = sum_over(tile, x, rows, max, exps_.data());
+    if constexpr (kIsElementwise) {
+      const auto formula = formula_over(max, sum);
+      tile.for_each_step(rows, [&](int64_t k, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+        if constexpr (kIsSoftmax) {
+          store(y + i, lanes, formula.of_exp(load(exps_.data() + k * V::kSize, All{}, {})));
+        } else {
+          store(y + i, lanes, formula.of(scaled(x + i, lanes, scale_)));
+        }
+      });
+    } else {
+      tile.write(y, logsumexp(max, sum));
+    }
+  }
+
+  // max, or -inf where all elements are.
+  static SOFTMAX_EXT_INLINE V max_or_infinity(V max, V sum) {
+    return sum.raw == typename V::Raw{} ? V(kLowest<Compute>).raw : max.raw;
+  }
+
+  static SOFTMAX_EXT_INLINE auto formula_over(V max, ExactSum<V> sum) {
+    if constexpr (!kIsSoftmax) max = max_or_infinity(max, sum.sum);
+    return formula_of<kOp, T>(max, sum.sum, sum.rest);
+  }
+
+  static SOFTMAX_EXT_INLINE V logsumexp(V max, ExactSum<V> sum) {
+    V rest;
+    const V log = log_of(sum.sum, sum.rest, &rest);
+    return (max_or_infinity(max, sum.sum) + log) + rest;
+  }
+
+  // exp(x - max).
+  static SOFTMAX_EXT_INLINE V share(V x, V max) {
+    const V e = exp_of_nonpositive(x - max);
+    // To logsumexp an infinite maximum counts as 1.
+    if constexpr (!kIsElementwise) return x.raw == max.raw ? V(Compute(1)).raw : e.raw;
+    return e;
   }
 
   SOFTMAX_EXT_INLINE V max_over(const Tile<Compute>& tile, const T* x, int64_t rows) const {
@@ -149,12 +205,8 @@ class SegmentForward {
   // Of exp(x - max). Softmax keeps each, unless `exps` is null.
   SOFTMAX_EXT_INLINE ExactSum<V> sum_over(const Tile<Compute>& tile, const T* x, int64_t rows,
                                           V max, Compute* exps) const {
-    const V shift = shift_of(max);
     return tile.sum(rows, [&](int64_t k, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-      const V value = scaled(x + i, lanes, scale_);
-      V e = exp_of_nonpositive(value - shift);
-      // An infinite maximum counts as 1.
-      if constexpr (!kIsElementwise) e = value.raw == shift.raw ? V(Compute(1)).raw : e.raw;
+      const V e = share(scaled(x + i, lanes, scale_), max);
       if constexpr (kIsSoftmax) {
         if (exps != nullptr) store(exps + k * V::kSize, All{}, e);
       }
@@ -166,8 +218,8 @@ class SegmentForward {
   int64_t count_;
   const Tiles<Compute>& tiles_;
   V scale_;
-  GatheredRows<T> input_;
-  ScatteredRows<T> output_;
+  Rows<const T> input_;
+  Rows<T> output_;
   T* results_;
   Buffer<Compute> exps_;
 };

@@ -3,8 +3,7 @@
 // reduced to a state for every column, one thread combines a segment's states in the order of its
 // chunks, and the chunks are looked at again. So the number of threads changes no bit.
 //
-// Rows that an order scatters over the tensor are gathered first, a chunk at a time: they get the bits of
-// the same rows side by side.
+// Rows that an order scatters over the tensor get the bits of the same rows side by side.
 #pragma once
 
 #include <algorithm>
@@ -22,14 +21,15 @@ inline int64_t chunk_rows(int64_t inner) {
   return std::max(kChunk / inner, kFewest);
 }
 
-// Rows by their numbers: `count` from `first` on, or those that `order` names.
+// Rows of a slice by their places among all segments': `count` from `first` on, which `order` names, or
+// which lie there if it is null.
 struct RowsOf {
   int64_t first;
   const int64_t* order;
   int64_t count;
 };
 
-// copy(to, from, bytes), which most sizes of a row have as a constant.
+// copy(bytes), where bytes() is a constant for most sizes of a row.
 template <class Copy>
 void visit_bytes(int64_t bytes, Copy copy) {
   switch (bytes) {
@@ -48,70 +48,65 @@ void visit_bytes(int64_t bytes, Copy copy) {
   }
 }
 
-// The rows of a tensor as a kernel reads them, one after the other.
+// Rows of a tensor one after the other: where they are, or, of an order, in a buffer. They are gathered
+// before the first, and scattered after the last is worked on, at most a chunk of them: a processor has many
+// under way at once, and what it stored in parts has settled when it is loaded whole.
 template <class T>
-class GatheredRows {
+class Rows {
  public:
-  GatheredRows(const void* tensor, const Shape& shape, bool scattered)
-      : tensor_(static_cast<const T*>(tensor)),
-        inner_(shape.inner),
+  using Element = std::remove_const_t<T>;
+
+  Rows(T* tensor, const Shape& shape, bool scattered)
+      : tensor_(tensor),
+        shape_(shape),
         buffer_(scattered ? chunk_rows(shape.inner) * shape.inner : 1) {}
 
-  const T* of(int64_t outer_row, const RowsOf& rows) const {
-    const T* from = tensor_ + outer_row * inner_;
-    if (rows.order == nullptr) return from + rows.first * inner_;
-    visit_bytes(inner_ * sizeof(T), [&](auto bytes) {
+  // Of slice o.
+  void open(int64_t o, const RowsOf& rows) {
+    T* const slice = tensor_ + o * shape_.dim * shape_.inner;
+    first_ = rows.first;
+    data_ = rows.order == nullptr ? slice + first_ * shape_.inner : buffer_.data();
+  }
+  void gather(int64_t o, const RowsOf& rows) {
+    open(o, rows);
+    if (rows.order == nullptr) return;
+    const T* const slice = tensor_ + o * shape_.dim * shape_.inner;
+    visit_bytes(shape_.inner * sizeof(T), [&](auto bytes) {
       char* to = reinterpret_cast<char*>(buffer_.data());
       for (int64_t k = 0; k < rows.count; ++k) {
-        std::memcpy(to + k * bytes(), from + rows.order[k] * inner_, bytes());
+        std::memcpy(to + k * bytes(), slice + rows.order[k] * shape_.inner, bytes());
       }
     });
-    return buffer_.data();
   }
-
- private:
-  const T* tensor_;
-  int64_t inner_;
-  Buffer<T> buffer_;
-};
-
-// The same as a kernel writes them: to the place of rows, after which done() puts them where they belong.
-template <class T>
-class ScatteredRows {
- public:
-  ScatteredRows(void* tensor, const Shape& shape, bool scattered)
-      : tensor_(static_cast<T*>(tensor)),
-        inner_(shape.inner),
-        buffer_(scattered ? chunk_rows(shape.inner) * shape.inner : 1) {}
-
-  T* of(int64_t outer_row, const RowsOf& rows) const {
-    if (rows.order != nullptr) return buffer_.data();
-    return tensor_ + (outer_row + rows.first) * inner_;
-  }
-
-  void done(int64_t outer_row, const RowsOf& rows) const {
+  void scatter(int64_t o, const RowsOf& rows) const {
     if (rows.order == nullptr) return;
-    T* to = tensor_ + outer_row * inner_;
-    visit_bytes(inner_ * sizeof(T), [&](auto bytes) {
+    T* const slice = tensor_ + o * shape_.dim * shape_.inner;
+    visit_bytes(shape_.inner * sizeof(T), [&](auto bytes) {
       const char* from = reinterpret_cast<const char*>(buffer_.data());
       for (int64_t k = 0; k < rows.count; ++k) {
-        std::memcpy(to + rows.order[k] * inner_, from + k * bytes(), bytes());
+        std::memcpy(slice + rows.order[k] * shape_.inner, from + k * bytes(), bytes());
       }
     });
   }
+
+  // The row of this place, which is open.
+  T* at(int64_t place) const { return data_ + (place - first_) * shape_.inner; }
 
  private:
   T* tensor_;
-  int64_t inner_;
-  Buffer<T> buffer_;
+  Shape shape_;
+  Buffer<Element> buffer_;
+  T* data_ = nullptr;
+  int64_t first_ = 0;
 };
 
 // Runs a kernel on all segments. Kernel, which each thread makes for itself by make(), has
-//   empty(o, s)                 segment s of slice o, which has no rows
-//   whole(o, s, rows)           of at most a chunk of rows
-//   reduce(o, rows, state)      a chunk, to Kernel::State state[inner]
-//   combine(o, s, states, n)    n of those, one after the other, into the first
-//   finish(o, s, rows, state)   a chunk, by what its segment's are combined to
+//   empty(o, s)                        segment s of slice o, which has no rows
+//   open(o, rows), close(o, rows)      before and after the work on rows of slice o
+//   whole(o, s, first, count)          all of segment s: so many open rows from a place on
+//   reduce(first, count, state)        a chunk of one, to Kernel::State state[inner]
+//   combine(o, s, states, n)           n of those, one after the other, into the first
+//   finish(o, s, first, count, state)  a chunk, by what those of its segment are combined to
 template <class Kernel, class Make>
 void for_each_segment(const Shape& shape, const Segments& segments, const Threads& threads,
                       Make make) {
@@ -153,31 +148,42 @@ void for_each_segment(const Shape& shape, const Segments& segments, const Thread
   gaps.emplace_back(gap, shape.dim);
   rows += shape.dim - gap;
 
-  if (rows > 0) parallel_for(
-      threads, shape.outer * rows, grain<A>(shape.inner), [&](int64_t begin, int64_t end) {
-        const Kernel kernel = make();
-        for (int64_t o = begin / rows; o * rows < end; ++o) {
-          // Of the rows of all gaps, those from `first` to `last` are to be taken.
-          int64_t first = std::max<int64_t>(begin - o * rows, 0);
-          int64_t last = std::min(end - o * rows, rows);
-          for (const auto& [gap_begin, gap_end] : gaps) {
-            const int64_t size = gap_end - gap_begin;
-            if (last <= 0) break;
-            if (first < size) {
-              // A segment is of the thread that has its first row.
-              const int64_t row = gap_begin + std::max<int64_t>(first, 0);
-              const int64_t end_row = gap_begin + std::min(last, size);
-              int64_t s = std::lower_bound(pointers, pointers + segments.count, row) - pointers;
-              for (; s < segments.count && pointers[s] < end_row; ++s) {
-                if (pointers[s] == pointers[s + 1]) continue;
-                kernel.whole(o, s, rows_of(pointers[s], pointers[s + 1]));
-              }
-            }
-            first -= size;
-            last -= size;
-          }
+  // The segments that begin at the places of [place, end), in groups of no more than a chunk.
+  const auto take = [&](Kernel& kernel, int64_t o, int64_t place, int64_t end) {
+    int64_t s = std::lower_bound(pointers, pointers + segments.count, place) - pointers;
+    while (s < segments.count && pointers[s] < end) {
+      int64_t next = s + 1;
+      while (next < segments.count && pointers[next] < end &&
+             pointers[next + 1] - pointers[s] <= chunk) {
+        ++next;
+      }
+      const RowsOf group = rows_of(pointers[s], pointers[next]);
+      kernel.open(o, group);
+      for (; s < next; ++s) {
+        const int64_t count = pointers[s + 1] - pointers[s];
+        if (count > 0) kernel.whole(o, s, pointers[s], count);
+      }
+      kernel.close(o, group);
+    }
+  };
+  const auto take_share = [&](int64_t begin, int64_t end) {
+    Kernel kernel = make();
+    for (int64_t o = begin / rows; o * rows < end; ++o) {
+      // From `first` to `last` of the rows in all gaps.
+      int64_t first = std::max<int64_t>(begin - o * rows, 0);
+      int64_t last = std::min(end - o * rows, rows);
+      for (const auto& [gap_begin, gap_end] : gaps) {
+        const int64_t size = gap_end - gap_begin;
+        if (first < size && last > 0) {
+          take(kernel, o, gap_begin + std::max<int64_t>(first, 0),
+               gap_begin + std::min(last, size));
         }
-      });
+        first -= size;
+        last -= size;
+      }
+    }
+  };
+  if (rows > 0) parallel_for(threads, shape.outer * rows, grain<A>(shape.inner), take_share);
 
   if (chunks.empty()) return;
   const int64_t count = static_cast<int64_t>(chunks.size());
@@ -188,12 +194,14 @@ void for_each_segment(const Shape& shape, const Segments& segments, const Thread
   const auto for_each_chunk = [&](auto f) {
     parallel_for(threads, shape.outer * count, grain<A>(chunk * shape.inner),
                  [&](int64_t begin, int64_t end) {
-                   const Kernel kernel = make();
+                   Kernel kernel = make();
                    for (int64_t k = begin; k < end; ++k) f(kernel, k / count, k % count);
                  });
   };
-  for_each_chunk([&](const Kernel& kernel, int64_t o, int64_t k) {
-    kernel.reduce(o, rows_of(chunks[k].begin, chunks[k].end), state_of(o, k));
+  for_each_chunk([&](Kernel& kernel, int64_t o, int64_t k) {
+    const Chunk& each = chunks[k];
+    kernel.open(o, rows_of(each.begin, each.end));
+    kernel.reduce(each.begin, each.end - each.begin, state_of(o, k));
   });
   const int64_t long_count = static_cast<int64_t>(longs.size());
   parallel_for(threads, shape.outer * long_count, grain<A>(shape.inner),
@@ -206,9 +214,12 @@ void for_each_segment(const Shape& shape, const Segments& segments, const Thread
                    kernel.combine(o, longs[j].segment, state_of(o, first), last - first);
                  }
                });
-  for_each_chunk([&](const Kernel& kernel, int64_t o, int64_t k) {
+  for_each_chunk([&](Kernel& kernel, int64_t o, int64_t k) {
     const Chunk& each = chunks[k];
-    kernel.finish(o, each.segment, rows_of(each.begin, each.end), state_of(o, each.first_chunk));
+    const RowsOf open = rows_of(each.begin, each.end);
+    kernel.open(o, open);
+    kernel.finish(o, each.segment, each.begin, open.count, state_of(o, each.first_chunk));
+    kernel.close(o, open);
   });
 }
 

@@ -41,9 +41,9 @@ void check_index(const char* function, const char* argument, const at::Tensor& i
 
 void check_length(const char* function, const char* argument, const at::Tensor& index,
                   const at::Tensor& input, int64_t dim) {
-  TORCH_SYM_CHECK(index.sym_size(0).sym_eq(input.sym_size(dim)), function, "(): expected argument '",
-                  argument, "' to have the length of 'input' along dim ", dim, ", ",
-                  input.sym_size(dim), ", but got ", index.sym_size(0));
+  TORCH_SYM_CHECK(index.sym_size(0).sym_eq(input.sym_size(dim)), function,
+                  "(): expected argument '", argument, "' to have the length of 'input' along dim ",
+                  dim, ", ", input.sym_size(dim), ", but got ", index.sym_size(0));
 }
 
 // Plain memory that a kernel reads.
@@ -194,10 +194,12 @@ void check_segment_gradient(const at::Tensor& grad_output, const at::Tensor& out
   const at::Tensor& elements = input ? *input : output;
   check_segment_dtype(op, output, std::nullopt);
   dim = check_segments(name(op), elements, segments, dim, std::nullopt);
-  const auto check = [&](const char* argument, const at::Tensor& tensor, c10::SymIntArrayRef sizes) {
+  const auto check = [&](const char* argument, const at::Tensor& tensor,
+                         c10::SymIntArrayRef sizes) {
     TORCH_CHECK(tensor.scalar_type() == output.scalar_type(), name(op),
                 "_backward(): expected scalar type ", output.scalar_type(), " but found ",
-                tensor.scalar_type(), ": argument '", argument, "' must have the dtype of 'output'");
+                tensor.scalar_type(), ": argument '", argument,
+                "' must have the dtype of 'output'");
     TORCH_CHECK(tensor.device() == output.device(), name(op),
                 "_backward(): Expected all tensors to be on the same device, but found '", argument,
                 "' on ", tensor.device(), " and 'output' on ", output.device());
@@ -208,8 +210,7 @@ void check_segment_gradient(const at::Tensor& grad_output, const at::Tensor& out
   check("grad_output", grad_output, output.sym_sizes());
   if (!input) return;
   // Of an index there are as many segments as the output has.
-  const c10::SymInt count =
-      segments.ptr ? segments.ptr->sym_size(0) - 1 : output.sym_sizes()[dim];
+  const c10::SymInt count = segments.ptr ? segments.ptr->sym_size(0) - 1 : output.sym_sizes()[dim];
   check("input", elements, elements.sym_sizes());
   check("output", output, segment_sizes(elements, dim, op, count));
 }
@@ -277,13 +278,14 @@ at::Tensor segment_forward_by_torch(const at::Tensor& input, const SegmentTensor
   if (segments.ptr) {
     const at::Tensor& ptr = *segments.ptr;
     at::_assert_async((ptr.diff() >= 0).all() & (ptr[0] == 0) & (ptr[-1] == c10::Scalar(size)),
-                      std::string(name(op)) + "(): argument 'ptr' must go from 0 up to the size of "
-                                              "'input' along dim, and never down");
+                      std::string(name(op)) +
+                          "(): argument 'ptr' must go from 0 up to the size of "
+                          "'input' along dim, and never down");
   } else if (num_segments) {
     const at::Tensor& index = *segments.index;
-    at::_assert_async(((index >= 0) & (index < c10::Scalar(*num_segments))).all(),
-                      std::string(name(op)) +
-                          "(): argument 'index' must have values from 0 to num_segments - 1");
+    at::_assert_async(
+        ((index >= 0) & (index < c10::Scalar(*num_segments))).all(),
+        std::string(name(op)) + "(): argument 'index' must have values from 0 to num_segments - 1");
   }
   const SegmentSums sums(segments, dim, size, num_segments);
   const at::Tensor max = sums.max(x);

@@ -30,7 +30,8 @@ int64_t check_segments(const char* function, const at::Tensor& input,
                        const std::optional<c10::SymInt>& num_segments);
 
 // Raises unless this is a type of results.
-void check_segment_dtype(SegmentOp op, const at::Tensor& input, std::optional<at::ScalarType> dtype);
+void check_segment_dtype(SegmentOp op, const at::Tensor& input,
+                         std::optional<at::ScalarType> dtype);
 
 // How many there are. A tensor of a device is asked for its values, if need be.
 c10::SymInt count_segments(const SegmentTensors& segments,

@@ -76,8 +76,8 @@ template <SegmentOp op>
 void bind_op(py::module_& module) {
   NodeType<SegmentInputGradient<op>>::add();
   NodeType<SegmentGradientOfGradient<op>>::add();
-  module.def(name(op), bind<op>, py::arg("input"), py::arg("ptr"), py::arg("index"),
-             py::arg("dim"), py::arg("scale"), py::arg("dtype"), py::arg("num_segments"));
+  module.def(name(op), bind<op>, py::arg("input"), py::arg("ptr"), py::arg("index"), py::arg("dim"),
+             py::arg("scale"), py::arg("dtype"), py::arg("num_segments"));
 }
 
 }  // namespace

@@ -173,8 +173,8 @@ struct SegmentBackward {
     dim = at::maybe_wrap_dim(dim, output.dim());
     const SegmentSums sums = detail::sums_of(segments, dim, output);
     const at::Tensor g = wide(grad_output), y = wide(output);
-    const at::Tensor result = op == SegmentOp::kSoftmax ? y * (g - sums.total(g * y))
-                                                        : g - y.exp() * sums.total(g);
+    const at::Tensor result =
+        op == SegmentOp::kSoftmax ? y * (g - sums.total(g * y)) : g - y.exp() * sums.total(g);
     return (result * scale).to(output.scalar_type());
   }
 
@@ -280,8 +280,7 @@ struct SegmentBackward<SegmentOp::kLogSumExp> {
     }
     if (!tangents[1].defined() && !tangents[2].defined()) return result;
     dim = at::maybe_wrap_dim(dim, input.dim());
-    const SegmentSums sums =
-        detail::sums_of({ptr, index, order}, dim, input, output.sym_size(dim));
+    const SegmentSums sums = detail::sums_of({ptr, index, order}, dim, input, output.sym_size(dim));
     const at::Tensor factor =
         sums.spread(wide(grad_output)) * share(sums, output, input, scale) * scale;
     for (const bool of_input : {false, true}) {
@@ -334,9 +333,8 @@ struct SegmentInputGradient<SegmentOp::kLogSumExp> {
                                             const std::array<at::Tensor, 5>& saved) const {
     if (!grads[0].defined()) return {at::Tensor()};
     const detail::SavedSegments segments(saved[2], saved[3], saved[4]);
-    return {Rules<SegmentBackward<SegmentOp::kLogSumExp>>::call(grads[0], saved[0], saved[1],
-                                                                segments.ptr, segments.index,
-                                                                segments.order, dim, scale)};
+    return {Rules<SegmentBackward<SegmentOp::kLogSumExp>>::call(
+        grads[0], saved[0], saved[1], segments.ptr, segments.index, segments.order, dim, scale)};
   }
 };
 
