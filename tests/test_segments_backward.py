@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from segment_reference import (
     shuffled,
 )
 from tolerances import FLOATING
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -177,9 +179,11 @@ def test_opcheck(op: str, way: str, device: str) -> None:
     args = (x, ptr, index, None, 0, 0.5, segments.get("num_segments"))
     torch.library.opcheck(operator.default, args)
     y = operator(*args).detach()
-    of_input = (x.detach(),) if op == "logsumexp" else ()
-    backward = getattr(torch.ops.softmax_ext, f"segment_{op}_backward")
-    torch.library.opcheck(backward.default, (y, y, *of_input, ptr, index, None, 0, 0.5))
+    backward = getattr(torch.ops.softmax_ext, f"segment_{op}_backward").default
+    if op == "logsumexp":
+        torch.library.opcheck(backward, (y, y, x.detach(), ptr, index, None, 0, 0.5))
+    else:
+        torch.library.opcheck(backward, (y, y, *args[1:]))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -273,3 +277,20 @@ def test_names_and_saved_tensors(device: str) -> None:
     assert type(node).__name__ == "SoftmaxExtSegmentLogsumexpBackward"
     assert torch.equal(node._saved_ptr.cpu(), PTR)
     assert (node._saved_dim, node._saved_scale) == (0, 0.5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_autograd(op: str, way: str, device: str) -> None:
+    x = torch.randn(11, 3, device=device, requires_grad=True)
+    segments = on(device, WAYS[way])
+    grads = []
+    for compiled in (False, True):
+        y = OPS[op](x, **segments).sigmoid().sum()
+        torch._dynamo.reset()
+        compiler = torch.compile(backend="aot_eager", fullgraph=True)
+        with compiled_autograd._enable(compiler) if compiled else nullcontext():
+            y.backward()
+        grads.append(x.grad)
+        x.grad = None
+    torch.testing.assert_close(*grads)

@@ -92,9 +92,9 @@ def test_operators_check_what_they_are_given() -> None:
     with pytest.raises(ValueError, match="an 'order' needs"):
         ops.segment_softmax(X, None, INDEX, order, 0, 1.0, None)
     with pytest.raises(RuntimeError, match="'grad_output' to have the size"):
-        ops.segment_softmax_backward(X[:3], X, PTR, None, None, 0, 1.0)
+        ops.segment_softmax_backward(X[:3], X, PTR, None, None, 0, 1.0, None)
     with pytest.raises(RuntimeError, match="expected scalar type Float but found Double"):
-        ops.segment_softmax_backward(X.double(), X, PTR, None, None, 0, 1.0)
+        ops.segment_softmax_backward(X.double(), X, PTR, None, None, 0, 1.0, None)
     with pytest.raises(RuntimeError, match="'output' to have the size"):
         ops.segment_logsumexp_backward(X, X, X, PTR, None, None, 0, 1.0)
     with pytest.raises(IndexError, match="'index'"):

@@ -217,13 +217,13 @@ void check_segment_gradient(const at::Tensor& grad_output, const at::Tensor& out
 
 at::Tensor segment_backward(const at::Tensor& grad_output, const at::Tensor& output,
                             const std::optional<at::Tensor>& input, const SegmentTensors& segments,
-                            int64_t dim, double scale, SegmentOp op) {
+                            int64_t dim, double scale, std::optional<c10::SymInt> num_segments,
+                            SegmentOp op) {
   check_segment_gradient(grad_output, output, input, segments, dim, op);
   const at::Tensor& elements = input ? *input : output;
   dim = at::maybe_wrap_dim(dim, elements.dim());
-  std::optional<c10::SymInt> count;
-  if (input && segments.index) count = output.sym_size(dim);
-  const SortedSegments sorted = sort_segments(name(op), elements, segments, dim, count);
+  if (input && segments.index) num_segments = output.sym_size(dim);
+  const SortedSegments sorted = sort_segments(name(op), elements, segments, dim, num_segments);
   const at::Tensor g = grad_output.contiguous(), y = output.contiguous(), x = elements.contiguous();
   const at::Tensor grad_input = empty(elements.sizes(), output.scalar_type(), at::kCPU).tensor;
   if (grad_input.numel() == 0) return grad_input;

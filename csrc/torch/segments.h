@@ -59,7 +59,8 @@ at::Tensor segment_forward(const at::Tensor& input, const SegmentTensors& segmen
 // `input` of kLogSumExp alone.
 at::Tensor segment_backward(const at::Tensor& grad_output, const at::Tensor& output,
                             const std::optional<at::Tensor>& input, const SegmentTensors& segments,
-                            int64_t dim, double scale, SegmentOp op);
+                            int64_t dim, double scale, std::optional<c10::SymInt> num_segments,
+                            SegmentOp op);
 
 // Raises unless these can be the arguments of a backward call; sizes may be symbolic.
 void check_segment_gradient(const at::Tensor& grad_output, const at::Tensor& output,

@@ -106,8 +106,9 @@ struct SegmentForward {
   }
 
   static SegmentInputGradient<op> gradient(const at::Tensor& input, MaybeTensor, MaybeTensor,
-                                           MaybeTensor, int64_t dim, double scale, MaybeSize) {
-    return {at::maybe_wrap_dim(dim, input.dim()), scale};
+                                           MaybeTensor, int64_t dim, double scale,
+                                           MaybeSize num_segments) {
+    return {at::maybe_wrap_dim(dim, input.dim()), scale, num_segments};
   }
 
   static auto saved(const at::Tensor& result, const at::Tensor& input, MaybeTensor ptr,
@@ -130,7 +131,8 @@ struct SegmentForward {
                             MaybeTensor order, int64_t dim, double scale, MaybeSize num_segments) {
     const at::Tensor& tangent = tangents[0];
     if constexpr (op == SegmentOp::kSoftmax) {
-      return Rules<SegmentBackward<op>>::call(tangent, y, ptr, index, order, dim, scale);
+      return Rules<SegmentBackward<op>>::call(tangent, y, ptr, index, order, dim, scale,
+                                              num_segments);
     } else {
       dim = at::maybe_wrap_dim(dim, input.dim());
       if (op == SegmentOp::kLogSumExp) num_segments = y.sym_size(dim);
@@ -154,24 +156,29 @@ struct SegmentBackward {
   static constexpr const char* kSchema =
       op == SegmentOp::kSoftmax
           ? "softmax_ext::segment_softmax_backward(Tensor grad_output, Tensor output, Tensor? ptr, "
-            "Tensor? index, Tensor? order, int dim, float scale) -> Tensor"
+            "Tensor? index, Tensor? order, int dim, float scale, SymInt? num_segments) -> Tensor"
           : "softmax_ext::segment_log_softmax_backward(Tensor grad_output, Tensor output, Tensor? "
-            "ptr, Tensor? index, Tensor? order, int dim, float scale) -> Tensor";
+            "ptr, Tensor? index, Tensor? order, int dim, float scale, SymInt? num_segments) -> "
+            "Tensor";
   static constexpr size_t kDim = 5;
 
   static at::Tensor kernel(const at::Tensor& grad_output, const at::Tensor& output, MaybeTensor ptr,
-                           MaybeTensor index, MaybeTensor order, int64_t dim, double scale) {
-    if (!output.is_cpu()) return torchs(grad_output, output, ptr, index, order, dim, scale);
-    return segment_backward(grad_output, output, std::nullopt, {ptr, index, order}, dim, scale, op);
+                           MaybeTensor index, MaybeTensor order, int64_t dim, double scale,
+                           MaybeSize num_segments) {
+    if (!output.is_cpu())
+      return torchs(grad_output, output, ptr, index, order, dim, scale, num_segments);
+    return segment_backward(grad_output, output, std::nullopt, {ptr, index, order}, dim, scale,
+                            num_segments, op);
   }
 
   static at::Tensor torchs(const at::Tensor& grad_output, const at::Tensor& output, MaybeTensor ptr,
-                           MaybeTensor index, MaybeTensor order, int64_t dim, double scale) {
+                           MaybeTensor index, MaybeTensor order, int64_t dim, double scale,
+                           MaybeSize num_segments) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const SegmentTensors segments{ptr, index, order};
     check_segment_gradient(grad_output, output, std::nullopt, segments, dim, op);
     dim = at::maybe_wrap_dim(dim, output.dim());
-    const SegmentSums sums = detail::sums_of(segments, dim, output);
+    const SegmentSums sums = detail::sums_of(segments, dim, output, num_segments);
     const at::Tensor g = wide(grad_output), y = wide(output);
     const at::Tensor result =
         op == SegmentOp::kSoftmax ? y * (g - sums.total(g * y)) : g - y.exp() * sums.total(g);
@@ -179,19 +186,21 @@ struct SegmentBackward {
   }
 
   static at::Tensor meta(const at::Tensor& grad_output, const at::Tensor& output, MaybeTensor ptr,
-                         MaybeTensor index, MaybeTensor order, int64_t dim, double) {
+                         MaybeTensor index, MaybeTensor order, int64_t dim, double,
+                         const MaybeSize&) {
     check_segment_gradient(grad_output, output, std::nullopt, {ptr, index, order}, dim, op);
     return at::empty_symint(output.sym_sizes(), output.options());
   }
 
   static SegmentGradientOfGradient<op> gradient(const at::Tensor&, const at::Tensor& output,
                                                 MaybeTensor, MaybeTensor, MaybeTensor, int64_t dim,
-                                                double scale) {
-    return {at::maybe_wrap_dim(dim, output.dim()), scale};
+                                                double scale, MaybeSize num_segments) {
+    return {at::maybe_wrap_dim(dim, output.dim()), scale, num_segments};
   }
 
   static auto saved(const at::Tensor&, const at::Tensor& grad_output, const at::Tensor& output,
-                    MaybeTensor ptr, MaybeTensor index, MaybeTensor order, int64_t, double) {
+                    MaybeTensor ptr, MaybeTensor index, MaybeTensor order, int64_t, double,
+                    const MaybeSize&) {
     return std::tuple_cat(std::tie(grad_output, output),
                           std::tuple(detail::or_undefined(ptr), detail::or_undefined(index),
                                      detail::or_undefined(order)));
@@ -203,14 +212,15 @@ struct SegmentBackward {
   static at::Tensor tangent(const std::array<at::Tensor, 2>& tangents, const at::Tensor&,
                             const at::Tensor& grad_output, const at::Tensor& output,
                             MaybeTensor ptr, MaybeTensor index, MaybeTensor order, int64_t dim,
-                            double scale) {
+                            double scale, MaybeSize num_segments) {
     at::Tensor result;
     if (tangents[0].defined()) {
-      result = Rules<SegmentBackward>::call(tangents[0], output, ptr, index, order, dim, scale);
+      result = Rules<SegmentBackward>::call(tangents[0], output, ptr, index, order, dim, scale,
+                                            num_segments);
     }
     if (!tangents[1].defined()) return result;
     dim = at::maybe_wrap_dim(dim, output.dim());
-    const SegmentSums sums = detail::sums_of({ptr, index, order}, dim, output);
+    const SegmentSums sums = detail::sums_of({ptr, index, order}, dim, output, num_segments);
     const at::Tensor t = wide(tangents[1]), g = wide(grad_output), y = wide(output);
     const at::Tensor by_y = op == SegmentOp::kSoftmax
                                 ? t * (g - sums.total(g * y)) - y * sums.total(g * t)
@@ -234,7 +244,7 @@ struct SegmentBackward<SegmentOp::kLogSumExp> {
                            const at::Tensor& input, MaybeTensor ptr, MaybeTensor index,
                            MaybeTensor order, int64_t dim, double scale) {
     if (!input.is_cpu()) return torchs(grad_output, output, input, ptr, index, order, dim, scale);
-    return segment_backward(grad_output, output, input, {ptr, index, order}, dim, scale, kOp);
+    return segment_backward(grad_output, output, input, {ptr, index, order}, dim, scale, {}, kOp);
   }
 
   static at::Tensor torchs(const at::Tensor& grad_output, const at::Tensor& output,
@@ -306,17 +316,18 @@ struct SegmentInputGradient {
                                            ? "SoftmaxExtSegmentSoftmaxBackward"
                                            : "SoftmaxExtSegmentLogSoftmaxBackward";
   static constexpr std::array kSaved = {"result", "ptr", "index", "order"};
-  static constexpr std::array kMembers = {"dim", "scale"};
+  static constexpr std::array kMembers = {"dim", "scale", "num_segments"};
 
   int64_t dim;
   double scale;
+  MaybeSize num_segments;
 
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
                                             const std::array<at::Tensor, 4>& saved) const {
     if (!grads[0].defined()) return {at::Tensor()};
     const detail::SavedSegments segments(saved[1], saved[2], saved[3]);
     return {Rules<SegmentBackward<op>>::call(grads[0], saved[0], segments.ptr, segments.index,
-                                             segments.order, dim, scale)};
+                                             segments.order, dim, scale, num_segments)};
   }
 };
 
@@ -324,10 +335,11 @@ template <>
 struct SegmentInputGradient<SegmentOp::kLogSumExp> {
   static constexpr const char* kName = "SoftmaxExtSegmentLogsumexpBackward";
   static constexpr std::array kSaved = {"result", "self", "ptr", "index", "order"};
-  static constexpr std::array kMembers = {"dim", "scale"};
+  static constexpr std::array kMembers = {"dim", "scale", "num_segments"};
 
   int64_t dim;
   double scale;
+  MaybeSize num_segments;
 
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
                                             const std::array<at::Tensor, 5>& saved) const {
@@ -347,16 +359,17 @@ struct SegmentGradientOfGradient {
                                            ? "SoftmaxExtSegmentSoftmaxBackwardBackward"
                                            : "SoftmaxExtSegmentLogSoftmaxBackwardBackward";
   static constexpr std::array kSaved = {"grad_output", "output", "ptr", "index", "order"};
-  static constexpr std::array kMembers = {"dim", "scale"};
+  static constexpr std::array kMembers = {"dim", "scale", "num_segments"};
 
   int64_t dim;
   double scale;
+  MaybeSize num_segments;
 
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
                                             const std::array<at::Tensor, 5>& saved) const {
     if (!grads[0].defined()) return {at::Tensor(), at::Tensor()};
     const detail::SavedSegments segments(saved[2], saved[3], saved[4]);
-    const SegmentSums sums = detail::sums_of(segments.tensors(), dim, saved[1]);
+    const SegmentSums sums = detail::sums_of(segments.tensors(), dim, saved[1], num_segments);
     const at::Tensor v = wide(grads[0]), g = wide(saved[0]), y = wide(saved[1]);
     const auto narrow = [&](const at::Tensor& x) { return (x * scale).to(saved[1].scalar_type()); };
     if constexpr (op == SegmentOp::kSoftmax) {
@@ -375,10 +388,11 @@ template <>
 struct SegmentGradientOfGradient<SegmentOp::kLogSumExp> {
   static constexpr const char* kName = "SoftmaxExtSegmentLogsumexpBackwardBackward";
   static constexpr std::array kSaved = {"grad_output", "output", "input", "ptr", "index", "order"};
-  static constexpr std::array kMembers = {"dim", "scale"};
+  static constexpr std::array kMembers = {"dim", "scale", "num_segments"};
 
   int64_t dim;
   double scale;
+  MaybeSize num_segments;
 
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
                                             const std::array<at::Tensor, 6>& saved) const {
@@ -400,24 +414,24 @@ inline SegmentGradientOfGradient<SegmentOp::kLogSumExp>
 SegmentBackward<SegmentOp::kLogSumExp>::gradient(const at::Tensor&, const at::Tensor&,
                                                  const at::Tensor& input, MaybeTensor, MaybeTensor,
                                                  MaybeTensor, int64_t dim, double scale) {
-  return {at::maybe_wrap_dim(dim, input.dim()), scale};
+  return {at::maybe_wrap_dim(dim, input.dim()), scale, {}};
 }
 
 template <SegmentOp op>
 auto members(SegmentInputGradient<op>& f) {
-  return std::tie(f.dim, f.scale);
+  return std::tie(f.dim, f.scale, f.num_segments);
 }
 template <SegmentOp op>
 auto members(const SegmentInputGradient<op>& f) {
-  return std::tie(f.dim, f.scale);
+  return std::tie(f.dim, f.scale, f.num_segments);
 }
 template <SegmentOp op>
 auto members(SegmentGradientOfGradient<op>& f) {
-  return std::tie(f.dim, f.scale);
+  return std::tie(f.dim, f.scale, f.num_segments);
 }
 template <SegmentOp op>
 auto members(const SegmentGradientOfGradient<op>& f) {
-  return std::tie(f.dim, f.scale);
+  return std::tie(f.dim, f.scale, f.num_segments);
 }
 
 }  // namespace softmax_ext
