@@ -186,8 +186,7 @@ struct SegmentBackward {
   }
 
   static at::Tensor meta(const at::Tensor& grad_output, const at::Tensor& output, MaybeTensor ptr,
-                         MaybeTensor index, MaybeTensor order, int64_t dim, double,
-                         const MaybeSize&) {
+                         MaybeTensor index, MaybeTensor order, int64_t dim, double, MaybeSize) {
     check_segment_gradient(grad_output, output, std::nullopt, {ptr, index, order}, dim, op);
     return at::empty_symint(output.sym_sizes(), output.options());
   }
