@@ -74,7 +74,11 @@ OLDEST_TORCH = (2, 11)
 NEWEST_TRIED_TORCH = (2, 15)
 
 # Of csrc/cpu, what is compiled once for each instruction set; which one runs is decided at import.
-KERNELS = ("softmax_forward", "softmax_backward", "scores_forward", "scores_backward")
+KERNELS = tuple(
+    f"{family}_{direction}"
+    for family in ("softmax", "scores", "segments")
+    for direction in ("forward", "backward")
+)
 X86_ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -374,7 +378,7 @@ class Sdist(sdist):
 
 
 def extension() -> Any:
-    sources = ["csrc/cpu/isa.cpp", "csrc/cpu/memory.cpp"]
+    sources = ["csrc/cpu/isa.cpp", "csrc/cpu/memory.cpp", "csrc/cpu/segments_order.cpp"]
     sources += [str(p) for p in sorted(Path("csrc/torch").glob("*.cpp"))]
     cxx = [*OPTIMIZE, *SANITIZE, *WARNINGS, "-fvisibility=hidden"]
     # at::parallel_for is OpenMP code in a header. Its runtime is the one that torch has loaded:

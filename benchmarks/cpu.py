@@ -22,14 +22,14 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import softmax_ext
-from benchmarks import scores_cpu_cases
+from benchmarks import scores_cpu_cases, segments_cpu_cases
 from benchmarks.common import (
     DTYPES,
     OPS,
@@ -43,7 +43,8 @@ from benchmarks.common import (
 from benchmarks.scores_cpu_cases import FRESH, ScoresCase
 from benchmarks.softmax_cpu_cases import LAYOUTS, MODES, SETS, Case
 
-PEERS = ("torch", "contiguous", "compile", "onnxruntime")
+OPTIONAL = ("compile", "onnxruntime")
+PEERS = ("torch", "contiguous", *OPTIONAL, *segments_cpu_cases.PEERS)
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ def contenders(case: Case, peers: Iterable[str]) -> dict[str, Run]:
     """
     if isinstance(case, ScoresCase):
         return case.runs()
+    if isinstance(case, segments_cpu_cases.SegmentCase):
+        return segments_cpu_cases.contenders(case)
     shape, dim, mode, dtype = case.shape, case.dim, case.mode, DTYPES[case.dtype]
     torch.manual_seed(0)
     strided, grad = (in_dtype(LAYOUTS[case.layout](shape), dtype) for _ in range(2))
@@ -119,14 +122,15 @@ def contenders(case: Case, peers: Iterable[str]) -> dict[str, Run]:
 
 def verify(case: Case, runs: dict[str, Run]) -> None:
     dtype = DTYPES[case.dtype]
-    expected = runs["torch"]().detach().double()
+    reference = next(name for name in runs if name not in ("softmax_ext", "plain"))
+    expected = runs[reference]().detach().double()
     limit = TOLERANCE[dtype] * expected.abs().max().item() + smallest_step(dtype)
     for name, run in runs.items():
         if name == "plain":  # of other work
             continue
         error = (run().detach().double() - expected).abs().max().item()
         if not error <= limit:
-            raise AssertionError(f"{name} and torch differ by up to {error:.3g}: {case}")
+            raise AssertionError(f"{name} and {reference} differ by up to {error:.3g}: {case}")
 
 
 def seconds(run: Run, repeats: int) -> float:
@@ -174,7 +178,7 @@ def measure(case: Case, times: list[dict[str, float]], floors: list[dict[str, fl
     exp_us = median(floors, "exp") * elements / (EXP_ELEMENTS * case.threads)
     floor = max(copy_us, exp_us if case.takes_exp else 0.0)
     return Result(
-        **asdict(case),
+        **{field.name: getattr(case, field.name) for field in fields(Case)},
         us=us,
         speedup={
             name: statistics.median(entry[name] / entry[ours] for entry in times)
@@ -199,17 +203,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES)
     parser.add_argument(
         "--set",
-        choices=[*SETS, "scores"],
+        choices=[*SETS, "scores", "segments"],
         default="shapes",
-        help="columns: inner 2 to 64; scores: with arguments, in the modes forward and both",
+        help="columns: inner 2 to 64; scores: with arguments, in the modes forward and both; "
+        "segments: segment_softmax, without `out`",
     )
     parser.add_argument("--shapes", nargs="+", help="only these, as 4096x16", default=[])
-    parser.add_argument("--peers", nargs="+", choices=PEERS[2:], default=[], help="beside torch")
+    parser.add_argument("--peers", nargs="+", choices=OPTIONAL, default=[], help="beside torch")
     parser.add_argument("--budget", type=float, default=0.1, help="seconds a case in each round")
     parser.add_argument("--rounds", type=int, default=3, help="over all cases, with new tensors")
     parser.add_argument("--json", type=Path, help="where to write the results, and a plot beside")
     parser.add_argument(
-        "--at-least", type=float, help="fail if a speed-up over torch is below this"
+        "--at-least", type=float, help="fail if a speed-up over torch (segments: any) is below this"
     )
     options = parser.parse_args()
     of_scores = options.set == "scores"
@@ -354,6 +359,10 @@ def main() -> int:
             return 2
     if options.set == "scores":
         cases = scores_cpu_cases.cases(options.threads, options.dtypes, options.modes)
+    elif options.set == "segments":
+        cases = segments_cpu_cases.cases(
+            options.threads, options.dtypes, options.ops, options.modes
+        )
     else:
         cases = [
             Case(op, mode, shape, dim, layout, dtype, threads)
@@ -386,7 +395,12 @@ def main() -> int:
         options.json.write_text(as_json(head, "results", map(asdict, results)))
         if importlib.util.find_spec("matplotlib"):
             plot(results, options.json.with_suffix(".png"))
-    least = min(result.speedup["torch"] for result in results)
+    least = min(
+        result.speedup[peer]
+        for result in results
+        for peer in ("torch", *segments_cpu_cases.PEERS)
+        if peer in result.speedup
+    )
     if options.at_least is not None and least < options.at_least:
         print(f"a speed-up is below {options.at_least}", file=sys.stderr)
         return 1

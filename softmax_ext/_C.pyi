@@ -78,3 +78,30 @@ def plan(
     like_dim: int = 0,
 ) -> Plan | None: ...
 def is_direct_on_cuda(tensor: Tensor, dim: int) -> bool: ...
+def segment_softmax(
+    input: Tensor,
+    ptr: Tensor | None,
+    index: Tensor | None,
+    dim: int,
+    scale: float | None,
+    dtype: dtype | None,
+    num_segments: int | None,
+) -> Tensor: ...
+def segment_log_softmax(
+    input: Tensor,
+    ptr: Tensor | None,
+    index: Tensor | None,
+    dim: int,
+    scale: float | None,
+    dtype: dtype | None,
+    num_segments: int | None,
+) -> Tensor: ...
+def segment_logsumexp(
+    input: Tensor,
+    ptr: Tensor | None,
+    index: Tensor | None,
+    dim: int,
+    scale: float | None,
+    dtype: dtype | None,
+    num_segments: int | None,
+) -> Tensor: ...

@@ -1,11 +1,16 @@
 """Known results, as printed in textbooks: to four decimals; and examples/temperature.py."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import softmax_ext
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+import graph_attention
 
 ROWS = {
     (1.0, 2.0, 3.0): (0.0900, 0.2447, 0.6652),
@@ -86,3 +91,8 @@ def test_the_temperature_of_known_logits(temperature):
     logits = 2 * torch.randn(20000, 10)
     labels = torch.multinomial(torch.softmax(logits, 1), 1)[:, 0]
     assert temperature.fit_temperature(3 * logits, labels).item() == pytest.approx(3, rel=0.05)
+
+
+def test_graph_attention() -> None:
+    """The same losses as by torch's operators, and more than features alone would tell."""
+    assert graph_attention.main(epochs=30) > 0.85

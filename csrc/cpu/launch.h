@@ -5,6 +5,7 @@
 
 #include "softmax_ext/problem.h"
 #include "softmax_ext/scores.h"
+#include "softmax_ext/segments.h"
 
 namespace softmax_ext::cpu {
 
@@ -58,6 +59,8 @@ struct Kernels {
   // Their tensors lie side by side along dim.
   void (*launch_score_forward)(const ScoreForwardArgs& args, const Threads& threads);
   void (*launch_score_backward)(const ScoreBackwardArgs& args, const Threads& threads);
+  void (*launch_segments_forward)(const SegmentsForwardArgs& args, const Threads& threads);
+  void (*launch_segments_backward)(const SegmentsBackwardArgs& args, const Threads& threads);
 };
 
 // Those that this build has and this processor can run, fastest first.

@@ -24,11 +24,6 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to;
 
 // ---- arithmetic ---------------------------------------------------------------------------------
 
-template <class T, int... kLane>
-SOFTMAX_EXT_INLINE typename Vec<T>::RawInt lane_numbers(std::integer_sequence<int, kLane...>) {
-  return typename Vec<T>::RawInt{kLane...};
-}
-
 // x in the lanes that stand for elements, `fill` in the others.
 template <class T>
 SOFTMAX_EXT_INLINE Vec<T> filled(Vec<T> x, All, T) {
@@ -36,10 +31,7 @@ SOFTMAX_EXT_INLINE Vec<T> filled(Vec<T> x, All, T) {
 }
 template <class T>
 SOFTMAX_EXT_INLINE Vec<T> filled(Vec<T> x, First lanes, T fill) {
-  using RawInt = typename Vec<T>::RawInt;
-  const RawInt numbers = lane_numbers<T>(std::make_integer_sequence<int, Vec<T>::kSize>{});
-  return numbers < RawInt{} + static_cast<decltype(numbers[0] + 0)>(lanes.count) ? x.raw
-                                                                                 : Vec<T>(fill).raw;
+  return first_of(x, lanes, fill);
 }
 
 // x where it is not -inf, else 0.

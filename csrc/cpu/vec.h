@@ -672,6 +672,44 @@ SOFTMAX_EXT_INLINE void transpose(Vec<T>* square) {
   }
 }
 
+// Lane k is lane lanes[k] of x.
+#if defined(SOFTMAX_EXT_AVX512)
+SOFTMAX_EXT_INLINE VecF permute(VecF x, RawInt32 lanes) {
+  return _mm512_permutexvar_ps(bit_cast<__m512i>(lanes), x.raw);
+}
+SOFTMAX_EXT_INLINE VecD permute(VecD x, RawInt64 lanes) {
+  return _mm512_permutexvar_pd(bit_cast<__m512i>(lanes), x.raw);
+}
+#elif defined(SOFTMAX_EXT_AVX2)
+SOFTMAX_EXT_INLINE VecF permute(VecF x, RawInt32 lanes) {
+  return _mm256_permutevar8x32_ps(x.raw, bit_cast<__m256i>(lanes));
+}
+SOFTMAX_EXT_INLINE VecD permute(VecD x, RawInt64 lanes) {
+  const RawInt64 halves = (lanes << 1) | ((lanes << 33) | (int64_t{1} << 32));
+  return bit_cast<RawDouble>(permute(VecF(bit_cast<RawFloat>(x)), bit_cast<RawInt32>(halves)));
+}
+#else
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> permute(Vec<T> x, typename Vec<T>::RawInt lanes) {
+  Vec<T> result;
+  for (int k = 0; k < Vec<T>::kSize; ++k) result.raw[k] = x.raw[lanes[k]];
+  return result;
+}
+#endif
+
+// x in the lanes that stand for elements, `fill` in the others.
+template <class T, int... kLane>
+SOFTMAX_EXT_INLINE Vec<T> first_of(Vec<T> x, First lanes, T fill,
+                                   std::integer_sequence<int, kLane...>) {
+  const typename Vec<T>::RawInt numbers = {kLane...};
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return numbers < static_cast<Lane>(lanes.count) ? x.raw : Vec<T>(fill).raw;
+}
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> first_of(Vec<T> x, First lanes, T fill) {
+  return first_of(x, lanes, fill, std::make_integer_sequence<int, Vec<T>::kSize>{});
+}
+
 struct Add {
   template <class V>
   SOFTMAX_EXT_INLINE V operator()(V a, V b) const {

@@ -15,4 +15,7 @@ void bind_scores(py::module_& module);
 // device, in every build.
 void bind_plan(py::module_& module);
 
+// Adds segment_softmax, segment_log_softmax and segment_logsumexp.
+void bind_segments(py::module_& module);
+
 }  // namespace softmax_ext

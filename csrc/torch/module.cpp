@@ -31,6 +31,7 @@ PYBIND11_MODULE(_C, module) {
   bind_softmax(module);
   bind_plan(module);
   bind_scores(module);
+  bind_segments(module);
 }
 
 }  // namespace

@@ -1,6 +1,11 @@
 """The functions, with the signatures of torch.nn.functional; a file for each family."""
 
 from softmax_ext.functional.scores import logsumexp
+from softmax_ext.functional.segments import (
+    segment_log_softmax,
+    segment_logsumexp,
+    segment_softmax,
+)
 from softmax_ext.functional.softmax import (
     log_softmax,
     log_softmax_,
@@ -14,6 +19,9 @@ __all__ = [
     "log_softmax",
     "log_softmax_",
     "logsumexp",
+    "segment_log_softmax",
+    "segment_logsumexp",
+    "segment_softmax",
     "softmax",
     "softmax_",
     "softmin",
