@@ -15,14 +15,14 @@ import softmax_ext
 from benchmarks.common import DTYPES, Run, make_run
 from benchmarks.softmax_cpu_cases import Case
 
-# (elements, heads), and how many segments: graphs of some sizes, and one long row for each head.
+# (elements, heads), and how many segments: graphs of some sizes, and long rows.
 SHAPES = [
     ((100_000, 1), 10_000),
     ((100_000, 8), 10_000),
     ((1_000_000, 1), 100_000),
     ((1_000_000, 8), 100_000),
     ((300_000, 32), 10_000),
-    ((1_000_000, 8), 1),
+    ((1_000_000, 8), 1_000),
 ]
 WAYS = ("ptr", "index", "unsorted index")
 OPS = {

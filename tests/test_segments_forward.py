@@ -234,8 +234,8 @@ sys.path.insert(0, sys.argv[1])
 from segment_reference import OPS, assert_close, assert_gradient_close, index_of, pointers, shuffled
 torch.manual_seed(0)
 for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-    for heads in (1, 2, 3, 4, 5, 8, 16, 40):
-        ptr = pointers([0, 1, 7, 33, 5000, 2])
+    for heads in (1, 3, 8, 40):
+        ptr = pointers([0, 1, 7, 33, 4096 // heads + 1, 2])
         x = torch.randn(int(ptr[-1]), heads, dtype=torch.float64).to(dtype).requires_grad_()
         index = shuffled(index_of(ptr))
         for op, function in OPS.items():

@@ -62,12 +62,12 @@ struct SegmentForward {
   static constexpr const char* kSchema =
       op == SegmentOp::kSoftmax ? "softmax_ext::segment_softmax(Tensor input, Tensor? ptr, Tensor? "
                                   "index, Tensor? order, int dim, float scale, SymInt? "
-                                  "num_segments) -> Tensor"
+                                  "num_segments=None) -> Tensor"
       : op == SegmentOp::kLogSoftmax
           ? "softmax_ext::segment_log_softmax(Tensor input, Tensor? ptr, Tensor? index, Tensor? "
-            "order, int dim, float scale, SymInt? num_segments) -> Tensor"
+            "order, int dim, float scale, SymInt? num_segments=None) -> Tensor"
           : "softmax_ext::segment_logsumexp(Tensor input, Tensor? ptr, Tensor? index, Tensor? "
-            "order, int dim, float scale, SymInt? num_segments) -> Tensor";
+            "order, int dim, float scale, SymInt? num_segments=None) -> Tensor";
   static constexpr size_t kDim = 4;
 
   static at::Tensor kernel(const at::Tensor& input, MaybeTensor ptr, MaybeTensor index,
@@ -156,9 +156,11 @@ struct SegmentBackward {
   static constexpr const char* kSchema =
       op == SegmentOp::kSoftmax
           ? "softmax_ext::segment_softmax_backward(Tensor grad_output, Tensor output, Tensor? ptr, "
-            "Tensor? index, Tensor? order, int dim, float scale, SymInt? num_segments) -> Tensor"
+            "Tensor? index, Tensor? order, int dim, float scale, SymInt? num_segments=None) -> "
+            "Tensor"
           : "softmax_ext::segment_log_softmax_backward(Tensor grad_output, Tensor output, Tensor? "
-            "ptr, Tensor? index, Tensor? order, int dim, float scale, SymInt? num_segments) -> "
+            "ptr, Tensor? index, Tensor? order, int dim, float scale, SymInt? num_segments=None) "
+            "-> "
             "Tensor";
   static constexpr size_t kDim = 5;
 
