@@ -49,7 +49,7 @@ def test_forward(op: str, kinds: tuple[str, ...], dtype: torch.dtype) -> None:
     assert result.nbytes <= found <= result.nbytes + 8 * FLOATS_OF_ROWS + 4096
 
 
-@every_case("softmax", "log_softmax")
+@every_case(*OURS)
 def test_backward(op: str, kinds: tuple[str, ...], dtype: torch.dtype) -> None:
     """The input's gradient; those of the arguments, and the float32 that they are summed in; and
     for each row what is above."""

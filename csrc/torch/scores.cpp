@@ -177,6 +177,44 @@ at::ScalarType check_scores(const ScoreTensors& tensors, const ScoreOptions& opt
   return result;
 }
 
+void check_score_gradient(const at::Tensor& g, const at::Tensor& y, const at::Tensor& lse,
+                          const ScoreTensors& tensors, const ScoreOptions& options,
+                          at::ScalarType input_dtype, const ScoreWanted& wanted) {
+  const char* const function = name(options.op);
+  const at::ScalarType dtype = y.scalar_type(), wide = at::toOpMathType(dtype);
+  const bool of_lse = options.op == ScoreOp::kLogSumExp;
+  check_gradient(g, y, -1, is_kernel_output_dtype(input_dtype) ? input_dtype : dtype,
+                 options.op == ScoreOp::kSoftmax ? Op::kSoftmax : Op::kLogSoftmax);
+  const bool needs_input = of_lse || options.softcap != 0 || wanted.scale;
+  TORCH_CHECK(!needs_input || tensors.input.defined(), function,
+              "_backward(): expected an argument 'input'");
+  const ScoreTensors of_shape{needs_input ? tensors.input : y, tensors.scale, tensors.mask,
+                              tensors.sink};
+  (void)check_scores(of_shape, options, dtype);
+  TORCH_CHECK(!wanted.scale || tensors.scale.defined(), function,
+              "_backward(): expected an argument 'scale'");
+  TORCH_CHECK(!wanted.mask || (tensors.mask.defined() && tensors.mask.is_floating_point()),
+              function, "_backward(): expected an argument 'mask' of a floating dtype");
+  TORCH_CHECK(!wanted.sink || tensors.sink.defined(), function,
+              "_backward(): expected an argument 'sink'");
+  c10::SymDimVector rows(of_shape.input.sym_sizes().begin(), of_shape.input.sym_sizes().end());
+  rows.back() = 1;
+  TORCH_CHECK(of_shape.input.device() == y.device(), function,
+              "_backward(): Expected all tensors to be on the same device, but found 'input' on ",
+              of_shape.input.device(), " and 'result' on ", y.device());
+  const c10::SymIntArrayRef sizes = of_lse ? c10::SymIntArrayRef(rows) : of_shape.input.sym_sizes();
+  TORCH_SYM_CHECK(
+      sym_equals(y.sym_sizes(), sizes), function,
+      "_backward(): expected argument 'result' to have the sizes of the input's result");
+  if (of_lse || wanted.sink) {
+    TORCH_CHECK(lse.defined() && lse.scalar_type() == wide && lse.device() == y.device(), function,
+                "_backward(): expected an argument 'lse' of dtype ", wide, " on ", y.device());
+    TORCH_SYM_CHECK(sym_equals(lse.sym_sizes(), rows), function,
+                    "_backward(): expected argument 'lse' to have a number for each row");
+    check_storage(function, "lse", lse);
+  }
+}
+
 std::tuple<at::Tensor, at::Tensor> score_forward(const ScoreTensors& tensors,
                                                  const ScoreOptions& options,
                                                  std::optional<at::ScalarType> dtype,
@@ -218,27 +256,15 @@ at::Tensor score_forward_in_place(const ScoreTensors& tensors, const ScoreOption
 ScoreTensors score_backward(const at::Tensor& g, const at::Tensor& y, const at::Tensor& lse,
                             const ScoreTensors& tensors, const ScoreOptions& options,
                             at::ScalarType input_dtype, const ScoreWanted& wanted) {
-  const char* const function = name(options.op);
   const at::ScalarType dtype = y.scalar_type(), wide = at::toOpMathType(dtype);
   const bool of_lse = options.op == ScoreOp::kLogSumExp;
-  check_gradient(g, y, -1, is_kernel_output_dtype(input_dtype) ? input_dtype : dtype,
-                 options.op == ScoreOp::kSoftmax ? Op::kSoftmax : Op::kLogSoftmax);
+  check_score_gradient(g, y, lse, tensors, options, input_dtype, wanted);
   const bool needs_input = of_lse || options.softcap != 0 || wanted.scale;
-  TORCH_CHECK(!needs_input || tensors.input.defined(), function,
-              "_backward(): expected an argument 'input'");
+  const bool wants_sink = wanted.sink && tensors.sink.defined();
   const ScoreTensors of_shape{needs_input ? tensors.input : y, tensors.scale, tensors.mask,
                               tensors.sink};
-  (void)check_scores(of_shape, options, dtype);
   const at::IntArrayRef sizes = of_shape.input.sizes();
   const c10::DimVector rows = rows_of(of_shape.input);
-  TORCH_CHECK(y.sizes() == (of_lse ? at::IntArrayRef(rows) : sizes), function,
-              "_backward(): expected an argument 'result' of the input ", sizes,
-              ", but got one of ", y.sizes());
-  const bool wants_sink = wanted.sink && tensors.sink.defined();
-  TORCH_CHECK(
-      !(of_lse || wants_sink) ||
-          (lse.defined() && lse.scalar_type() == wide && lse.is_cpu() && lse.sizes() == rows),
-      function, "_backward(): expected an argument 'lse' of shape ", rows, " and dtype ", wide);
   const auto composed = [&] {
     return composed_score_gradients(g, y, tensors, options, input_dtype, wanted);
   };

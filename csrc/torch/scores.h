@@ -38,6 +38,11 @@ struct ScoreWanted {
 at::ScalarType check_scores(const ScoreTensors& tensors, const ScoreOptions& options,
                             std::optional<at::ScalarType> dtype);
 
+// The same of a gradient's call; shapes may be symbolic.
+void check_score_gradient(const at::Tensor& g, const at::Tensor& y, const at::Tensor& lse,
+                          const ScoreTensors& tensors, const ScoreOptions& options,
+                          at::ScalarType input_dtype, const ScoreWanted& wanted);
+
 // The call by differentiable operators of torch and of this package, on whatever torch runs on: result and,
 // as the type computed in, lse.
 // by_torch: of no operators of this package.

@@ -212,11 +212,13 @@ bool has_tangent(const ScoreTensors& tensors) {
       double softcap, const Maybe &mask, c10::SymInt left, c10::SymInt right, c10::SymInt offset, \
       const Maybe &sink, double sink_value
 
+// The results of an operator share no memory.
 template <class F>
 Pair forward_by(SOFTMAX_EXT_SCORE_PARAMETERS, F f) {
   return with_scores(op, input, scale, factor, softcap, mask, left, right, offset, sink, sink_value,
                      [&](const ScoreTensors& tensors, const ScoreOptions& options) {
-                       return f(tensors, options, dtype);
+                       auto [result, lse] = f(tensors, options, dtype);
+                       return Pair(result, lse.is_same(result) ? lse.clone() : lse);
                      });
 }
 
@@ -329,10 +331,10 @@ Four backward_composed(SOFTMAX_EXT_SCORE_BACKWARD_PARAMETERS) {
 }
 
 Four backward_meta(SOFTMAX_EXT_SCORE_BACKWARD_PARAMETERS) {
-  (void)lse;
   return backward_by(
       SOFTMAX_EXT_SCORE_BACKWARD_ARGUMENTS,
       [&](const ScoreTensors& tensors, const ScoreOptions& options, const ScoreWanted& wanted) {
+        check_score_gradient(g, y, or_undefined(lse), tensors, options, input_dtype, wanted);
         ScoreTensors gradients;
         const auto like = [](const at::Tensor& tensor) {
           return at::empty_symint(tensor.sym_sizes(), tensor.options());
