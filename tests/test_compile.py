@@ -392,7 +392,7 @@ def test_opcheck(
 
 
 def test_every_registered_operator_is_checked() -> None:
-    """Those of scores by test_scores_transforms.py."""
+    """Those of scores by test_scores_transforms.py, of segments by test_segments_backward.py."""
     names = {
         schema.name
         for schema in torch._C._jit_get_all_schemas()
@@ -400,7 +400,10 @@ def test_every_registered_operator_is_checked() -> None:
     }
     of_softmax = {f"{op}{end}" for op in OPS for end in ("", "_backward")}
     of_scores = {f"score_softmax{end}" for end in ("", "_backward", "_by_torch")}
-    assert names == {f"softmax_ext::{name}" for name in of_softmax | of_scores}
+    of_segments = {
+        f"segment_{op}{end}" for op in (*OPS, "logsumexp") for end in ("", "_backward")
+    }
+    assert names == {f"softmax_ext::{name}" for name in of_softmax | of_scores | of_segments}
 
 
 @pytest.mark.parametrize("op", OPS)

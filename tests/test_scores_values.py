@@ -453,7 +453,11 @@ def test_arguments_that_say_nothing_change_no_bit(device: str) -> None:
 @pytest.mark.parametrize("kinds", MODELS[:4], ids=str)
 @pytest.mark.parametrize("keys", [64, 1000, 1024])
 def test_accuracy(kinds: tuple[str, ...], keys: int, device: str) -> None:
-    """Of scores from -2 to 2: 6 ulp in float32, and 99.9 % of 16-bit results as float64 rounds."""
+    """Of scores from -2 to 2: 6 ulp in float32, and 99.9 % of 16-bit results as float64 rounds.
+
+    Without fused multiply-adds, as baseline is, a softcap's tanh takes an ulp of the scores more.
+    """
+    limit = 7.5 if softmax_ext.build_info().cpu_isa == "baseline" and device == "cpu" else 6
     shape = (2, 4, 64, keys)
     for dtype in (torch.float32, *SIXTEEN_BIT):
         scores = to_device(arguments(kinds, shape, dtype), device)
@@ -465,7 +469,7 @@ def test_accuracy(kinds: tuple[str, ...], keys: int, device: str) -> None:
         actual = softmax_ext.softmax(x, -1, **scores).cpu()
         if dtype == torch.float32:
             error = (actual.double() - expected).abs() / ulp(expected, dtype)
-            assert error.max() <= 6
+            assert error.max() <= limit
         else:
             assert (actual == expected.to(dtype)).double().mean() >= 0.999
 

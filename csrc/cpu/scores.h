@@ -164,7 +164,8 @@ SOFTMAX_EXT_INLINE Vec<A> masked(Vec<A> s, const M* mask, int64_t i, Lanes lanes
 template <class A>
 struct RowScores {
   A scale;
-  A softcap, inverse_cap;
+  A softcap;         // 0 if there is none
+  A to_tanh;         // scale / softcap
   const void* mask;  // of the row's first element, or null
   DType mask_dtype;
   bool one_for_all;  // the mask has one element for the row
@@ -201,12 +202,12 @@ template <bool kCapped, class T, class M, class A = compute_t<T>>
 SOFTMAX_EXT_INLINE Vec<A> scores_of(const T* x, A* z, int64_t first, int64_t n, M mask,
                                     const RowScores<A>& row) {
   using V = Vec<A>;
-  const V scale(row.scale), softcap(row.softcap), inverse(row.inverse_cap);
+  const V scale(kCapped ? row.to_tanh : row.scale), softcap(row.softcap);
   return fold(
       n, V(kLowest<A>),
       [=](V max, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
         V s = load(x + first + i, lanes, A(0)) * scale;
-        if constexpr (kCapped) s = tanh_of(s * inverse) * softcap;
+        if constexpr (kCapped) s = tanh_of(s) * softcap;
         s = filled(masked(s, mask, first + i, lanes), lanes, kLowest<A>);
         store(z + i, All{}, s);
         return max_of(s, max);
@@ -345,7 +346,6 @@ class ScoresOfRows {
         sink_(place(scores.sink, scores.sink_strides)),
         mask_(static_cast<const char*>(scores.mask)) {
     row_.softcap = static_cast<A>(scores.softcap);
-    row_.inverse_cap = scores.softcap == 0 ? A(0) : static_cast<A>(1 / scores.softcap);
     row_.mask_dtype = scores.mask_dtype;
     row_.one_for_all = scores.mask_strides.dim == 0 && dim > 1;
     if (mask_ != nullptr) {
@@ -361,8 +361,9 @@ class ScoresOfRows {
 
   SOFTMAX_EXT_INLINE RowScores<A> operator[](int64_t k) const {
     RowScores<A> row = row_;
-    row.scale =
-        static_cast<A>(scale_.first == nullptr ? scores_.factor : scores_.factor * *scale_[k]);
+    const double scale = scale_.first == nullptr ? scores_.factor : scores_.factor * *scale_[k];
+    row.scale = static_cast<A>(scale);
+    if (row.softcap != 0) row.to_tanh = static_cast<A>(scale / scores_.softcap);
     row.sink = sink_.first == nullptr ? kLowest<A> : static_cast<A>(*sink_[k]);
     row.range =
         scores_.is_bounded() ? scores_.range(query_ + k * query_next_, dim_) : Range{0, dim_};
