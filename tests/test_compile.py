@@ -400,9 +400,7 @@ def test_every_registered_operator_is_checked() -> None:
     }
     of_softmax = {f"{op}{end}" for op in OPS for end in ("", "_backward")}
     of_scores = {f"score_softmax{end}" for end in ("", "_backward", "_by_torch")}
-    of_segments = {
-        f"segment_{op}{end}" for op in (*OPS, "logsumexp") for end in ("", "_backward")
-    }
+    of_segments = {f"segment_{op}{end}" for op in (*OPS, "logsumexp") for end in ("", "_backward")}
     assert names == {f"softmax_ext::{name}" for name in of_softmax | of_scores | of_segments}
 
 

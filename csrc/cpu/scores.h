@@ -61,8 +61,8 @@ SOFTMAX_EXT_INLINE Vec<T> quotient_of(Vec<T> a, Vec<T> b) {
   return a / b;
 }
 
-// -m / (2 + m) with m = exp(-2 |x|) - 1, which is as exact where x is small: of exp(r) - 1 with n = 0. Within two
-// units in the last place; a NaN stays one.
+// -m / (2 + m) with m = exp(-2 |x|) - 1, which is exact where x is small too: n is 0 there. Within 2.5 units
+// in the last place; a NaN stays one.
 template <class T>
 SOFTMAX_EXT_INLINE Vec<T> tanh_of(Vec<T> x) {
   using V = Vec<T>;
@@ -172,7 +172,7 @@ struct RowScores {
   Range range;       // of the elements that take part
   A sink;            // -inf if there is none
 
-  // f(mask, offset): as `masked` takes it.
+  // f(mask), as `masked` takes it.
   template <class F>
   SOFTMAX_EXT_INLINE auto with_mask(F f) const {
     if (mask == nullptr) return f(NoMask{});
@@ -387,7 +387,7 @@ class ScoresOfRows {
   RowScores<A> row_{};
 };
 
-// rows(place, first, count) for all rows, `few` of a place at a time.
+// rows(place, count) for all rows, in places that have some times `few` of them.
 template <class A, class Rows>
 void for_each_place(const Shape& shape, const Dims& dims, int64_t few,
                     std::initializer_list<const Strides*> tensors, const Threads& threads,

@@ -1,5 +1,5 @@
 // softmax, log-softmax and logsumexp of scores over the last dim (softmax_ext/scores.h says what those
-// are), with autograd.
+// are), with autograd. Kernels on the CPU; elsewhere, and under transforms, a composition.
 #pragma once
 
 #include <ATen/core/Tensor.h>
