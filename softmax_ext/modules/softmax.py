@@ -33,7 +33,9 @@ class _OverDim(_WithInplace):
     __constants__ = ["dim", "inplace"]  # noqa: RUF012
 
     def __init__(self, dim: int | None = None, *, inplace: bool = False) -> None:
-        super().__init__(dim)
+        # torch's own refuses a tuple from 2.14 on.
+        super().__init__(None if isinstance(dim, tuple) else dim)
+        self.dim = dim
         self.inplace = inplace
 
 
