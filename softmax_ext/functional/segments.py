@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -29,6 +31,35 @@ def _traced(
     scale = 1.0 if scale is None else float(scale)
     operator = getattr(torch.ops.softmax_ext, name)
     return operator(input, ptr, index, None, dim, scale, num_segments)  # type: ignore[no-any-return]
+
+
+def _called(
+    function: Callable[..., Tensor],
+    input: Tensor,
+    ptr: Tensor | None,
+    index: Tensor | None,
+    dim: int,
+    scale: float | None,
+    dtype: torch.dtype | None,
+    num_segments: int | None,
+) -> Tensor:
+    """A call of this function: in a graph, by a class that overrides it, or by the kernels."""
+    name = function.__name__
+    if is_dynamo_compiling():
+        return _traced(name, input, ptr, index, dim, scale, dtype, num_segments)
+    if has_torch_function((input, ptr, index)):
+        return handle_torch_function(
+            function,
+            (input, ptr, index),
+            input,
+            ptr,
+            index,
+            dim,
+            scale=scale,
+            dtype=dtype,
+            num_segments=num_segments,
+        )
+    return getattr(_C, name)(input, ptr, index, dim, scale, dtype, num_segments)  # type: ignore[no-any-return]
 
 
 def segment_softmax(
@@ -86,21 +117,7 @@ def segment_softmax(
         >>> segment_softmax(x, index=torch.tensor([0, 1, 0, 1, 1]))
         tensor([0.1192, 0.0243, 0.8808, 0.4879, 0.4879])
     """
-    if is_dynamo_compiling():
-        return _traced("segment_softmax", input, ptr, index, dim, scale, dtype, num_segments)
-    if has_torch_function((input, ptr, index)):
-        return handle_torch_function(
-            segment_softmax,
-            (input, ptr, index),
-            input,
-            ptr,
-            index,
-            dim,
-            scale=scale,
-            dtype=dtype,
-            num_segments=num_segments,
-        )
-    return _C.segment_softmax(input, ptr, index, dim, scale, dtype, num_segments)  # type: ignore[no-any-return]
+    return _called(segment_softmax, input, ptr, index, dim, scale, dtype, num_segments)
 
 
 def segment_log_softmax(
@@ -124,21 +141,7 @@ def segment_log_softmax(
         >>> segment_log_softmax(x, ptr=torch.tensor([0, 3, 3, 5]))
         tensor([-2.4076, -1.4076, -0.4076, -0.6931, -0.6931])
     """
-    if is_dynamo_compiling():
-        return _traced("segment_log_softmax", input, ptr, index, dim, scale, dtype, num_segments)
-    if has_torch_function((input, ptr, index)):
-        return handle_torch_function(
-            segment_log_softmax,
-            (input, ptr, index),
-            input,
-            ptr,
-            index,
-            dim,
-            scale=scale,
-            dtype=dtype,
-            num_segments=num_segments,
-        )
-    return _C.segment_log_softmax(input, ptr, index, dim, scale, dtype, num_segments)  # type: ignore[no-any-return]
+    return _called(segment_log_softmax, input, ptr, index, dim, scale, dtype, num_segments)
 
 
 def segment_logsumexp(
@@ -167,18 +170,4 @@ def segment_logsumexp(
         >>> segment_logsumexp(x, ptr=torch.tensor([0, 3, 3, 5]))
         tensor([3.4076,   -inf, 5.6931])
     """
-    if is_dynamo_compiling():
-        return _traced("segment_logsumexp", input, ptr, index, dim, scale, dtype, num_segments)
-    if has_torch_function((input, ptr, index)):
-        return handle_torch_function(
-            segment_logsumexp,
-            (input, ptr, index),
-            input,
-            ptr,
-            index,
-            dim,
-            scale=scale,
-            dtype=dtype,
-            num_segments=num_segments,
-        )
-    return _C.segment_logsumexp(input, ptr, index, dim, scale, dtype, num_segments)  # type: ignore[no-any-return]
+    return _called(segment_logsumexp, input, ptr, index, dim, scale, dtype, num_segments)
