@@ -51,6 +51,43 @@ struct OuterStrides {
   }
 };
 
+// The same where a row is in many tensors: its index along each outer dim, once for all of them.
+struct OuterIndex {
+  int64_t of[limits::kOuterDims];
+
+  __device__ __forceinline__ int64_t offset(const Strides& strides) const {
+    int64_t offset = 0;
+#pragma unroll
+    for (int k = 0; k < limits::kOuterDims; ++k) offset += of[k] * strides.of[k];
+    return offset;
+  }
+};
+
+struct OuterDims {
+  int dims;
+  Divisor sizes[limits::kOuterDims];  // the first is not divided by
+
+  explicit OuterDims(const Dims& outer) : dims(outer.outer), sizes{} {
+    for (int k = 1; k < dims; ++k) sizes[k] = Divisor::of(outer.sizes[k]);
+  }
+  __device__ __forceinline__ OuterIndex index(int64_t row) const {
+    OuterIndex result{};
+    if (dims > 1) {
+      auto rest = static_cast<uint32_t>(row);
+#pragma unroll
+      for (int k = limits::kOuterDims - 1; k > 0; --k) {
+        if (k >= dims) continue;
+        const uint32_t quotient = sizes[k].quotient(rest);
+        result.of[k] = rest - quotient * sizes[k].size;
+        rest = quotient;
+      }
+      row = rest;
+    }
+    result.of[0] = row;
+    return result;
+  }
+};
+
 template <class... Tensors>
 OuterStrides outer_strides(const Dims& dims, const Tensors&... tensors) {
   static_assert(sizeof...(Tensors) <= OuterStrides::kTensors);

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "softmax_ext/plan.h"
+#include "softmax_ext/score_plan.h"
 #include "tensors.h"
 
 namespace pybind11::detail {
@@ -78,6 +79,7 @@ py::dict limits_by_name() {
   SOFTMAX_EXT_LIMIT(FewChunks);
   SOFTMAX_EXT_LIMIT(ReservedShared);
   SOFTMAX_EXT_LIMIT(MaxBlocks);
+  SOFTMAX_EXT_LIMIT(ShortScores);
   return result;
 }
 

@@ -97,8 +97,8 @@ class Call {
     if (tensors.sink.defined()) {
       scores.sink =
           static_cast<const double*>(add(tensors.sink.to(at::kDouble), scores.sink_strides));
-    } else if (options.sink != -INFINITY) {
-      scores.sink = &options.sink;
+    } else {
+      scores.sink_of_all = options.sink;
     }
     if (tensors.mask.defined()) {
       at::Tensor mask = tensors.mask;

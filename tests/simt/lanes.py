@@ -34,6 +34,7 @@ LINK = {"kernels": ["-Wl,--wrap=exp"], "toys": []}
 PROGRAMS = {
     "kernels": [
         ROOT / "tests" / "simt" / "kernels.cpp",
+        ROOT / "tests" / "simt" / "scores.cpp",
         *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
     ],
     "toys": [ROOT / "tests" / "simt" / "toys.cpp"],

@@ -258,12 +258,14 @@ struct Workload {
   // Outer indices that follow each other in every tensor as in a contiguous one, before the next lies
   // elsewhere; 0 where the steps of one do not.
   int64_t run;
+  bool online;  // a chunk's state has its max and its sum, which one meeting combines
 };
 
 // Of contiguous tensors that begin at multiples of 16 bytes.
 constexpr Workload workload(const Shape& shape, DType load_type, DType store_type, int inputs) {
   const auto width = static_cast<int>(limits::kVectorBytes / size_of(load_type));
-  return {shape, load_type, store_type, inputs, width, shape.outer};
+  const bool online = inputs == 1 && size_of(load_type) < 8;
+  return {shape, load_type, store_type, inputs, width, shape.outer, online};
 }
 
 constexpr bool is_half(DType dtype) {
@@ -303,7 +305,7 @@ struct Sizes {
   int64_t vectors;      // of a row
   int64_t chunks;       // of a row
   int64_t chunk_bytes;  // of one input
-  int64_t state_bytes;  // of a chunk: a max and a sum forward, one after the other in float64
+  int64_t state_bytes;  // of a chunk: a max and a sum if both are met at once, or one number
   bool whole;           // vectors, all of them
 
   constexpr explicit Sizes(const Workload& work)
@@ -313,7 +315,7 @@ struct Sizes {
         vectors(ceil_div(work.shape.dim, width)),
         chunks(ceil_div(vectors, int64_t{limits::kWarp} * chunk_vectors(load))),
         chunk_bytes(int64_t{limits::kWarp} * chunk_vectors(load) * limits::kVectorBytes),
-        state_bytes(load == 8 || work.inputs == 1 ? 8 : 4),
+        state_bytes((load == 8 ? 8 : 4) * (work.online ? 2 : 1)),
         whole(work.aligned == width && work.shape.dim % width == 0) {}
 
   // In shared memory, of the chunks' states. There are two buffers, since a block may write the next
