@@ -116,10 +116,11 @@ struct RowScores {
   A to_tanh;  // scale / softcap
   A softcap;  // 0 if there is none
   A sink;
-  const void* mask;  // of the row's first element, or null
+  const void*
+      mask;  // of the row's first element; null if there is none, or one element for the row
   DType mask_dtype;
-  bool one_for_all;  // the mask has one element for the row
-  Range range;       // of the elements that take part
+  A mask_of_row;  // that element, or 0
+  Range range;    // of the elements that take part
 
   __device__ __forceinline__ RowScores(const Scores& scores, const OuterIndex& index, int64_t dim) {
     double of_row = scores.factor;
@@ -134,12 +135,16 @@ struct RowScores {
     if (scores.is_bounded()) range = scores.range(index.offset(scores.query_strides), dim);
     mask = nullptr;
     mask_dtype = scores.mask_dtype;
-    one_for_all = false;
+    mask_of_row = A(0);
     if (scores.mask != nullptr) {
       const bool is_half = mask_dtype == DType::kFloat16 || mask_dtype == DType::kBFloat16;
       const int size = mask_dtype == DType::kBool ? 1 : is_half ? 2 : static_cast<int>(sizeof(A));
       mask = static_cast<const char*>(scores.mask) + index.offset(scores.mask_strides) * size;
-      one_for_all = scores.mask_strides.dim == 0;
+      if (scores.mask_strides.dim == 0) {
+        with_mask([&](const auto* element) { mask_of_row = masked(A(0), *element); });
+        if (mask_dtype == DType::kBool && mask_of_row != A(0)) range.end = range.begin;
+        mask = nullptr;
+      }
     }
   }
 
@@ -176,11 +181,9 @@ struct RowScores {
       for_each([&](int i, int) { z[i] = mul_of(tanh_of(mul_of(z[i], to_tanh)), softcap); });
     }
     if (mask != nullptr) {
-      const auto apply = [&](const auto* elements) {
-        if (!one_for_all) return mask_items(elements + first, lanes, begin, end, z);
-        for_each([&](int i, int) { z[i] = masked(z[i], *elements); });
-      };
-      with_mask(apply);
+      with_mask([&](const auto* elements) { mask_items(elements + first, lanes, begin, end, z); });
+    } else if (mask_of_row != A(0)) {
+      for_each([&](int i, int) { z[i] = add_of(z[i], mask_of_row); });
     }
     if (begin > 0 || end < room) {
 #pragma unroll
@@ -419,10 +422,12 @@ struct ScoreBackward {
       for_each([&](int i, int) { grad[i] = formula.of(A(0), exp_of(y[i] - shift)); });
     } else {
       formula.sum = state.sum;
-      const bool is_safe = op == ScoreOp::kLogSoftmax && args.scores.is_safe();
+      // What has no probability where something may take no part has no gradient.
+      const A none = op == ScoreOp::kSoftmax ? A(0) : kLowest;
+      const bool is_safe = args.scores.is_safe();
       for_each([&](int i, int) {
         grad[i] = formula.of(grad[i], y[i]);
-        if (is_safe && y[i] == kLowest) grad[i] = A(0);
+        if (is_safe && y[i] == none) grad[i] = A(0);
       });
     }
     int begin = 0, end = 0;

@@ -1,4 +1,4 @@
-"""Scores by the CUDA kernels on the host executor, with autograd, as csrc/torch/scores.cpp has them."""
+"""Scores by the CUDA kernels on the host executor: what csrc/torch/scores.cpp does around them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
     return WIDE.get(dtype, torch.float32)
 
 
-def chunks_of(dim: int, dtype: torch.dtype) -> int:
-    """Of a row that more than a part of a warp has."""
+def chunk_of(dtype: torch.dtype) -> int:
+    """Elements of a row that a warp has at a time."""
     size = wide_of(dtype).itemsize
     vectors = LIMITS["ChunkVectorsFloat64" if size == 8 else "ChunkVectors"]
-    chunk = vectors * LIMITS["Warp"] * LIMITS["VectorBytes"] // size
-    return 1 if dim <= LIMITS["ShortScores"] else -(-dim // chunk)
+    return vectors * LIMITS["Warp"] * LIMITS["VectorBytes"] // size
+
+
+def chunks_of(dim: int, dtype: torch.dtype) -> int:
+    """Of a row; one that a part of a warp has is one."""
+    return 1 if dim <= LIMITS["ShortScores"] else -(-dim // chunk_of(dtype))
 
 
 class ScoresOnHost:
@@ -59,7 +63,8 @@ class ScoresOnHost:
         assert dim in (-1, input.dim() - 1)
         options: dict[str, Any] = {"softcap": softcap or 0.0}
         if temperature is not None:
-            scale = 1 / temperature
+            is_tensor = isinstance(temperature, torch.Tensor)
+            scale = 1 / (temperature.double() if is_tensor else temperature)
         if scale is not None and not isinstance(scale, torch.Tensor):
             options["factor"], scale = float(scale), None
         if sink is not None and not isinstance(sink, torch.Tensor):
