@@ -48,7 +48,8 @@ ScoreTeams score_teams_of(const Args& args, const Plan& plan, void* scratch) {
           parts,
           (sharing + parts - 1) / parts,
           items / parts * args.shape.dim,
-          static_cast<int>(score_chunks(args.shape.dim, args.output_dtype))};
+          static_cast<int>(score_chunks(args.shape.dim, args.output_dtype)),
+          1 / args.scores.softcap};
 }
 
 template <ScoreOp op, class T, class Args>

@@ -29,11 +29,27 @@ struct ScoreTeams : Teams {
   int64_t each;       // rows of a part
   int64_t part_size;  // elements of the mask's gradient, of which each part has its own
   int chunks;         // of a row
+  double of_softcap;  // 1 / softcap
 };
 
 struct Lanes {
   int lane;
   int lanes;
+};
+
+// Elements of a chunk, counted from the first of a lane.
+struct Span {
+  int begin, end;
+
+  // It is asked anew where it is needed: the compiler would keep an answer for each element.
+  __device__ __forceinline__ Span(Lanes lanes, int begin, int end)
+      : begin(begin - lanes.lane), end(end - lanes.lane) {
+    forget(this->begin);
+    forget(this->end);
+  }
+  __device__ __forceinline__ bool has(int element) const {
+    return element >= begin && element < end;
+  }
 };
 
 // A row as a team has it. One that does not exist comes along, as another, of which nothing takes part.
@@ -46,14 +62,38 @@ struct ScorePlace {
 
 // --- Elements ------------------------------------------------------------------------------------
 
-// body(i, k) for the elements of a lane, number k of the chunk its i-th, of the first `size` and a few
-// more.
+// body(i) for the elements of a lane: those of the first `size` of a chunk, and a few more.
 template <int items, class Body>
 __device__ __forceinline__ void for_each_item(Lanes lanes, int size, Body body) {
 #pragma unroll
   for (int i = 0; i < items; ++i) {
     if (i > 0 && i % 4 == 0 && i * lanes.lanes >= size) break;
-    body(i, i * lanes.lanes + lanes.lane);
+    body(i);
+  }
+}
+
+// The first `count` elements behind the others.
+template <int count, int items, class A>
+__device__ __forceinline__ void rotate(A (&z)[items]) {
+  A first[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) first[i] = z[i];
+#pragma unroll
+  for (int i = 0; i + count < items; ++i) z[i] = z[i + count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) z[items - count + i] = first[i];
+}
+
+// body(z) for each of the arrays' elements, four at a time by the same code: what is long is compiled
+// once, and leaves the others their registers.
+template <int items, class Body, class... A>
+__device__ __forceinline__ void for_each_in_turns(Body body, A (&... z)[items]) {
+  constexpr int kAtATime = items < 4 ? items : 4;
+#pragma unroll 1
+  for (int turn = 0; turn < items / kAtATime; ++turn) {
+#pragma unroll
+    for (int v = 0; v < kAtATime; ++v) body(z[v]...);
+    (rotate<kAtATime>(z), ...);
   }
 }
 
@@ -62,11 +102,38 @@ __device__ __forceinline__ void for_each_item(Lanes lanes, int size, Body body) 
 template <int items, class A, class T>
 __device__ __forceinline__ void load_items(const T* chunk, Lanes lanes, int begin, int end, A fill,
                                            A (&x)[items]) {
+  const T* const own = chunk + lanes.lane;
+  const Span span(lanes, begin, end);
 #pragma unroll
   for (int i = 0; i < items; ++i) {
-    const int k = i * lanes.lanes + lanes.lane;
+    const int k = i * lanes.lanes;
     x[i] = fill;
-    if (k >= begin && k < end) x[i] = from_element<A>(chunk[k]);
+    if (span.has(k)) x[i] = from_element<A>(own[k]);
+  }
+}
+
+// x, but `value` outside of the elements [begin, end) of a chunk of `size`.
+template <int items, class A>
+__device__ __forceinline__ void fill_outside(Lanes lanes, int begin, int end, int size, A value,
+                                             A (&x)[items]) {
+  if (begin == 0 && end == size) return;
+  const Span span(lanes, begin, end);
+#pragma unroll
+  for (int i = 0; i < items; ++i) {
+    if (!span.has(i * lanes.lanes)) x[i] = value;
+  }
+}
+
+// The first `size` elements of a chunk.
+template <int items, class A, class T>
+__device__ __forceinline__ void store_items(T* chunk, Lanes lanes, int size, const A (&x)[items]) {
+  T* const own = chunk + lanes.lane;
+  const Span span(lanes, 0, size);
+#pragma unroll
+  for (int i = 0; i < items; ++i) {
+    const int k = i * lanes.lanes;
+    if (i > 0 && i % 4 == 0 && k >= size) break;
+    if (span.has(k)) own[k] = ToElement<T>::of(x[i]);
   }
 }
 
@@ -90,20 +157,20 @@ template <int items, class A, class M>
 __device__ __forceinline__ void mask_items(const M* chunk, Lanes lanes, int begin, int end,
                                            A (&z)[items]) {
   constexpr int kFew = items < 16 ? items : 16;
+  const M* const own = chunk + lanes.lane;
+  const Span span(lanes, begin, end);
 #pragma unroll
   for (int first = 0; first < items; first += kFew) {
     if (first > 0 && first * lanes.lanes >= end) break;
     M m[kFew];
 #pragma unroll
     for (int i = 0; i < kFew; ++i) {
-      const int k = (first + i) * lanes.lanes + lanes.lane;
+      const int k = (first + i) * lanes.lanes;
       m[i] = M{};
-      if (k >= begin && k < end) m[i] = chunk[k];
+      if (span.has(k)) m[i] = own[k];
     }
 #pragma unroll
-    for (int i = 0; i < kFew; ++i) {
-      z[first + i] = masked(z[first + i], m[i]);
-    }
+    for (int i = 0; i < kFew; ++i) z[first + i] = masked(z[first + i], m[i]);
   }
 }
 
@@ -122,17 +189,18 @@ struct RowScores {
   A mask_of_row;  // that element, or 0
   Range range;    // of the elements that take part
 
-  __device__ __forceinline__ RowScores(const Scores& scores, const OuterIndex& index, int64_t dim) {
+  __device__ __forceinline__ RowScores(const Scores& scores, const ScoreTeams& teams,
+                                       const OuterIndex& index) {
     double of_row = scores.factor;
     if (scores.scale != nullptr) of_row *= scores.scale[index.offset(scores.scale_strides)];
     scale = static_cast<A>(of_row);
     softcap = static_cast<A>(scores.softcap);
     to_tanh = A(0);
-    if (softcap != A(0)) to_tanh = static_cast<A>(of_row / scores.softcap);
+    if (softcap != A(0)) to_tanh = static_cast<A>(of_row * teams.of_softcap);
     sink = static_cast<A>(scores.sink == nullptr ? scores.sink_of_all
                                                  : scores.sink[index.offset(scores.sink_strides)]);
-    range = {0, dim};
-    if (scores.is_bounded()) range = scores.range(index.offset(scores.query_strides), dim);
+    range = {0, teams.dim};
+    if (scores.is_bounded()) range = scores.range(index.offset(scores.query_strides), teams.dim);
     mask = nullptr;
     mask_dtype = scores.mask_dtype;
     mask_of_row = A(0);
@@ -176,22 +244,16 @@ struct RowScores {
     const auto for_each = [&](auto body) { for_each_item<items>(lanes, end, body); };
     load_items(row + first, lanes, begin, end, A(0), z);
     if (softcap == A(0)) {
-      for_each([&](int i, int) { z[i] = mul_of(z[i], scale); });
+      for_each([&](int i) { z[i] = mul_of(z[i], scale); });
     } else {
-      for_each([&](int i, int) { z[i] = mul_of(tanh_of(mul_of(z[i], to_tanh)), softcap); });
+      for_each_in_turns([&](A& s) { s = mul_of(tanh_of(mul_of(s, to_tanh)), softcap); }, z);
     }
     if (mask != nullptr) {
       with_mask([&](const auto* elements) { mask_items(elements + first, lanes, begin, end, z); });
     } else if (mask_of_row != A(0)) {
-      for_each([&](int i, int) { z[i] = add_of(z[i], mask_of_row); });
+      for_each([&](int i) { z[i] = add_of(z[i], mask_of_row); });
     }
-    if (begin > 0 || end < room) {
-#pragma unroll
-      for (int i = 0; i < items; ++i) {
-        const int k = i * lanes.lanes + lanes.lane;
-        if (k < begin || k >= end) z[i] = -static_cast<A>(INFINITY);
-      }
-    }
+    fill_outside(lanes, begin, end, room, -static_cast<A>(INFINITY), z);
   }
 };
 
@@ -216,7 +278,7 @@ using score_precision_t =
 template <int items, class A, class Term>
 __device__ __forceinline__ A sum_of_items(Lanes lanes, int size, Term term) {
   A sum = 0, four = 0;
-  for_each_item<items>(lanes, size, [&](int i, int) {
+  for_each_item<items>(lanes, size, [&](int i) {
     four = i % 4 == 0 ? term(i) : add_of(four, term(i));
     if (i % 4 == 3) sum = add_of(sum, four);
   });
@@ -249,14 +311,14 @@ struct ScoreForward {
   A z[items];
 
   __device__ __forceinline__ ScoreForward(const ScoreForwardArgs& args, Lanes lanes,
-                                          const ScoreTeams&, const ScorePlace& place)
+                                          const ScoreTeams& teams, const ScorePlace& place)
       : args(args),
         lanes(lanes),
         exists(place.exists),
         input(static_cast<const T*>(args.input) + place.index.offset(args.input_strides)),
         output(static_cast<T*>(args.output) + place.index.offset(args.output_strides)),
         lse(nullptr),
-        scores(args.scores, place.index, args.shape.dim) {
+        scores(args.scores, teams, place.index) {
     if (args.lse != nullptr) lse = static_cast<A*>(args.lse) + place.index.offset(args.lse_strides);
     if (!exists) scores.range = {0, 0};
   }
@@ -282,7 +344,7 @@ struct ScoreForward {
   __device__ __forceinline__ State state(int64_t first) {
     const int size = exists ? size_of_chunk(args.shape.dim, first, items * lanes.lanes) : 0;
     A max = z[0];
-    for_each_item<items>(lanes, size, [&](int i, int) { max = max_of(max, z[i]); });
+    for_each_item<items>(lanes, size, [&](int i) { max = max_of(max, z[i]); });
     max = finite(warp_reduce<Max>(max, lanes.lanes));
     const A shift = shift_by(max);
     return {max, sum_of_items<items, A>(lanes, size, [&](int i) { return term(z[i], shift); })};
@@ -297,20 +359,19 @@ struct ScoreForward {
     return state;
   }
 
-  __device__ __forceinline__ void store(State state, int64_t first, int) const {
+  __device__ __forceinline__ void store(State state, int64_t first, int) {
     if constexpr (op != ScoreOp::kLogSumExp) {
       constexpr Op kOp = static_cast<Op>(op);
       if (!exists) return;
       const Forward<kOp, A, P> formula(state.max, state.sum);
       const int size = size_of_chunk(args.shape.dim, first, items * lanes.lanes);
       const bool is_safe = args.scores.is_safe();
-      T* const to = output + first;
-      for_each_item<items>(lanes, size, [&](int i, int k) {
-        constexpr A kLowest = -static_cast<A>(INFINITY);
-        A value = formula.of(z[i]);
-        if (is_safe && z[i] == kLowest) value = op == ScoreOp::kSoftmax ? A(0) : kLowest;
-        if (k < size) to[k] = ToElement<T>::of(value);
+      constexpr A kLowest = -static_cast<A>(INFINITY);
+      for_each_item<items>(lanes, size, [&](int i) {
+        const bool is_dead = is_safe && z[i] == kLowest;
+        z[i] = is_dead ? (op == ScoreOp::kSoftmax ? A(0) : kLowest) : formula.of(z[i]);
       });
+      store_items(output + first, lanes, size, z);
     }
   }
 };
@@ -351,7 +412,7 @@ struct ScoreBackward {
         teams(teams),
         lanes(lanes),
         place(place),
-        scores(args.scores, place.index, args.shape.dim) {
+        scores(args.scores, teams, place.index) {
     if (!place.exists) scores.range = {0, 0};
   }
 
@@ -375,7 +436,7 @@ struct ScoreBackward {
       load_items(at<T>(args.output, args.output_strides) + first, lanes, begin, end,
                  op == ScoreOp::kSoftmax ? A(0) : kLowest, y);
       if (op == ScoreOp::kLogSoftmax && args.scores.is_safe()) {
-        for_each_item<items>(lanes, end, [&](int i, int) {
+        for_each_item<items>(lanes, end, [&](int i) {
           if (y[i] == kLowest) grad[i] = A(0);
         });
       }
@@ -419,31 +480,26 @@ struct ScoreBackward {
     if constexpr (op == ScoreOp::kLogSumExp) {
       formula.grad = place.exists ? grad_of_row() : A(0);
       const A shift = place.exists ? shift_by(lse()) : A(0);
-      for_each([&](int i, int) { grad[i] = formula.of(A(0), exp_of(y[i] - shift)); });
+      for_each([&](int i) { grad[i] = formula.of(A(0), exp_of(y[i] - shift)); });
     } else {
       formula.sum = state.sum;
       // What has no probability where something may take no part has no gradient.
       const A none = op == ScoreOp::kSoftmax ? A(0) : kLowest;
       const bool is_safe = args.scores.is_safe();
-      for_each([&](int i, int) {
+      for_each([&](int i) {
         grad[i] = formula.of(grad[i], y[i]);
         if (is_safe && y[i] == none) grad[i] = A(0);
       });
     }
     int begin = 0, end = 0;
     scores.part_of_range(first, room, begin, end);
-    if (begin > 0 || end < size) {
-      for_each([&](int i, int k) {
-        if (k < begin || k >= end) grad[i] = A(0);
-      });
-    }
+    fill_outside(lanes, begin, end, size, A(0), grad);
     if (args.grad_mask != nullptr) {
       A* const to =
           at<A>(args.grad_mask, args.grad_mask_strides) + place.part * teams.part_size + first;
       load_items(to, lanes, 0, place.is_first ? 0 : size, A(0), y);
-      for_each([&](int i, int k) {
-        if (k < size) to[k] = add_of(y[i], grad[i]);
-      });
+      for_each([&](int i) { y[i] = add_of(y[i], grad[i]); });
+      store_items(to, lanes, size, y);
     }
     const auto write_sum = [&](void* numbers, auto term) {
       const A sum = sum_of_items<items, A>(lanes, size, term);
@@ -458,23 +514,23 @@ struct ScoreBackward {
     // Of what takes no part, the input may be anything.
     if (scores.softcap != A(0) || args.grad_scale != nullptr) {
       load_items(at<T>(args.input, args.input_strides) + first, lanes, begin, end, A(0), y);
-      for_each([&](int i, int) {
+      for_each([&](int i) {
         if (grad[i] == A(0)) y[i] = A(0);
       });
       if (scores.softcap != A(0)) {
-        for_each([&](int i, int) {
-          const A t = tanh_of(mul_of(y[i], scores.to_tanh));
-          grad[i] = mul_of(grad[i], fma_of(-t, t, A(1)));
-        });
+        for_each_in_turns(
+            [&](A& dz, A x) {
+              const A t = tanh_of(mul_of(x, scores.to_tanh));
+              dz = mul_of(dz, fma_of(-t, t, A(1)));
+            },
+            grad, y);
       }
       if (args.grad_scale != nullptr) {
         write_sum(args.grad_scale, [&](int i) { return mul_of(grad[i], y[i]); });
       }
     }
-    T* const to = at<T>(args.grad_input, args.grad_input_strides) + first;
-    for_each([&](int i, int k) {
-      if (k < size) to[k] = ToElement<T>::of(mul_of(grad[i], scores.scale));
-    });
+    for_each([&](int i) { grad[i] = mul_of(grad[i], scores.scale); });
+    store_items(at<T>(args.grad_input, args.grad_input_strides) + first, lanes, size, grad);
   }
 };
 
@@ -538,7 +594,8 @@ __device__ __forceinline__ void run_scores(const Args& args, const ScoreTeams& t
     const int own = (share.chunks - share.warp + share.warps - 1) / share.warps;
     // There for the row's state, and back, which begins with the chunk that is still in registers.
 #pragma unroll 1
-    for (const bool back : {false, true}) {
+    for (int pass = 0; pass < 2; ++pass) {
+      const bool back = pass == 1;
 #pragma unroll 1
       for (int k = 0; k < own; ++k) {
         const int kth = back ? own - 1 - k : k;
@@ -575,25 +632,25 @@ template <class T>
 constexpr int kScoreItems = kChunk<computed_t<T>> / limits::kWarp;
 
 template <ScoreOp op, class T>
-__global__ void __launch_bounds__(limits::kShortRowThreads)
+__global__ void __launch_bounds__(limits::kShortRowThreads, 1)
     short_scores_forward_kernel(ScoreForwardArgs args, ScoreTeams teams) {
   run_short_scores<ScoreForward<op, limits::kShortScoreItems, T>>(args, teams);
 }
 
 template <ScoreOp op, class T>
-__global__ void __launch_bounds__(limits::kShortRowThreads)
+__global__ void __launch_bounds__(limits::kShortRowThreads, 1)
     short_scores_backward_kernel(ScoreBackwardArgs args, ScoreTeams teams) {
   run_short_scores<ScoreBackward<op, limits::kShortScoreItems, T>>(args, teams);
 }
 
 template <ScoreOp op, class T>
-__global__ void __launch_bounds__(limits::kMostWarps* limits::kWarp, 1)
+__global__ void __launch_bounds__(limits::kLongWarps* limits::kWarp, 1)
     scores_forward_kernel(ScoreForwardArgs args, ScoreTeams teams) {
   run_scores<ScoreForward<op, kScoreItems<T>, T>>(args, teams);
 }
 
 template <ScoreOp op, class T>
-__global__ void __launch_bounds__(limits::kMostWarps* limits::kWarp, 1)
+__global__ void __launch_bounds__(limits::kLongWarps* limits::kWarp, 1)
     scores_backward_kernel(ScoreBackwardArgs args, ScoreTeams teams) {
   run_scores<ScoreBackward<op, kScoreItems<T>, T>>(args, teams);
 }

@@ -72,7 +72,8 @@ namespace detail {
 constexpr Workload score_workload(int64_t items, int64_t dim, DType dtype, int inputs,
                                   bool online) {
   const DType wide = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  return {{items, dim, 1}, wide, wide, inputs, /*aligned=*/1, /*run=*/0, online};
+  return {{items, dim, 1}, wide,      wide,   inputs,
+          /*aligned=*/1,   /*run=*/0, online, limits::kLongWarps};
 }
 
 }  // namespace detail
