@@ -714,6 +714,9 @@ __device__ __forceinline__ void run_scores(const Args& args, const ScoreTeams& t
 }
 
 template <class T>
+constexpr int kScoreThreads =
+    score_warps(sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32) * limits::kWarp;
+template <class T>
 constexpr int kScoreItems = kChunk<computed_t<T>> / limits::kWarp;
 
 template <ScoreOp op, class T>
@@ -729,13 +732,13 @@ __global__ void __launch_bounds__(limits::kShortRowThreads, 1)
 }
 
 template <ScoreOp op, class T>
-__global__ void __launch_bounds__(limits::kLongWarps* limits::kWarp, 1)
+__global__ void __launch_bounds__(kScoreThreads<T>, 1)
     scores_forward_kernel(ScoreForwardArgs args, ScoreTeams teams) {
   run_scores<ScoreForward<op, kScoreItems<T>, T>>(args, teams);
 }
 
 template <ScoreOp op, class T>
-__global__ void __launch_bounds__(limits::kLongWarps* limits::kWarp, 1)
+__global__ void __launch_bounds__(kScoreThreads<T>, 1)
     scores_backward_kernel(ScoreBackwardArgs args, ScoreTeams teams) {
   run_scores<ScoreBackward<op, kScoreItems<T>, T>>(args, teams);
 }

@@ -81,6 +81,7 @@ py::dict limits_by_name() {
   SOFTMAX_EXT_LIMIT(MaxBlocks);
   SOFTMAX_EXT_LIMIT(ShortScores);
   SOFTMAX_EXT_LIMIT(ScoreWidth);
+  SOFTMAX_EXT_LIMIT(ScoreWarpsFloat64);
   return result;
 }
 

@@ -468,12 +468,13 @@ constexpr Plan plan_cluster(const Workload& work, const DeviceProperties& device
   // Forward, two blocks of many warps do not fit an SM: a few warps then have several chunks each.
   const int64_t warps = ceil_div(sizes.chunks, team);
   const int64_t most_warps = work.inputs == 1 && rows * most > device.sm_count
-                                 ? limits::kResidentWarps / 2
+                                 ? std::min(work.most_warps, limits::kResidentWarps / 2)
                                  : work.most_warps;
   if (warps <= most_warps) return plan_of(team, warps);
   for (const int64_t each : {work.inputs == 1 ? 4 : 2, 4}) {
     const int64_t few = ceil_div(sizes.chunks, most * each);
-    if (few <= limits::kLongWarps && plan_of(most, few).hold == Hold::kShared) {
+    if (few <= std::min(work.most_warps, limits::kLongWarps) &&
+        plan_of(most, few).hold == Hold::kShared) {
       return plan_of(most, few);
     }
   }
@@ -484,11 +485,12 @@ constexpr Plan plan_grid(const Workload& work, const DeviceProperties& device) {
   const Sizes sizes(work);
   if (work.shape.inner > 1) return start(Schedule::kGrid, sizes);
   // One block an SM, since all are to run at the same time. Each of many rows has as many as hold it.
-  const int64_t of_warps = limits::kLongWarps * sizes.chunk_bytes * work.inputs;
+  const int64_t long_warps = std::min(work.most_warps, limits::kLongWarps);
+  const int64_t of_warps = long_warps * sizes.chunk_bytes * work.inputs;
   const int64_t kept =
       (device.max_shared_memory_per_block - limits::kReservedShared - sizes.grid_terms()) /
       of_warps;
-  const int64_t enough = ceil_div(sizes.chunks, (1 + kept) * limits::kLongWarps);
+  const int64_t enough = ceil_div(sizes.chunks, (1 + kept) * long_warps);
   const int64_t rows = work.shape.rows();
   const int64_t teams =
       std::clamp<int64_t>(device.sm_count / std::min<int64_t>(enough, device.sm_count), 1, rows);

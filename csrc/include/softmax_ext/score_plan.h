@@ -18,6 +18,9 @@ namespace limits {
 constexpr int kShortScores = 256;
 constexpr int kShortScoreItems = 8;
 constexpr int kFewestScoreLanes = 8;
+// Warps of a block that shares a row: in float64, exp and tanh take more registers.
+constexpr int kScoreWarps = 12;
+constexpr int kScoreWarpsFloat64 = 8;
 // Neighbours that a lane has of rows of a multiple of them.
 constexpr int kScoreWidth = 4;
 // Rows of a mask and parts of the rows that share one, in all, where there are so many; and the fewest and
@@ -32,6 +35,10 @@ constexpr int score_lanes(int64_t dim) {
   int lanes = limits::kFewestScoreLanes;
   while (lanes * limits::kShortScoreItems < dim) lanes *= 2;
   return lanes;
+}
+
+constexpr int score_warps(DType wide) {
+  return wide == DType::kFloat64 ? limits::kScoreWarpsFloat64 : limits::kScoreWarps;
 }
 
 constexpr int score_width(int64_t dim) {
@@ -79,7 +86,7 @@ constexpr Workload score_workload(int64_t items, int64_t dim, DType dtype, int i
                                   bool online) {
   const DType wide = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   return {{items, dim, 1}, wide,      wide,   inputs,
-          /*aligned=*/1,   /*run=*/0, online, limits::kLongWarps};
+          /*aligned=*/1,   /*run=*/0, online, score_warps(wide)};
 }
 
 }  // namespace detail

@@ -21,7 +21,7 @@ from tolerances import FLOATING
 
 from softmax_ext._C import LIMITS
 
-SHORT, WIDTH, WARPS = LIMITS["ShortScores"], LIMITS["ScoreWidth"], LIMITS["LongWarps"]
+SHORT, WIDTH, WARPS = LIMITS["ShortScores"], LIMITS["ScoreWidth"], LIMITS["ScoreWarpsFloat64"]
 # Lengths of rows that are not shared by warps.
 SHORT_DIMS = {
     1: "a key",
