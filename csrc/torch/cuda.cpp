@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../cuda/launch.h"
+#include "../cuda/launch_segments.h"
 
 namespace softmax_ext {
 namespace {
@@ -68,6 +69,22 @@ void launch_plan(const Args& args, c10::Device device, Launch launch) {
   }
 }
 
+// `sums`: numbers in the state of a column.
+template <class Args, class Launch>
+void launch_segments(const Args& args, int sums, std::initializer_list<const void*> tensors,
+                     c10::Device device, Launch launch) {
+  const c10::cuda::CUDAGuard guard(device);
+  const auto in_vectors = [](int64_t bytes) { return bytes % limits::kVectorBytes == 0; };
+  bool aligned = in_vectors(args.shape.inner * size_of(args.dtype));
+  for (const void* const tensor : tensors) {
+    aligned = aligned && in_vectors(reinterpret_cast<intptr_t>(tensor));
+  }
+  const SegmentPlan plan = make_segment_plan(args.shape, args.segments.count, args.dtype, aligned,
+                                             sums, properties(device));
+  const c10::DataPtr scratch = c10::cuda::CUDACachingAllocator::get()->allocate(plan.scratch_bytes);
+  C10_CUDA_CHECK(launch(args, plan, scratch.get(), c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
 void launch_on_cuda(const ForwardArgs& args, c10::Device device) {
@@ -76,6 +93,15 @@ void launch_on_cuda(const ForwardArgs& args, c10::Device device) {
 
 void launch_on_cuda(const BackwardArgs& args, c10::Device device) {
   launch_plan(args, device, cuda::launch_backward);
+}
+
+void launch_on_cuda(const SegmentsForwardArgs& args, c10::Device device) {
+  launch_segments(args, 2, {args.input, args.output}, device, cuda::launch_segments_forward);
+}
+
+void launch_on_cuda(const SegmentsBackwardArgs& args, c10::Device device) {
+  launch_segments(args, 1, {args.grad_output, args.output, args.input, args.grad_input}, device,
+                  cuda::launch_segments_backward);
 }
 
 }  // namespace softmax_ext
@@ -89,6 +115,14 @@ void launch_on_cuda(const ForwardArgs&, c10::Device) {
 }
 
 void launch_on_cuda(const BackwardArgs&, c10::Device) {
+  TORCH_INTERNAL_ASSERT(false, "built without CUDA");
+}
+
+void launch_on_cuda(const SegmentsForwardArgs&, c10::Device) {
+  TORCH_INTERNAL_ASSERT(false, "built without CUDA");
+}
+
+void launch_on_cuda(const SegmentsBackwardArgs&, c10::Device) {
   TORCH_INTERNAL_ASSERT(false, "built without CUDA");
 }
 
