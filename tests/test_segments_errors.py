@@ -134,5 +134,5 @@ def test_no_segments_on_a_device(device: str) -> None:
         {"ptr": torch.zeros(1, dtype=torch.int64, device=device)},
         {"index": INDEX.to(device), "num_segments": 0},
     ):
-        with pytest.raises(IndexError, match="4 elements of 'input' along dim 0, .* no segments"):
+        with pytest.raises(IndexError, match=r"4 elements of 'input' .* no segments"):
             OPS["softmax"](x, **segments)

@@ -78,11 +78,11 @@ def segment_softmax(
     segment of each element in any order: exactly one of the two. It is computed as
     exp(x - max(x)) / sum, in float32 (float64 for float64), and rounded once.
 
-    Kernels read and write each element once, and of a segment that is long a second time. A result has
-    the same bits for any number of threads, and on a CUDA device whatever other segments there are. An
-    `index` that is not sorted is first sorted, stably; on a CUDA device one that is sorted too, which
-    takes longer than all else: give `ptr` where it is known. There `index` without `num_segments`
-    waits for the device, and nothing else does.
+    Kernels read and write each element once, those of a long segment a second time. A result has
+    the same bits for any number of threads, and on a CUDA device whatever other segments there
+    are. An `index` that is not sorted is first sorted, stably; on a CUDA device one that is sorted
+    too, which takes longer than all else: give `ptr` where it is known. There `index` without
+    `num_segments` waits for the device, and nothing else does.
 
     Args:
         input: of any shape with at least one dim; float16, bfloat16, float32 or float64, or another
