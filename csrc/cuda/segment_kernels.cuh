@@ -198,11 +198,19 @@ class SegmentRows {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int row = first + r * step;
-      place_[r] = -1;
-      if (row >= size || column >= call.shape.inner) continue;
-      int64_t place = begin + row;
-      if (call.segments.order != nullptr) place = call.segments.order[place];
-      place_[r] = (outer * call.shape.dim + place) * call.shape.inner + column;
+      place_[r] = row < size && column < call.shape.inner ? begin + row : -1;
+    }
+    // All of them before the first is used.
+    if (call.segments.order != nullptr) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (place_[r] >= 0) place_[r] = call.segments.order[place_[r]];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (place_[r] < 0) continue;
+      place_[r] = (outer * call.shape.dim + place_[r]) * call.shape.inner + column;
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -579,33 +587,43 @@ __device__ __forceinline__ void run_segment_blocks(const SegmentCall<typename Pa
   }
 }
 
-// Of an SM, as the compiler is told: what narrow accesses leave registers for, and wide ones; float64
-// takes more of them.
-template <int columns, class T>
-constexpr int segment_blocks = columns == 1 && sizeof(T) < 8 ? 4 : 2;
-
 // --- Kernels -------------------------------------------------------------------------------------
 
+// Blocks of an SM, as the compiler is told: wide accesses of 16 bits, and float64, take more registers,
+// and so does a meeting.
+template <class Pass>
+constexpr int segment_warp_blocks = sizeof(typename Pass::Element) == 8 ? 2
+                                    : Pass::kColumns < 8                ? 4
+                                    : Pass::kInputs == 1                ? 3
+                                                                        : 2;
+template <class Pass>
+constexpr int segment_block_blocks =
+    Pass::kColumns == 1 && sizeof(typename Pass::Element) < 8 ? 4 : 2;
+
 template <SegmentOp op, int columns, class T>
-__global__ void __launch_bounds__(limits::kSegmentThreads, segment_blocks<columns, T>)
+__global__ void __launch_bounds__(limits::kSegmentThreads,
+                                  segment_warp_blocks<SegmentForward<op, columns, T>>)
     segment_warp_forward_kernel(SegmentCall<T> call) {
   run_segment_warps<SegmentForward<op, columns, T>>(call);
 }
 
 template <SegmentOp op, int columns, class T>
-__global__ void __launch_bounds__(limits::kSegmentThreads, segment_blocks<columns, T>)
+__global__ void __launch_bounds__(limits::kSegmentThreads,
+                                  segment_warp_blocks<SegmentBackward<op, columns, T>>)
     segment_warp_backward_kernel(SegmentCall<T> call) {
   run_segment_warps<SegmentBackward<op, columns, T>>(call);
 }
 
 template <SegmentOp op, int columns, class T>
-__global__ void __launch_bounds__(limits::kSegmentThreads, segment_blocks<columns, T>)
+__global__ void __launch_bounds__(limits::kSegmentThreads,
+                                  segment_block_blocks<SegmentForward<op, columns, T>>)
     segment_block_forward_kernel(SegmentCall<T> call, bool finishing) {
   run_segment_blocks<SegmentForward<op, columns, T>>(call, finishing);
 }
 
 template <SegmentOp op, int columns, class T>
-__global__ void __launch_bounds__(limits::kSegmentThreads, segment_blocks<columns, T>)
+__global__ void __launch_bounds__(limits::kSegmentThreads,
+                                  segment_block_blocks<SegmentBackward<op, columns, T>>)
     segment_block_backward_kernel(SegmentCall<T> call, bool finishing) {
   run_segment_blocks<SegmentBackward<op, columns, T>>(call, finishing);
 }
