@@ -53,7 +53,8 @@ __global__ void __launch_bounds__(limits::kSegmentThreads)
       unsigned place = 0;
       if (lane == 0) place = atomicAdd(&lists.counts[0], static_cast<unsigned>(__popc(wholes)));
       place = __shfl_sync(0xffffffffu, place, 0);
-      if (is_whole) lists.wholes[place + __popc(wholes & ((1u << lane) - 1))] = segment;
+      place += static_cast<unsigned>(__popc(wholes & ((1u << lane) - 1)));
+      if (is_whole && place < lists.most_wholes) lists.wholes[place] = segment;
     }
     const unsigned longer = __ballot_sync(0xffffffffu, own > block_rows);
     for (int source = 0; source < limits::kWarp; ++source) {
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(limits::kSegmentThreads)
       if (lane == 0) place = atomicAdd(&lists.counts[1], parts);
       place = __shfl_sync(0xffffffffu, place, 0);
       for (unsigned part = static_cast<unsigned>(lane); part < parts; part += limits::kWarp) {
-        lists.parts[place + part] = {first + source, part};
+        if (place + part < lists.most_parts) lists.parts[place + part] = {first + source, part};
       }
     }
   }

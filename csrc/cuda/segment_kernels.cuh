@@ -28,11 +28,16 @@ struct SegmentLists {
   unsigned* counts;    // of wholes, of parts
   int64_t* wholes;     // segments of no more than block_rows
   SegmentPart* parts;  // of the longer ones, those of one side by side
+  // Pointers that are wrong may ask for more, before a thread that sees it has ended the kernel.
+  unsigned most_wholes;
+  unsigned most_parts;
 
   static SegmentLists in(void* scratch, const SegmentPlan& plan) {
     auto* const memory = static_cast<unsigned char*>(scratch);
     return {reinterpret_cast<unsigned*>(memory), reinterpret_cast<int64_t*>(memory + plan.wholes),
-            reinterpret_cast<SegmentPart*>(memory + plan.parts)};
+            reinterpret_cast<SegmentPart*>(memory + plan.parts),
+            static_cast<unsigned>((plan.parts - plan.wholes) / sizeof(int64_t)),
+            static_cast<unsigned>((plan.states - plan.parts) / sizeof(SegmentPart))};
   }
 };
 

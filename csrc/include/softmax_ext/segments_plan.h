@@ -94,7 +94,6 @@ constexpr SegmentPlan make_segment_plan(const Shape& shape, int64_t count, DType
   plan.states = plan.parts + (plan.has_parts(shape) ? parts : 0) * sizeof(SegmentPart);
   plan.scratch_bytes =
       plan.states + static_cast<size_t>(shape.outer * plan.state_slots * shape.inner * state_bytes);
-  if (!plan.has_long(shape)) plan.scratch_bytes = plan.wholes;
 
   const int64_t filling = int64_t{device.sm_count} * kSegmentBlocks;
   const auto persistent = [&](int64_t items, int64_t slices) {
