@@ -571,8 +571,8 @@ FAULTS = [
         "an order is not followed",
         "cuda segments",
         SEGMENTS,
-        "place = call.segments.order[place];",
-        "place += 0 * call.segments.order[place];",
+        "place_[r] = call.segments.order[place_[r]];",
+        "place_[r] += 0 * call.segments.order[place_[r]];",
         HOST_SEGMENTS,
     ),
     Fault(
