@@ -76,6 +76,15 @@ _COLUMN_INSTRUCTIONS = {
     (True, 8): (30, 6, 14),
 }
 _COLUMN_FIXED = 300
+# Scores with a mask: for the part of a row that a warp has, and for each element of a lane.
+_SCORE_INSTRUCTIONS = {
+    (False, 2): (560, 29),
+    (False, 4): (560, 41),
+    (False, 8): (700, 90),
+    (True, 2): (450, 21),
+    (True, 4): (450, 17),
+    (True, 8): (500, 20),
+}
 # float64 instructions for an element: 16 for exp and its argument, which is taken again where the
 # element is read again; the others for the max, the sum and the quotient.
 _DOUBLES = {False: 21, True: 3}
@@ -160,6 +169,13 @@ def instructions(plan: Plan, work: Work) -> float:
     """Of all warps together."""
     itemsize = work.read.itemsize
     key = (work.backward, itemsize)
+    if work.of_scores:
+        fixed, item = _SCORE_INSTRUCTIONS[key]
+        if plan.group < WARP:  # several rows a warp
+            items = math.ceil(work.dim / plan.group / 4) * 4
+            return plan.blocks * _warps(plan) * (fixed + items * item)
+        parts = math.ceil(work.dim / _chunk(plan, itemsize))
+        return work.rows * (parts * fixed + work.dim / WARP * item)
     if plan.schedule == "packed":
         turns = math.ceil(plan.items / (plan.threads // plan.group))
         if plan.kernel == "packed_columns":

@@ -77,6 +77,15 @@ def plan(
     like: Tensor | None = None,
     like_dim: int = 0,
 ) -> Plan | None: ...
+def score_plan(
+    rows: int,
+    dim: int,
+    dtype: dtype,
+    inputs: int,
+    sm_count: int,
+    shared_bytes: int,
+    compute_capability: int,
+) -> Plan | None: ...
 def is_direct_on_cuda(tensor: Tensor, dim: int) -> bool: ...
 def segment_softmax(
     input: Tensor,

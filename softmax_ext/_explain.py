@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from softmax_ext._loader import load
+from softmax_ext.functional.scores import Scores, with_scores
 
 if TYPE_CHECKING:
     from softmax_ext._C import Plan
@@ -181,6 +183,13 @@ class Work:
     read: torch.dtype
     written: torch.dtype
     backward: bool
+    # Of scores, what is moved besides a row's input, or gradient and output, and its result; less
+    # what takes no part. None of softmax alone.
+    more_bytes: int | None = None
+
+    @property
+    def of_scores(self) -> bool:
+        return self.more_bytes is not None
 
     @property
     def inputs(self) -> int:
@@ -198,6 +207,12 @@ class Work:
 def make_plan(work: Work, device: Device, like: Tensor | None = None, dim: int = 0) -> Plan | None:
     """like: where what is read lies, if the kernels read it there. None where there is nothing to
     launch."""
+    if work.of_scores:
+        of_scores: Plan | None = _C.score_plan(
+            *(work.rows, work.dim, work.read, work.inputs),
+            *(device.sm_count, device.shared_bytes_of_block, device.compute_capability),
+        )
+        return of_scores
     plan: Plan | None = _C.plan(
         *(work.outer, work.dim, work.inner, work.read, work.written, work.inputs, True),
         *(device.sm_count, device.shared_bytes_of_block, device.compute_capability),
@@ -214,6 +229,10 @@ def kernel_name(plan: Plan, work: Work) -> str:
         "columns": f"columns={plan.columns}",
     }
     direction = "backward" if work.backward else "forward"
+    if work.of_scores:
+        is_short = plan.schedule == "warp" and work.dim <= _C.LIMITS["ShortScores"]
+        dtype = str(work.read).removeprefix("torch.")
+        return f"{'short_' if is_short else ''}scores_{direction} softmax {dtype}"
     read, written = (str(dtype).removeprefix("torch.") for dtype in (work.read, work.written))
     types = read if read == written else f"{read} -> {written}"
     name = f"{plan.kernel}_{direction} softmax {types}"
@@ -224,14 +243,53 @@ def input_reads(plan: Plan, work: Work) -> int:
     """Of each element."""
     if plan.hold != "none":
         return 1
-    max_first = plan.schedule == "columns" or work.read == torch.float64
+    max_first = plan.schedule == "columns" or (work.read == torch.float64 and not work.of_scores)
     return 3 if max_first and not work.backward else 2
 
 
 def kernel_bytes(plan: Plan, work: Work) -> int:
     """Read and written, by the kernel."""
     read = input_reads(plan, work) * work.inputs * work.read.itemsize
-    return work.elements * (read + work.written.itemsize)
+    return work.elements * (read + work.written.itemsize) + (work.more_bytes or 0)
+
+
+# --- Scores --------------------------------------------------------------------------------------
+
+
+def _live_elements(sizes: Sequence[int], scores: Scores) -> int:
+    """Those that a band lets take part, of all."""
+    window, is_causal = scores.get("window"), scores.get("is_causal", False)
+    if window is None and not is_causal:
+        return math.prod(sizes)
+    *outer, queries, keys = sizes
+    left, right = window or (-1, -1)
+    right = 0 if is_causal else right
+    offset = scores.get("causal_offset")
+    diagonal = torch.arange(queries) + (keys - queries if offset is None else offset)
+    begin = (diagonal - left).clamp(0, keys) if left >= 0 else torch.zeros_like(diagonal)
+    end = (diagonal + right + 1).clamp(0, keys) if right >= 0 else torch.full_like(diagonal, keys)
+    return math.prod(outer) * int((end - begin).clamp_min(0).sum())
+
+
+def _bytes_of_scores(
+    sizes: Sequence[int], dtype: torch.dtype, backward: bool, scores: Scores
+) -> int:
+    """What is moved because of them, less what is not because of a band."""
+    moved, live = 0, _live_elements(sizes, scores)
+    mask = scores.get("mask")
+    inputs = 2 if backward else 1
+    moved -= inputs * (math.prod(sizes) - live) * dtype.itemsize
+    if mask is not None and not backward:
+        moved += mask.numel() * mask.itemsize
+    if not backward:
+        return moved
+    scale = scores.get("scale", scores.get("temperature"))
+    of_scale = isinstance(scale, Tensor) and scale.requires_grad
+    if of_scale or scores.get("softcap") is not None:
+        moved += live * dtype.itemsize
+    if mask is not None and mask.requires_grad:
+        moved += mask.numel() * 4
+    return moved
 
 
 # --- What it is expected to take -----------------------------------------------------------------
@@ -288,6 +346,17 @@ def _check_dtypes(dtype: torch.dtype, out_dtype: torch.dtype | None, backward: b
         )
 
 
+def _check_scores(sizes: Sequence[int], index: int, out_dtype: torch.dtype | None) -> None:
+    if index != len(sizes) - 1:
+        raise ValueError(
+            f"explain(): expected argument 'dim' to be the last, of scores, but got {index} of "
+            f"{len(sizes)} dims"
+        )
+    if out_dtype is not None:
+        raise ValueError("explain(): argument 'out_dtype' is not for scores, which have one dtype")
+
+
+@with_scores
 def explain(
     shape: Sequence[int] | Tensor,
     dtype: torch.dtype = torch.float32,
@@ -297,6 +366,7 @@ def explain(
     backward: bool = False,
     device: str | torch.device | None = None,
     bandwidth: float | None = None,
+    **scores: Unpack[Scores],
 ) -> Explanation:
     """What softmax would run on a GPU, and how long it is expected to take.
 
@@ -317,6 +387,9 @@ def explain(
         device: "A100", "H100", "H200", "B200" or "RTX 5090"; or a CUDA device of this machine.
             Without it, the current one, or an H100 where there is none.
         bandwidth: of a copy in GB/s, bytes read and written, instead of the device's.
+        **scores: `scale`, `mask`, `is_causal` and the others of :func:`softmax_ext.softmax`, of the
+            last dim; of tensors, which may be meta, their sizes and dtypes count, and backward
+            whether they require a gradient. The input and the output have `dtype`.
 
     Returns:
         An :class:`Explanation`: printed, a table.
@@ -324,7 +397,8 @@ def explain(
     Raises:
         IndexError: `dim` is out of range.
         NotImplementedError: a dtype that has no kernel.
-        ValueError: an unknown device, a negative size, or a bandwidth that is not positive.
+        ValueError: an unknown device, a negative size, a bandwidth that is not positive;
+            scores over another dim than the last, or with `out_dtype`.
 
     Source: the CUDA programming guide (occupancy); Little's law.
 
@@ -360,18 +434,25 @@ def explain(
     narrow = wide if cast_first else dtype
     sizes = sizes or [1]
     index = dim % limit
+    if scores:
+        _check_scores(sizes, index, out_dtype)
     work = Work(
         math.prod(sizes[:index]),
         sizes[index],
         math.prod(sizes[index + 1 :]),
         *((wide, narrow) if backward else (narrow, wide)),
         backward,
+        _bytes_of_scores(sizes, dtype, backward, scores) if scores else None,
     )
     once = work.elements * (dtype.itemsize + (2 if backward else 1) * wide.itemsize)
+    once += work.more_bytes or 0
     like = shape if isinstance(shape, Tensor) and shape.layout == torch.strided else None
     if cast_first:
         like = None
-    copy_first = like is not None and not _C.is_direct_on_cuda(like, dim)
+    if scores:
+        copy_first = like is not None and like.stride(-1) != 1 and like.size(-1) > 1
+    else:
+        copy_first = like is not None and not _C.is_direct_on_cuda(like, dim)
     plan = make_plan(work, on, like, dim)
     if plan is None:
         nothing = ("none", "none", None, 0, 0, 1, 0, None, 0, 0, 0.0, 0.0, 0, 0.0, "nothing to do")

@@ -139,7 +139,8 @@ class Reference:
         The gradient of a score is a difference, of which the arithmetic's error is relative to the
         terms.
         """
-        g, p = grad.cpu().double().abs(), self.p
+        # A probability below the smallest normal number is rounded as if it were that.
+        g, p = grad.cpu().double().abs(), self.p.clamp_min(torch.finfo(grad.dtype).tiny)
         if self.op == "logsumexp":
             g = g.reshape(self.size.shape)
             of_scores, of_row = p * g, g

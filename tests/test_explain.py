@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,46 @@ def test_strides_of_a_tensor(backward: bool) -> None:
     assert copied.copy_first and "no kernel for these strides" in str(copied)
     assert copied.bytes_moved == of_contiguous.bytes_moved + 2 * memory.itemsize * 64 * 1024
     assert copied.microseconds > of_contiguous.microseconds
+
+
+@pytest.mark.parametrize("device", _explain.DEVICES)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("keys", [1, 49, 1024, 5000, 1 << 20])
+def test_scores(keys: int, dtype: torch.dtype, backward: bool, device: str) -> None:
+    found = explain((8, 4, keys), dtype, backward=backward, device=device, scale=0.5)
+    assert found.schedule in SCHEDULES
+    size = 8 * 4 * keys * dtype.itemsize * (3 if backward else 2)
+    assert (found.bytes_moved == size) == (found.hold != "none")
+    assert found.registers is not None
+    assert found.microseconds > found.bytes_moved / (found.bandwidth * 1e3)
+    short = "short_" if keys <= 256 else ""
+    direction = "backward" if backward else "forward"
+    assert found.kernel == f"{short}scores_{direction} softmax {str(dtype)[6:]}"
+
+
+def test_bytes_of_scores() -> None:
+    shape, size = (2, 3, 64, 128), 2 * 3 * 64 * 128
+    mask = torch.empty(64, 128, dtype=torch.bfloat16, device="meta")
+
+    def moved(backward: bool = False, **scores: Any) -> int:
+        return explain(shape, BF16, backward=backward, device="H100", **scores).bytes_moved
+
+    assert moved(mask=mask) == 2 * 2 * size + mask.numel() * 2
+    assert moved(mask=mask.bool()) == 2 * 2 * size + mask.numel()
+    assert moved(backward=True, mask=mask) == 3 * 2 * size
+    trained = torch.empty(64, 128, requires_grad=True)
+    assert moved(backward=True, mask=trained) == 3 * 2 * size + 4 * mask.numel()
+    assert moved(backward=True, softcap=2.0) == 4 * 2 * size
+    # Of a causal row what comes before it is not read: of 64 queries, 0 to 63 of the last 64 keys.
+    dead = 2 * 3 * (64 * 63 // 2)
+    assert moved(is_causal=True) == 2 * (2 * size - dead)
+    assert moved(backward=True, is_causal=True) == 2 * (3 * size - 2 * dead)
+    assert moved(window=(0, 0)) == 2 * (size + 2 * 3 * 64)
+    with pytest.raises(ValueError, match="the last"):
+        explain((4, 5), dim=0, scale=2.0)
+    with pytest.raises(ValueError, match="out_dtype"):
+        explain((4, 5), BF16, out_dtype=FP32, scale=2.0)
 
 
 def test_what_is_read_again_counts_again() -> None:

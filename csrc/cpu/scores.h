@@ -364,7 +364,7 @@ class ScoresOfRows {
     const double scale = scale_.first == nullptr ? scores_.factor : scores_.factor * *scale_[k];
     row.scale = static_cast<A>(scale);
     if (row.softcap != 0) row.to_tanh = static_cast<A>(scale / scores_.softcap);
-    row.sink = sink_.first == nullptr ? kLowest<A> : static_cast<A>(*sink_[k]);
+    row.sink = static_cast<A>(sink_.first == nullptr ? scores_.sink_of_all : *sink_[k]);
     row.range =
         scores_.is_bounded() ? scores_.range(query_ + k * query_next_, dim_) : Range{0, dim_};
     row.mask = nullptr;

@@ -81,7 +81,7 @@ void score_short_rows(const ScoreForwardArgs& args, const ScoreRows<T>& at, int6
     lanes[r] = place_scores(at.x[first + r], scratch + r * apart, 0, range_of(r), rows[r]);
   }
   max_over_lanes(lanes, count, maxes);
-  if (args.scores.sink != nullptr) {
+  if (args.scores.has_sink()) {
     for (int64_t r = 0; r < count; ++r) {
       sinks[r] = rows[r].sink;
       maxes[r] = std::max(sinks[r], maxes[r]);
@@ -93,7 +93,7 @@ void score_short_rows(const ScoreForwardArgs& args, const ScoreRows<T>& at, int6
   }
   ExactSum<V> sum = exact_sum_over_lanes(lanes, count);
   const V max = load(maxes, All{}, A(0));
-  if (args.scores.sink != nullptr) {
+  if (args.scores.has_sink()) {
     sum.add(exp_of_nonpositive(load(sinks, All{}, A(0)) - shift_of(max)));
   }
   if (args.lse != nullptr) {
@@ -175,7 +175,7 @@ void score_long_rows(const ScoreForwardArgs& args, const Threads& threads) {
           OnlineState<double> of_row) {
         using softmax_ext::combine;
         const Row at = row_of(row);
-        if (args.scores.sink != nullptr) {
+        if (args.scores.has_sink()) {
           const bool is_empty = at.scores.sink == kLowest<A>;
           of_row = combine(of_row, OnlineState<double>{at.scores.sink, is_empty ? 0.0 : 1.0});
         }

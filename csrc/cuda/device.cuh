@@ -417,6 +417,9 @@ __device__ __forceinline__ void forget(Vector& x) {
                             : "+r"(x.word[0]), "+r"(x.word[1]), "+r"(x.word[2]), "+r"(x.word[3])));
 }
 
+__device__ __forceinline__ void forget(int& x) {
+  SOFTMAX_EXT_PTX((void)x, asm volatile("" : "+r"(x)));
+}
 __device__ __forceinline__ void forget(int64_t& x) {
   SOFTMAX_EXT_PTX((void)x, asm volatile("" : "+l"(x)));
 }

@@ -8,24 +8,43 @@ namespace softmax_ext::cuda {
 // Instantiated in the file of each direction and type.
 template <class T, class Args>
 cudaError_t launch_typed(const Args& args, const Plan& plan, void* scratch, cudaStream_t stream);
+template <class T, class Args>
+cudaError_t launch_scores_typed(const Args& args, const Plan& plan, void* scratch,
+                                cudaStream_t stream);
 
 namespace {
+
+// launch(element) with one of the type.
+template <class Launch>
+cudaError_t with_type(DType dtype, Launch launch) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return launch(__half{});
+    case DType::kBFloat16:
+      return launch(__nv_bfloat16{});
+    case DType::kFloat32:
+      return launch(float{});
+    case DType::kFloat64:
+      return launch(double{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
 
 template <class Args>
 cudaError_t launch(const Args& args, const Plan& plan, void* scratch, cudaStream_t stream) {
   if (plan.blocks == 0) return cudaSuccess;
-  switch (args.output_dtype) {
-    case DType::kFloat16:
-      return launch_typed<__half>(args, plan, scratch, stream);
-    case DType::kBFloat16:
-      return launch_typed<__nv_bfloat16>(args, plan, scratch, stream);
-    case DType::kFloat32:
-      return launch_typed<float>(args, plan, scratch, stream);
-    case DType::kFloat64:
-      return launch_typed<double>(args, plan, scratch, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(args.output_dtype, [&](auto element) {
+    return launch_typed<decltype(element)>(args, plan, scratch, stream);
+  });
+}
+
+template <class Args>
+cudaError_t launch_scores(const Args& args, const Plan& plan, void* scratch, cudaStream_t stream) {
+  if (plan.blocks == 0) return cudaSuccess;
+  return with_type(args.output_dtype, [&](auto element) {
+    return launch_scores_typed<decltype(element)>(args, plan, scratch, stream);
+  });
 }
 
 }  // namespace
@@ -38,6 +57,16 @@ cudaError_t launch_forward(const ForwardArgs& args, const Plan& plan, void* scra
 cudaError_t launch_backward(const BackwardArgs& args, const Plan& plan, void* scratch,
                             cudaStream_t stream) {
   return launch(args, plan, scratch, stream);
+}
+
+cudaError_t launch_score_forward(const ScoreForwardArgs& args, const Plan& plan, void* scratch,
+                                 cudaStream_t stream) {
+  return launch_scores(args, plan, scratch, stream);
+}
+
+cudaError_t launch_score_backward(const ScoreBackwardArgs& args, const Plan& plan, void* scratch,
+                                  cudaStream_t stream) {
+  return launch_scores(args, plan, scratch, stream);
 }
 
 }  // namespace softmax_ext::cuda

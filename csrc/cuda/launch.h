@@ -7,6 +7,7 @@
 
 #include "softmax_ext/plan.h"
 #include "softmax_ext/problem.h"
+#include "softmax_ext/scores.h"
 
 namespace softmax_ext::cuda {
 
@@ -14,5 +15,11 @@ cudaError_t launch_forward(const ForwardArgs& args, const Plan& plan, void* scra
                            cudaStream_t stream);
 cudaError_t launch_backward(const BackwardArgs& args, const Plan& plan, void* scratch,
                             cudaStream_t stream);
+
+// The same of scores; score_plan.h has their plans.
+cudaError_t launch_score_forward(const ScoreForwardArgs& args, const Plan& plan, void* scratch,
+                                 cudaStream_t stream);
+cudaError_t launch_score_backward(const ScoreBackwardArgs& args, const Plan& plan, void* scratch,
+                                  cudaStream_t stream);
 
 }  // namespace softmax_ext::cuda

@@ -29,9 +29,13 @@ cudaError_t launch(void (*kernel)(Parameters...), const Plan& plan, cudaStream_t
   return launch_kernel(kernel, grid, block, plan.shared_bytes, together, stream, arguments...);
 }
 
+inline Teams teams_of(int64_t rows, int64_t dim, const Plan& plan, void* scratch) {
+  return {rows, dim, plan.schedule, scratch, plan.hold == Hold::kShared};
+}
+
 inline Rows rows_of(const Shape& shape, const Plan& plan, void* scratch,
                     const OuterStrides& strides) {
-  return {shape.rows(), shape.dim, plan.schedule, scratch, plan.hold == Hold::kShared, strides};
+  return {teams_of(shape.rows(), shape.dim, plan, scratch), strides};
 }
 
 inline Packing packing_of(const Workload& work, const Plan& plan, const OuterStrides& strides) {

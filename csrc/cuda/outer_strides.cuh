@@ -51,6 +51,42 @@ struct OuterStrides {
   }
 };
 
+// The same where a row is in many tensors: its index along each outer dim, once for all of them.
+struct OuterIndex {
+  int64_t first;
+  uint32_t others[limits::kOuterDims - 1];
+
+  __device__ __forceinline__ int64_t offset(const Strides& strides) const {
+    int64_t offset = first * strides.of[0];
+#pragma unroll
+    for (int k = 1; k < limits::kOuterDims; ++k) offset += others[k - 1] * strides.of[k];
+    return offset;
+  }
+};
+
+struct OuterDims {
+  int dims;
+  Divisor sizes[limits::kOuterDims];  // the first is not divided by
+
+  explicit OuterDims(const Dims& outer) : dims(outer.outer), sizes{} {
+    for (int k = 1; k < dims; ++k) sizes[k] = Divisor::of(outer.sizes[k]);
+  }
+  __device__ __forceinline__ OuterIndex index(int64_t row) const {
+    OuterIndex result{row, {}};
+    if (dims == 1) return result;
+    auto rest = static_cast<uint32_t>(row);
+#pragma unroll
+    for (int k = limits::kOuterDims - 1; k > 0; --k) {
+      if (k >= dims) continue;
+      const uint32_t quotient = sizes[k].quotient(rest);
+      result.others[k - 1] = rest - quotient * sizes[k].size;
+      rest = quotient;
+    }
+    result.first = rest;
+    return result;
+  }
+};
+
 template <class... Tensors>
 OuterStrides outer_strides(const Dims& dims, const Tensors&... tensors) {
   static_assert(sizeof...(Tensors) <= OuterStrides::kTensors);

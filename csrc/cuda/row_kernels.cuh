@@ -33,12 +33,16 @@
 
 namespace softmax_ext::cuda {
 
-struct Rows {
+// The rows of a launch, of which a block, or a team of blocks, has one after another.
+struct Teams {
   int64_t rows;
   int64_t dim;
   Schedule schedule;
   void* scratch;  // of the grid schedule: the chunks' states
   bool keep;      // of the long kernel: in shared memory
+};
+
+struct Rows : Teams {
   OuterStrides strides;
 };
 
@@ -61,7 +65,7 @@ struct Sharing {
   int chunks;  // of a row
 };
 
-__device__ __forceinline__ Sharing sharing(const Rows& rows, int of_chunk) {
+__device__ __forceinline__ Sharing sharing(const Teams& rows, int of_chunk) {
   const int warps = static_cast<int>(blockDim.x) / limits::kWarp;
   return {static_cast<int>(gridDim.y) * warps,
           static_cast<int>(blockIdx.y) * warps + static_cast<int>(threadIdx.x) / limits::kWarp,
@@ -71,7 +75,7 @@ __device__ __forceinline__ Sharing sharing(const Rows& rows, int of_chunk) {
 // Calls body(row, exists) until every row has been had. A block, or a team of blocks, has blockDim.y
 // rows at a time; those without one come along, for the meetings in body.
 template <class Body>
-__device__ __forceinline__ void for_each_row(const Rows& rows, Body body) {
+__device__ __forceinline__ void for_each_row(const Teams& rows, Body body) {
   const int64_t at_a_time = int64_t{gridDim.x} * blockDim.y;
 #pragma unroll 1
   for (int64_t first = 0; first < rows.rows; first += at_a_time) {
@@ -85,7 +89,7 @@ __device__ __forceinline__ void for_each_row(const Rows& rows, Body body) {
 class Meeting {
  public:
   // `barrier`: of the cluster's blocks, in shared memory.
-  __device__ __forceinline__ Meeting(const Rows& rows, const Sharing& share, void* shared,
+  __device__ __forceinline__ Meeting(const Teams& rows, const Sharing& share, void* shared,
                                      uint64_t* barrier)
       : schedule_(rows.schedule),
         share_(share),

@@ -15,6 +15,7 @@
 
 #include "../cuda/launch.h"
 #include "../cuda/launch_segments.h"
+#include "softmax_ext/score_plan.h"
 
 namespace softmax_ext {
 namespace {
@@ -41,13 +42,25 @@ const DeviceProperties& properties(c10::Device device) {
   return all.at(device.index());
 }
 
+Plan plan_of(const ForwardArgs& args, const DeviceProperties& device) {
+  return make_plan(workload(args), device);
+}
+Plan plan_of(const BackwardArgs& args, const DeviceProperties& device) {
+  return make_plan(workload(args), device);
+}
+Plan plan_of(const ScoreForwardArgs& args, const DeviceProperties& device) {
+  return make_score_plan(workload(args), device);
+}
+Plan plan_of(const ScoreBackwardArgs& args, const DeviceProperties& device) {
+  return make_score_plan(workload(args), device);
+}
+
 template <class Args, class Launch>
 void launch_plan(const Args& args, c10::Device device, Launch launch) {
   const c10::cuda::CUDAGuard guard(device);
-  const Workload work = workload(args);
   DeviceProperties available = properties(device);
   for (;;) {
-    const Plan plan = make_plan(work, available);
+    const Plan plan = plan_of(args, available);
     // Of torch's allocator: the memory is reused on this stream only after the kernel, and belongs to
     // the graph's pool where a graph is captured.
     c10::DataPtr scratch;
@@ -95,6 +108,14 @@ void launch_on_cuda(const BackwardArgs& args, c10::Device device) {
   launch_plan(args, device, cuda::launch_backward);
 }
 
+void launch_on_cuda(const ScoreForwardArgs& args, c10::Device device) {
+  launch_plan(args, device, cuda::launch_score_forward);
+}
+
+void launch_on_cuda(const ScoreBackwardArgs& args, c10::Device device) {
+  launch_plan(args, device, cuda::launch_score_backward);
+}
+
 void launch_on_cuda(const SegmentsForwardArgs& args, c10::Device device) {
   launch_segments(args, 2, {args.input, args.output}, device, cuda::launch_segments_forward);
 }
@@ -109,22 +130,18 @@ void launch_on_cuda(const SegmentsBackwardArgs& args, c10::Device device) {
 #else
 
 namespace softmax_ext {
+namespace {
 
-void launch_on_cuda(const ForwardArgs&, c10::Device) {
-  TORCH_INTERNAL_ASSERT(false, "built without CUDA");
-}
+void not_built() { TORCH_INTERNAL_ASSERT(false, "built without CUDA"); }
 
-void launch_on_cuda(const BackwardArgs&, c10::Device) {
-  TORCH_INTERNAL_ASSERT(false, "built without CUDA");
-}
+}  // namespace
 
-void launch_on_cuda(const SegmentsForwardArgs&, c10::Device) {
-  TORCH_INTERNAL_ASSERT(false, "built without CUDA");
-}
-
-void launch_on_cuda(const SegmentsBackwardArgs&, c10::Device) {
-  TORCH_INTERNAL_ASSERT(false, "built without CUDA");
-}
+void launch_on_cuda(const ForwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const BackwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const ScoreForwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const ScoreBackwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const SegmentsForwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const SegmentsBackwardArgs&, c10::Device) { not_built(); }
 
 }  // namespace softmax_ext
 

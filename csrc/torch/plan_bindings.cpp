@@ -4,6 +4,7 @@
 #include <string>
 
 #include "softmax_ext/plan.h"
+#include "softmax_ext/score_plan.h"
 #include "tensors.h"
 
 namespace pybind11::detail {
@@ -78,6 +79,7 @@ py::dict limits_by_name() {
   SOFTMAX_EXT_LIMIT(FewChunks);
   SOFTMAX_EXT_LIMIT(ReservedShared);
   SOFTMAX_EXT_LIMIT(MaxBlocks);
+  SOFTMAX_EXT_LIMIT(ShortScores);
   return result;
 }
 
@@ -136,6 +138,15 @@ std::optional<Plan> plan(int64_t outer, int64_t dim, int64_t inner, at::ScalarTy
   return made.blocks == 0 ? std::nullopt : std::optional(made);
 }
 
+// The same of rows of scores.
+std::optional<Plan> score_plan(int64_t rows, int64_t dim, at::ScalarType dtype, int inputs,
+                               int sm_count, int shared_bytes, int compute_capability) {
+  const Workload work =
+      detail::score_workload(rows, dim, to_dtype(dtype), inputs, /*online=*/inputs == 1);
+  const Plan made = make_score_plan(work, {sm_count, shared_bytes, compute_capability});
+  return made.blocks == 0 ? std::nullopt : std::optional(made);
+}
+
 }  // namespace
 
 void bind_plan(py::module_& module) {
@@ -165,6 +176,9 @@ void bind_plan(py::module_& module) {
              py::arg("sm_count"), py::arg("shared_bytes"), py::arg("compute_capability"),
              py::arg("schedule") = py::none(), py::arg("like") = py::none(),
              py::arg("like_dim") = 0);
+  module.def("score_plan", score_plan, py::arg("rows"), py::arg("dim"), py::arg("dtype"),
+             py::arg("inputs"), py::arg("sm_count"), py::arg("shared_bytes"),
+             py::arg("compute_capability"));
   module.def("is_direct_on_cuda", is_direct_on_cuda, py::arg("tensor"), py::arg("dim"));
 }
 

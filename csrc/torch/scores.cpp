@@ -11,7 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "cuda.h"
 #include "softmax.h"
+#include "softmax_ext/score_plan.h"
 #include "tensors.h"
 
 namespace softmax_ext {
@@ -50,8 +52,10 @@ c10::DimVector rows_of(const at::Tensor& tensor) {
   return sizes;
 }
 
-at::Tensor empty_of_rows(const at::Tensor& tensor, at::ScalarType dtype) {
-  return at::empty(rows_of(tensor), tensor.options().dtype(dtype));
+at::Tensor empty_of_rows(const at::Tensor& tensor, at::ScalarType dtype, int64_t numbers = 1) {
+  c10::DimVector sizes = rows_of(tensor);
+  sizes.back() = numbers;
+  return at::empty(sizes, tensor.options().dtype(dtype));
 }
 
 // The sum over what a tensor was broadcast to. torch's sum of many elements to one is other bits for another
@@ -97,8 +101,8 @@ class Call {
     if (tensors.sink.defined()) {
       scores.sink =
           static_cast<const double*>(add(tensors.sink.to(at::kDouble), scores.sink_strides));
-    } else if (options.sink != -INFINITY) {
-      scores.sink = &options.sink;
+    } else {
+      scores.sink_of_all = options.sink;
     }
     if (tensors.mask.defined()) {
       at::Tensor mask = tensors.mask;
@@ -130,6 +134,25 @@ class Call {
   std::vector<Argument> arguments_;
 };
 
+void launch_on_cpu(const ScoreForwardArgs& args) {
+  cpu::kernels().launch_score_forward(args, threads(args.shape));
+}
+void launch_on_cpu(const ScoreBackwardArgs& args) {
+  cpu::kernels().launch_score_backward(args, threads(args.shape));
+}
+
+// False where the device's kernels do not take the dims.
+template <class Args>
+bool launch(const Args& args, at::Device device) {
+  if (device.is_cpu()) {
+    launch_on_cpu(args);
+    return true;
+  }
+  if (!cuda::takes_scores(args.shape, args.dims)) return false;
+  launch_on_cuda(args, device);
+  return true;
+}
+
 bool run_forward(const at::Tensor& input, const ScoreTensors& tensors, const ScoreOptions& options,
                  const at::Tensor& output, bool output_is_new, const at::Tensor& lse) {
   const at::ScalarType dtype = input.scalar_type();
@@ -145,9 +168,7 @@ bool run_forward(const at::Tensor& input, const ScoreTensors& tensors, const Sco
     call.add(lse, args.lse_strides);
     args.lse = lse.mutable_data_ptr();
   }
-  if (!call.find(args.dims)) return false;
-  cpu::kernels().launch_score_forward(args, threads(args.shape));
-  return true;
+  return call.find(args.dims) && launch(args, input.device());
 }
 
 }  // namespace
@@ -283,13 +304,26 @@ ScoreTensors score_backward(const at::Tensor& g, const at::Tensor& y, const at::
   const at::Tensor input = needs_input ? side_by_side(tensors.input.to(dtype)) : at::Tensor();
   const NewTensor grad_input = empty(sizes, dtype, y.device());
   at::Tensor grad_scale, grad_sink, grad_mask;
-  if (wanted.scale) grad_scale = empty_of_rows(of_shape.input, wide);
+  // What is a number of a row is one of each chunk on CUDA, and the gradient of a mask one of each part.
+  const bool on_cuda = y.is_cuda();
+  const int64_t chunks = on_cuda ? score_chunks(sizes.back(), to_dtype(dtype)) : 1;
+  int64_t parts = 1;
+  if (wanted.scale) grad_scale = empty_of_rows(of_shape.input, wide, chunks);
   if (wants_sink) grad_sink = empty_of_rows(of_shape.input, wide);
   const bool mask_of_rows =
       wanted.mask && sizes.back() > 1 && (tensors.mask.dim() == 0 || tensors.mask.size(-1) == 1);
   if (wanted.mask) {
-    grad_mask = mask_of_rows ? empty_of_rows(of_shape.input, wide)
-                             : at::empty(tensors.mask.sizes(), y.options().dtype(wide));
+    if (mask_of_rows) {
+      grad_mask = empty_of_rows(of_shape.input, wide, chunks);
+    } else {
+      const int64_t of_mask = tensors.mask.numel();
+      if (on_cuda) {
+        parts = mask_gradient_parts(of_mask / sizes.back(), of_shape.input.numel() / of_mask);
+      }
+      c10::DimVector all{parts};
+      all.append(tensors.mask.sizes().begin(), tensors.mask.sizes().end());
+      grad_mask = at::empty(all, y.options().dtype(wide));
+    }
   }
   ScoreBackwardArgs args{{grad.const_data_ptr(), of_lse ? nullptr : output.const_data_ptr(),
                           grad_input.tensor.mutable_data_ptr(), to_dtype(dtype), to_dtype(dtype),
@@ -302,14 +336,10 @@ ScoreTensors score_backward(const at::Tensor& g, const at::Tensor& y, const at::
   call.add(grad_input.tensor, args.grad_input_strides);
   call.add_scores(of_shape, options, wide, args.scores);
   if (needs_input) args.input = call.add(input, args.input_strides);
-  // All that rows have one of lies as one of these does.
   const at::Tensor lse_of_rows = of_lse || wants_sink ? lse.contiguous() : at::Tensor();
-  for (const at::Tensor* const each :
-       std::array<const at::Tensor*, 3>{&lse_of_rows, &grad_scale, &grad_mask}) {
-    if (each->defined() && each->sizes() == rows) {
-      call.add(*each, args.row_strides);
-      break;
-    }
+  // All that rows have numbers of is contiguous.
+  if (lse_of_rows.defined() || grad_scale.defined() || mask_of_rows) {
+    call.add(at::empty(rows, at::TensorOptions(at::kMeta).dtype(wide)), args.row_strides);
   }
   if (lse_of_rows.defined()) args.lse = lse_of_rows.const_data_ptr();
   if (wants_sink) args.grad_sink = grad_sink.mutable_data_ptr();
@@ -317,11 +347,21 @@ ScoreTensors score_backward(const at::Tensor& g, const at::Tensor& y, const at::
   if (mask_of_rows) {
     args.grad_mask_of_rows = grad_mask.mutable_data_ptr();
   } else if (wanted.mask) {
-    call.add(grad_mask, args.grad_mask_strides);
+    call.add(grad_mask.select(0, 0), args.grad_mask_strides);
     args.grad_mask = grad_mask.mutable_data_ptr();
+    args.grad_mask_parts = parts;
   }
-  if (!call.find(args.dims)) return composed();
-  cpu::kernels().launch_score_backward(args, threads(args.shape));
+  if (!call.find(args.dims) || !launch(args, y.device())) return composed();
+  if (chunks > 1) {
+    for (at::Tensor* const of_chunks : {&grad_scale, mask_of_rows ? &grad_mask : nullptr}) {
+      if (of_chunks != nullptr && of_chunks->defined()) {
+        *of_chunks = of_chunks->sum(-1, /*keepdim=*/true);
+      }
+    }
+  }
+  if (grad_mask.defined() && !mask_of_rows) {
+    grad_mask = parts == 1 ? grad_mask.select(0, 0) : grad_mask.sum(0);
+  }
   ScoreTensors gradients;
   if (wanted.input) gradients.input = grad_input.tensor.to(input_dtype);
   if (wanted.scale) gradients.scale = summed_to(grad_scale.mul_(options.factor), tensors.scale);

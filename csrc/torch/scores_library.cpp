@@ -10,6 +10,7 @@
 
 #include <string>
 
+#include "cuda.h"
 #include "node.h"
 #include "node_type.h"
 #include "scores.h"
@@ -61,8 +62,7 @@ bool kernels_take(const ScoreTensors& tensors) {
   const auto taken = [](const at::Tensor& tensor) {
     return !tensor.defined() || softmax_ext::kernels_take(tensor);
   };
-  return tensors.input.is_cpu() && taken(tensors.input) && taken(tensors.scale) &&
-         taken(tensors.mask) && taken(tensors.sink);
+  return taken(tensors.input) && taken(tensors.scale) && taken(tensors.mask) && taken(tensors.sink);
 }
 
 Pair dispatch(const ScoreTensors& tensors, const ScoreOptions& options, MaybeType dtype) {
@@ -131,7 +131,7 @@ struct ScoreGradient {
     ScoreTensors gradients;
     if (at::GradMode::is_enabled()) {
       gradients = composed_score_gradients(grads[0], y, tensors, options, input_dtype, wanted);
-    } else if (plain && y.is_cpu()) {
+    } else if (plain) {
       gradients = score_backward(grads[0], y, lse, tensors, options, input_dtype, wanted);
     } else {
       gradients = dispatch_backward(grads[0], y, lse, tensors, options, input_dtype, wanted);
@@ -408,7 +408,7 @@ TORCH_LIBRARY_FRAGMENT(softmax_ext, library) {
       library.impl(name, torch::dispatch(key, function));
     };
     implement(c10::DispatchKey::CPU, kernel);
-    implement(c10::DispatchKey::CUDA, composed);
+    implement(c10::DispatchKey::CUDA, kBuiltWithCuda ? kernel : composed);
     implement(c10::DispatchKey::Meta, meta);
     implement(c10::DispatchKey::FuncTorchBatched, composed);
     implement(c10::DispatchKey::Batched, composed);

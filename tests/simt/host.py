@@ -2,6 +2,7 @@
 
 import argparse
 import bisect
+import math
 import os
 import select
 import subprocess
@@ -180,6 +181,83 @@ class Host:
         between = before.view(torch.uint8).equal(memory.view(torch.uint8))
         assert between, f"memory between the result's elements was written: {request}"
         return Result(tensor, plan, exps)
+
+    def scores(
+        self,
+        direction: str,
+        op: str,
+        sizes: tuple[int, ...],
+        reads: dict[str, torch.Tensor],
+        writes: dict[str, tuple[torch.Tensor, int]],
+        dtype: torch.dtype,
+        **how: object,
+    ) -> tuple[dict[str, torch.Tensor], Plan]:
+        """Of rows over the last of `sizes`. The tensors, named as the arguments of a call have
+        them, are expanded to these, and read where they lie. writes: tensors that what is written
+        is to lie like, each so many times, one behind the other; of several, as a dim more.
+
+        how: as _request has it, in_place (the first that is written is the first that is read),
+        parts, and what scores are made of."""
+        how = {"device": "H100", "orders": self.orders} | how
+        tensors = {**reads, **{name: tensor for name, (tensor, _) in writes.items()}}
+        request: dict[str, object] = {
+            "direction": direction,
+            "op": op,
+            "dtype": str(dtype).removeprefix("torch."),
+            "outer": math.prod(sizes[:-1]),
+            "dim": sizes[-1],
+            "sizes": tuple(sizes[:-1]),
+            **vars(DEVICES[str(how.pop("device"))]),
+            "seed": self.seed,
+            "resident": 1,
+            "schedule": "any",
+            "most_blocks": 2**31 - 1,
+            "in_place": 0,
+            "factor": 1.0,
+            "softcap": 0.0,
+            "sink_of_all": -math.inf,
+            "left": -1,
+            "right": -1,
+            "offset": 0,
+            "parts": 1,
+            "query.strides": (*(0 for _ in sizes[:-2]), 1, 0),
+            "orders": (),
+        }
+        assert how.keys() <= request.keys(), how
+        request |= how
+        request |= {"reads": tuple(reads), "writes": tuple(writes)}
+        for name, tensor in tensors.items():
+            request[f"{name}.dtype"] = str(tensor.dtype).removeprefix("torch.")
+            request[f"{name}.strides"] = tensor.expand(sizes).stride()
+            request[f"{name}.offset"] = 0
+            request[f"{name}.times"] = writes[name][1] if name in writes else 1
+        line = " ".join(f"{key}={word(value)}" for key, value in request.items())
+        data = b"".join(
+            memory_of(tensor).view(torch.uint8).numpy().tobytes() for tensor in reads.values()
+        )
+        shared = next(iter(reads.values())) if how.get("in_place") else None
+        memories = {
+            name: (memory_of(shared if k == 0 and shared is not None else tensor), times)
+            for k, (name, (tensor, times)) in enumerate(writes.items())
+        }
+        size = sum(memory.nbytes * times for memory, times in memories.values())
+        crowd = 0
+        if self.crowds:
+            asks = line.replace(f"orders={word(request['orders'])}", "orders=")
+            plan = self._exchange(asks, b"", 0)[0]
+            crowd = self._crowd(plan, int(str(request["resident"])))
+        plan, body, _ = self._exchange(line, data, size, crowd)
+        results, begin = {}, 0
+        for name, (memory, times) in memories.items():
+            tensor = writes[name][0]
+            if not body:
+                continue
+            end = begin + memory.nbytes * times
+            written = torch.frombuffer(bytearray(body[begin:end]), dtype=memory.dtype)
+            begin = end
+            strides = (memory.numel(), *tensor.stride())
+            results[name] = written.as_strided((times, *tensor.shape), strides).squeeze(0)
+        return results, plan
 
     def _request(
         self,

@@ -3,16 +3,13 @@
 // A request is a line of key=value and the bytes of its tensors; the answer a line and the bytes of
 // the result (tests/simt/host.py has the other end). Without thread orders only the plan is made, and
 // neither has bytes. A request that was kept in a file can be run again, under a debugger too.
-#include <algorithm>
 #include <atomic>
-#include <cstdio>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "../../csrc/cuda/launch.h"
-#include "executor.h"
 #include "requests.h"
+#include "scores.h"
 
 // The kernels' calls of exp in float64, which the linker sends here (--wrap).
 static std::atomic<long long> exps{0};
@@ -24,43 +21,7 @@ extern "C" double __wrap_exp(double x) {
 
 namespace {
 
-using namespace softmax_ext;
-
-Schedule schedule_of(const std::string& text) {
-  for (int k = 0; k < kSchedules; ++k) {
-    if (text == name(static_cast<Schedule>(k))) return static_cast<Schedule>(k);
-  }
-  give_up("no such schedule: " + text);
-}
-
-// Of the outer dims.
-Dims dims_of(const Request& request, const Shape& shape) {
-  const std::vector<int64_t> sizes = request.numbers("sizes");
-  Dims dims{static_cast<int>(sizes.size()), shape.inner == 1 ? 0 : 1, {}};
-  *std::copy(sizes.begin(), sizes.end(), dims.sizes) = shape.inner;
-  return dims;
-}
-
-// Those of the outer dims and of dim, for one tensor after another; side by side along inner.
-Strides strides_of(const Request& request, const std::string& key, size_t tensor,
-                   const Dims& dims) {
-  const std::vector<int64_t> all = request.numbers(key);
-  const auto outer = static_cast<size_t>(dims.outer);
-  const size_t first = tensor * (outer + 1);
-  if (all.size() <= first + outer) give_up("too few strides in " + key);
-  Strides strides{all[first + outer], {}};
-  std::copy_n(all.data() + first, outer, strides.of);
-  strides.of[outer] = 1;
-  return strides;
-}
-
-// Elements from a tensor's first to its last.
-size_t extent(const Shape& shape, const Dims& dims, const Strides& strides) {
-  if (shape.numel() == 0) return 0;
-  int64_t last = (shape.dim - 1) * strides.dim + shape.inner - 1;
-  for (int k = 0; k < dims.outer; ++k) last += (dims.sizes[k] - 1) * strides.of[k];
-  return static_cast<size_t>(last + 1);
-}
+using namespace requests;
 
 void answer(const Request& request) {
   const bool forward = request.text("direction") == "forward";
@@ -70,17 +31,8 @@ void answer(const Request& request) {
   const DType load = request.dtype("load");
   const DType store = request.dtype("store");
   const int in_place = static_cast<int>(request.number("in_place"));  // -1, or the input's number
-  const DeviceProperties device{static_cast<int>(request.number("sm_count")),
-                                static_cast<int>(request.number("shared_bytes")),
-                                static_cast<int>(request.number("compute_capability"))};
-  simt::settings.max_shared_bytes = static_cast<size_t>(device.max_shared_memory_per_block);
-  simt::settings.compute_capability = device.compute_capability;
-  simt::settings.resident = static_cast<int>(request.number("resident"));
-  simt::settings.seed = static_cast<uint64_t>(request.number("seed"));
-
-  std::vector<std::string> orders;
-  std::istringstream names(request.text("orders"));
-  for (std::string order; std::getline(names, order, ',');) orders.push_back(order);
+  const DeviceProperties device = device_of(request);
+  std::vector<std::string> orders = words_of(request, "orders");
 
   const auto bytes = [&](const Strides& strides, DType dtype) {
     return orders.empty() ? 0 : extent(shape, dims, strides) * static_cast<size_t>(size_of(dtype));
@@ -118,9 +70,7 @@ void answer(const Request& request) {
   Plan plan =
       wanted == "any" ? make_plan(work, device) : make_plan(work, device, schedule_of(wanted));
   if (plan.blocks == 0) orders.clear();
-  // Fewer blocks than there are rows: each then takes several, as where the grid is at its limit.
-  const int64_t most = std::max<int64_t>(request.number("most_blocks"), plan.team);
-  if (plan.blocks > most) plan.blocks = most / plan.team * plan.team;
+  limit_blocks(plan, request);
   Buffer scratch(plan.scratch_bytes, 0);
 
   std::vector<unsigned char> result;
@@ -149,16 +99,17 @@ void answer(const Request& request) {
     if (!fresh.guards_intact()) problem = "the output's surroundings were written";
     if (!scratch.guards_intact()) problem = "the scratch memory's surroundings were written";
   }
-  std::replace(problem.begin(), problem.end(), ' ', '_');
-  Plan::each_member([&](const char* key, auto member) { print(key, plan.*member); });
-  print("exps", exps.load());
-  printf("problem=%s\n", problem.c_str());
-  if (!result.empty()) fwrite(result.data(), 1, result.size(), stdout);
-  fflush(stdout);
+  print_answer(plan, exps.load(), problem, result);
 }
 
 }  // namespace
 
 int main() {
-  for (Request request; read_request(request);) answer(request);
+  for (Request request; read_request(request);) {
+    if (request.words.count("reads") > 0) {
+      answer_scores(request);
+    } else {
+      answer(request);
+    }
+  }
 }

@@ -35,6 +35,7 @@ OF_SEGMENTS = sorted((ROOT / "csrc" / "cuda").glob("*segments*.cu"))
 PROGRAMS = {
     "kernels": [
         ROOT / "tests" / "simt" / "kernels.cpp",
+        ROOT / "tests" / "simt" / "scores.cpp",
         *sorted({*(ROOT / "csrc" / "cuda").glob("*.cu")} - {*OF_SEGMENTS}),
     ],
     "segments": [ROOT / "tests" / "simt" / "segments.cpp", *OF_SEGMENTS],

@@ -1,5 +1,4 @@
-// What the programs that run the project's kernels have of requests: a line of key=value, and tensors'
-// bytes.
+// A request to the program that runs the CUDA kernels: a line of key=value, and the bytes of its tensors.
 #pragma once
 
 #include <algorithm>
@@ -13,19 +12,19 @@
 #include <vector>
 
 #include "executor.h"
-#include "softmax_ext/problem.h"
+#include "softmax_ext/plan.h"
 
-namespace {
+namespace requests {
 
 using namespace softmax_ext;
 
-const std::map<std::string, DType> kDTypes = {
+inline const std::map<std::string, DType> kDTypes = {
     {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16}, {"float32", DType::kFloat32},
     {"float64", DType::kFloat64}, {"bool", DType::kBool},         {"uint8", DType::kUInt8},
     {"int8", DType::kInt8},       {"int16", DType::kInt16},       {"int32", DType::kInt32},
     {"int64", DType::kInt64}};
 
-[[noreturn]] void give_up(const std::string& why) {
+[[noreturn]] inline void give_up(const std::string& why) {
   fprintf(stderr, "kernels: %s\n", why.c_str());
   exit(2);
 }
@@ -56,7 +55,7 @@ struct Request {
   }
 };
 
-bool read_request(Request& request) {
+inline bool read_request(Request& request) {
   std::string line;
   if (!std::getline(std::cin, line)) return false;
   request.words.clear();
@@ -106,12 +105,19 @@ class Buffer {
   std::vector<unsigned char> memory_;
 };
 
-simt::Order order_of(const std::string& text) {
+inline simt::Order order_of(const std::string& text) {
   for (const auto order :
        {simt::Order::kForward, simt::Order::kReverse, simt::Order::kRandom, simt::Order::kGreedy}) {
     if (text == simt::name(order)) return order;
   }
   give_up("no such order: " + text);
+}
+
+inline Schedule schedule_of(const std::string& text) {
+  for (int k = 0; k < kSchedules; ++k) {
+    if (text == name(static_cast<Schedule>(k))) return static_cast<Schedule>(k);
+  }
+  give_up("no such schedule: " + text);
 }
 
 template <class Value>
@@ -123,4 +129,69 @@ void print(const char* key, Value value) {
   }
 }
 
-}  // namespace
+// Of the outer dims.
+inline Dims dims_of(const Request& request, const Shape& shape) {
+  const std::vector<int64_t> sizes = request.numbers("sizes");
+  Dims dims{static_cast<int>(sizes.size()), shape.inner == 1 ? 0 : 1, {}};
+  *std::copy(sizes.begin(), sizes.end(), dims.sizes) = shape.inner;
+  return dims;
+}
+
+// Those of the outer dims and of dim, for one tensor after another; side by side along inner.
+inline Strides strides_of(const Request& request, const std::string& key, size_t tensor,
+                          const Dims& dims) {
+  const std::vector<int64_t> all = request.numbers(key);
+  const auto outer = static_cast<size_t>(dims.outer);
+  const size_t first = tensor * (outer + 1);
+  if (all.size() <= first + outer) give_up("too few strides in " + key);
+  Strides strides{all[first + outer], {}};
+  std::copy_n(all.data() + first, outer, strides.of);
+  strides.of[outer] = 1;
+  return strides;
+}
+
+// Elements from a tensor's first to its last.
+inline size_t extent(const Shape& shape, const Dims& dims, const Strides& strides) {
+  if (shape.numel() == 0) return 0;
+  int64_t last = (shape.dim - 1) * strides.dim + shape.inner - 1;
+  for (int k = 0; k < dims.outer; ++k) last += (dims.sizes[k] - 1) * strides.of[k];
+  return static_cast<size_t>(last + 1);
+}
+
+// The device of a request, as the executor is to be it.
+inline DeviceProperties device_of(const Request& request) {
+  const DeviceProperties device{static_cast<int>(request.number("sm_count")),
+                                static_cast<int>(request.number("shared_bytes")),
+                                static_cast<int>(request.number("compute_capability"))};
+  simt::settings.max_shared_bytes = static_cast<size_t>(device.max_shared_memory_per_block);
+  simt::settings.compute_capability = device.compute_capability;
+  simt::settings.resident = static_cast<int>(request.number("resident"));
+  simt::settings.seed = static_cast<uint64_t>(request.number("seed"));
+  return device;
+}
+
+inline std::vector<std::string> words_of(const Request& request, const std::string& key) {
+  std::vector<std::string> words;
+  std::istringstream names(request.text(key));
+  for (std::string word; std::getline(names, word, ',');) words.push_back(word);
+  return words;
+}
+
+// Fewer blocks than there are rows: each then takes several, as where the grid is at its limit.
+inline void limit_blocks(Plan& plan, const Request& request) {
+  const int64_t most = std::max<int64_t>(request.number("most_blocks"), plan.team);
+  if (plan.blocks > most) plan.blocks = most / plan.team * plan.team;
+}
+
+// `exps`: float64 ones that all orders together have taken.
+inline void print_answer(const Plan& plan, long long exps, std::string problem,
+                         const std::vector<unsigned char>& result) {
+  std::replace(problem.begin(), problem.end(), ' ', '_');
+  Plan::each_member([&](const char* key, auto member) { print(key, plan.*member); });
+  print("exps", exps);
+  printf("problem=%s\n", problem.c_str());
+  if (!result.empty()) fwrite(result.data(), 1, result.size(), stdout);
+  fflush(stdout);
+}
+
+}  // namespace requests

@@ -5,7 +5,6 @@
 // the other end).
 #include <algorithm>
 #include <cstdio>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -14,6 +13,8 @@
 #include "requests.h"
 
 namespace {
+
+using namespace requests;
 
 SegmentOp op_of(const std::string& text) {
   for (const auto op : {SegmentOp::kSoftmax, SegmentOp::kLogSoftmax, SegmentOp::kLogSumExp}) {
@@ -32,8 +33,7 @@ void answer(const Request& request) {
   const auto offset = static_cast<size_t>(request.number("offset"));
   const bool of_segments = op == SegmentOp::kLogSumExp;
   const Shape each{shape.outer, count, shape.inner};  // a row for each segment
-  simt::settings.resident = static_cast<int>(request.number("resident"));
-  simt::settings.seed = static_cast<uint64_t>(request.number("seed"));
+  const DeviceProperties device = device_of(request);
 
   std::vector<Buffer> inputs;
   std::vector<std::vector<unsigned char>> given;
@@ -60,14 +60,12 @@ void answer(const Request& request) {
                               ? reinterpret_cast<const int64_t*>(inputs[1].data())
                               : nullptr};
   const bool aligned = offset % 16 == 0 && shape.inner * size_of(dtype) % 16 == 0;
-  const DeviceProperties device{static_cast<int>(request.number("sm_count")), 227 * 1024, 90};
   const SegmentPlan plan = make_segment_plan(shape, count, dtype, aligned, forward ? 2 : 1, device);
   Buffer scratch(plan.scratch_bytes, 0);
 
   std::vector<unsigned char> result;
   std::string problem;
-  std::istringstream orders(request.text("orders"));
-  for (std::string order; std::getline(orders, order, ',');) {
+  for (const std::string& order : words_of(request, "orders")) {
     simt::settings.order = order_of(order);
     output.fill(0xff);
     scratch.fill(0xff);

@@ -64,7 +64,7 @@ class SegmentsHost(Host):
             "dtype": str(input.dtype).removeprefix("torch."),
             "ordered": int(order is not None),
             "scale": 1.0,
-            "sm_count": device.sm_count,
+            **vars(device),
             "seed": self.seed,
             "resident": 1,
             "orders": self.orders,

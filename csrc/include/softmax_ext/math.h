@@ -11,6 +11,8 @@ namespace softmax_ext {
 SOFTMAX_EXT_FUNCTION double exp_of(double x) { return ::exp(x); }
 SOFTMAX_EXT_FUNCTION float log_of(float x) { return ::logf(x); }
 SOFTMAX_EXT_FUNCTION double log_of(double x) { return ::log(x); }
+SOFTMAX_EXT_FUNCTION float tanh_of(float x) { return ::tanhf(x); }
+SOFTMAX_EXT_FUNCTION double tanh_of(double x) { return ::tanh(x); }
 SOFTMAX_EXT_FUNCTION float fma_of(float a, float b, float c) { return ::fmaf(a, b, c); }
 SOFTMAX_EXT_FUNCTION double fma_of(double a, double b, double c) { return ::fma(a, b, c); }
 

@@ -258,12 +258,15 @@ struct Workload {
   // Outer indices that follow each other in every tensor as in a contiguous one, before the next lies
   // elsewhere; 0 where the steps of one do not.
   int64_t run;
+  bool online;     // a chunk's state has its max and its sum, which one meeting combines
+  int most_warps;  // of a block that shares a row
 };
 
 // Of contiguous tensors that begin at multiples of 16 bytes.
 constexpr Workload workload(const Shape& shape, DType load_type, DType store_type, int inputs) {
   const auto width = static_cast<int>(limits::kVectorBytes / size_of(load_type));
-  return {shape, load_type, store_type, inputs, width, shape.outer};
+  const bool online = inputs == 1 && size_of(load_type) < 8;
+  return {shape, load_type, store_type, inputs, width, shape.outer, online, limits::kMostWarps};
 }
 
 constexpr bool is_half(DType dtype) {
@@ -303,7 +306,7 @@ struct Sizes {
   int64_t vectors;      // of a row
   int64_t chunks;       // of a row
   int64_t chunk_bytes;  // of one input
-  int64_t state_bytes;  // of a chunk: a max and a sum forward, one after the other in float64
+  int64_t state_bytes;  // of a chunk: a max and a sum if both are met at once, or one number
   bool whole;           // vectors, all of them
 
   constexpr explicit Sizes(const Workload& work)
@@ -313,7 +316,7 @@ struct Sizes {
         vectors(ceil_div(work.shape.dim, width)),
         chunks(ceil_div(vectors, int64_t{limits::kWarp} * chunk_vectors(load))),
         chunk_bytes(int64_t{limits::kWarp} * chunk_vectors(load) * limits::kVectorBytes),
-        state_bytes(load == 8 || work.inputs == 1 ? 8 : 4),
+        state_bytes((load == 8 ? 8 : 4) * (work.online ? 2 : 1)),
         whole(work.aligned == width && work.shape.dim % width == 0) {}
 
   // In shared memory, of the chunks' states. There are two buffers, since a block may write the next
@@ -430,7 +433,7 @@ constexpr Plan plan_block(const Workload& work, const DeviceProperties& device) 
   if (work.shape.inner > 1 || sizes.chunks > limits::kBlockChunks) {
     return start(Schedule::kBlock, sizes);
   }
-  const int64_t warps = std::min<int64_t>(sizes.chunks, limits::kMostWarps);
+  const int64_t warps = std::min<int64_t>(sizes.chunks, work.most_warps);
   return plan_shared_row(Schedule::kBlock, work, device, 1, warps,
                          std::min(work.shape.rows(), limits::kMaxBlocks));
 }
@@ -466,7 +469,7 @@ constexpr Plan plan_cluster(const Workload& work, const DeviceProperties& device
   const int64_t warps = ceil_div(sizes.chunks, team);
   const int64_t most_warps = work.inputs == 1 && rows * most > device.sm_count
                                  ? limits::kResidentWarps / 2
-                                 : limits::kMostWarps;
+                                 : work.most_warps;
   if (warps <= most_warps) return plan_of(team, warps);
   for (const int64_t each : {work.inputs == 1 ? 4 : 2, 4}) {
     const int64_t few = ceil_div(sizes.chunks, most * each);
@@ -474,7 +477,7 @@ constexpr Plan plan_cluster(const Workload& work, const DeviceProperties& device
       return plan_of(most, few);
     }
   }
-  return plan_of(most, limits::kMostWarps);
+  return plan_of(most, work.most_warps);
 }
 
 constexpr Plan plan_grid(const Workload& work, const DeviceProperties& device) {
@@ -490,7 +493,7 @@ constexpr Plan plan_grid(const Workload& work, const DeviceProperties& device) {
   const int64_t teams =
       std::clamp<int64_t>(device.sm_count / std::min<int64_t>(enough, device.sm_count), 1, rows);
   const int64_t team = std::min<int64_t>(device.sm_count / teams, sizes.chunks);
-  const int64_t warps = std::min<int64_t>(ceil_div(sizes.chunks, team), limits::kMostWarps);
+  const int64_t warps = std::min<int64_t>(ceil_div(sizes.chunks, team), work.most_warps);
   return plan_shared_row(Schedule::kGrid, work, device, team, warps, teams);
 }
 

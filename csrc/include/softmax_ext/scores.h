@@ -13,8 +13,9 @@
 // then, also where all of a row are that.
 #pragma once
 
-#include <algorithm>
+#include <cmath>
 
+#include "softmax_ext/portability.h"
 #include "softmax_ext/problem.h"
 
 namespace softmax_ext {
@@ -37,21 +38,32 @@ struct Scores {
   const double* scale = nullptr;
   const void* mask = nullptr;  // bool, 16 bits, or the type that is computed in
   const double* sink = nullptr;
+  double sink_of_all = -INFINITY;  // where `sink` is null
   DType mask_dtype = DType::kBool;
   int64_t left = -1, right = -1, offset = 0;
   Strides scale_strides{}, mask_strides{}, sink_strides{};
   Strides query_strides{};  // of the query's index itself
 
-  constexpr bool is_bounded() const { return left >= 0 || right >= 0; }
-  constexpr bool is_safe() const { return mask != nullptr || is_bounded(); }
+  SOFTMAX_EXT_FUNCTION bool is_bounded() const { return left >= 0 || right >= 0; }
+  SOFTMAX_EXT_FUNCTION bool is_safe() const { return mask != nullptr || is_bounded(); }
+  SOFTMAX_EXT_FUNCTION bool has_sink() const {
+    return sink != nullptr || sink_of_all != -static_cast<double>(INFINITY);
+  }
 
-  constexpr Range range(int64_t query, int64_t dim) const {
+  SOFTMAX_EXT_FUNCTION Range range(int64_t query, int64_t dim) const {
+    const auto clamped = [](int64_t i, int64_t least, int64_t most) {
+      return i < least ? least : i > most ? most : i;
+    };
     const int64_t diagonal = query + offset;
-    const int64_t begin = left < 0 ? 0 : std::clamp<int64_t>(diagonal - left, 0, dim);
-    const int64_t end = right < 0 ? dim : std::clamp<int64_t>(diagonal + right + 1, begin, dim);
+    const int64_t begin = left < 0 ? 0 : clamped(diagonal - left, 0, dim);
+    const int64_t end = right < 0 ? dim : clamped(diagonal + right + 1, begin, dim);
     return {begin, end};
   }
 };
+
+constexpr ScoreOp score_op_of(Op op, const void* output) {
+  return output == nullptr ? ScoreOp::kLogSumExp : static_cast<ScoreOp>(op);
+}
 
 // Of rows: inner is 1. What a row has one of is of the type that is computed in: float, or double where
 // results are doubles. lse is log(sum(exp(z))).
@@ -59,6 +71,8 @@ struct ScoreForwardArgs : ForwardArgs {  // output null: only lse is wanted
   Scores scores{};
   void* lse = nullptr;  // or null
   Strides lse_strides{};
+
+  constexpr ScoreOp score_op() const { return score_op_of(op, output); }
 };
 
 // Of logsumexp grad_output has one element for a row, and output is null.
@@ -73,7 +87,12 @@ struct ScoreBackwardArgs : BackwardArgs {
   // summed over dim. Or null.
   void* grad_mask = nullptr;
   void* grad_mask_of_rows = nullptr;
+  // CUDA: sums that follow each other at grad_mask, of a part each of the rows that share an element; and of
+  // grad_scale and grad_mask_of_rows, numbers a row, one for each chunk of it (score_plan.h).
+  int64_t grad_mask_parts = 1;
   Strides input_strides{}, row_strides{}, grad_mask_strides{};
+
+  constexpr ScoreOp score_op() const { return score_op_of(op, output); }
 };
 
 }  // namespace softmax_ext

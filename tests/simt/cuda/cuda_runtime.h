@@ -319,6 +319,7 @@ void __stwb(T* to, T value, SIMT_HERE("__stwb")) {
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int min(int a, int b) { return std::min(a, b); }
+inline int64_t max(int64_t a, int64_t b) { return std::max(a, b); }
 
 // The lower word of high:low shifted right by the lowest five bits of `bits`.
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned bits) {

@@ -10,7 +10,7 @@ what all of them together have run.
 from pathlib import Path
 
 import pytest
-from kernel_cases import SANITIZERS, has_the_accesses_of_another
+from kernel_cases import SANITIZERS, Types, has_the_accesses_of_another
 
 FOLDER = Path(__file__).parent
 # What these tests show is in the values, which are those of the o2 lane.
@@ -26,6 +26,10 @@ OF_VALUES = (
     "test_ulp_of_float32",
     "test_results_of_16_bits_are_rounded_as_the_exact_ones",
     "test_exp_is_taken_once_of_an_element",
+    "test_every_pair_of_arguments",
+    "test_bits_of_every_schedule",
+    "test_a_band_has_the_bits_of_its_mask",
+    "test_rows_of_which_nothing_takes_part",
 )
 # But where the kernels that cast run: nowhere else do all of them.
 OF_CASTS = (
@@ -43,6 +47,8 @@ def only_what_moves_memory_under_sanitizers(request: pytest.FixtureRequest) -> N
     parameters = request.node.callspec.params
     edge = parameters.get("edge")
     types = edge.types if edge else parameters.get("types")
+    if "dtype" in parameters:  # of scores
+        types = Types("forward", parameters["dtype"], parameters["dtype"])
     name = request.node.originalname
     casts = name in OF_CASTS and types.load != types.store
     if name in OF_VALUES and not casts:
