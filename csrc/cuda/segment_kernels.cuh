@@ -90,6 +90,8 @@ struct SegmentForward {
   static constexpr int kColumns = columns;
   using Element = T;
   using A = computed_t<T>;
+  // exp(x - max) has room where x was, and is taken once, where no other chunk changes the max.
+  static constexpr bool kKeepsExp = op == SegmentOp::kSoftmax && sizeof(T) == sizeof(A);
   using State = OnlineState<A>;
   using Formula = forward_t<kOp, A, T>;
   using P = typename PrecisionOf<kOp, T>::type;
@@ -122,6 +124,13 @@ struct SegmentForward {
 #pragma unroll
     for (int c = 0; c < columns; ++c) x[c] = formulas[c].of(x[c]);
   }
+  static __device__ __forceinline__ void results_of_exps(const Row& row,
+                                                         const Formula (&formulas)[columns],
+                                                         A (&x)[columns]) {
+    row[0].unpack(x);
+#pragma unroll
+    for (int c = 0; c < columns; ++c) x[c] = formulas[c].of_exp(x[c]);
+  }
   static __device__ __forceinline__ Formula formula(State state) {
     return Formula(state.max, row_sum(state.sum));
   }
@@ -132,6 +141,7 @@ template <SegmentOp op, int columns, class T>
 struct SegmentBackward {
   static constexpr Op kOp = op == SegmentOp::kSoftmax ? Op::kSoftmax : Op::kLogSoftmax;
   static constexpr bool kOfSegments = false;
+  static constexpr bool kKeepsExp = false;
   static constexpr bool kSums = true;
   static constexpr int kInputs = 2;
   static constexpr int kColumns = columns;
@@ -167,6 +177,7 @@ struct SegmentBackward {
 template <int columns, class T>
 struct SegmentBackward<SegmentOp::kLogSumExp, columns, T> {
   static constexpr bool kOfSegments = false;
+  static constexpr bool kKeepsExp = false;
   static constexpr bool kSums = false;
   static constexpr int kInputs = 1;
   static constexpr int kColumns = columns;
@@ -238,13 +249,15 @@ class SegmentRows {
     }
   }
 
-  // Those farthest apart first.
-  __device__ __forceinline__ void sum(A scale, const A (&max)[kColumns],
-                                      A (&sums)[kColumns]) const {
+  // Those farthest apart first. `keeps`: the terms stay where the rows were.
+  template <bool keeps>
+  __device__ __forceinline__ void sum(A scale, const A (&max)[kColumns], A (&sums)[kColumns]) {
     A terms[kRows][kColumns]{};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (place_[r] >= 0) Pass::terms(rows_[r], scale, max, terms[r]);
+      if (place_[r] < 0) continue;
+      Pass::terms(rows_[r], scale, max, terms[r]);
+      if constexpr (keeps) rows_[r][0] = Packet<T, kColumns>::of(terms[r]);
     }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -255,13 +268,18 @@ class SegmentRows {
     }
   }
 
+  template <bool kept>
   __device__ __forceinline__ void store(const SegmentCall<T>& call,
                                         const Formula (&formulas)[kColumns]) const {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (place_[r] < 0) continue;
       A x[kColumns];
-      Pass::results(rows_[r], call.scale, formulas, x);
+      if constexpr (kept) {
+        Pass::results_of_exps(rows_[r], formulas, x);
+      } else {
+        Pass::results(rows_[r], call.scale, formulas, x);
+      }
       Packet<T, kColumns>::of(x).store(call.result + place_[r]);
     }
   }
@@ -355,8 +373,8 @@ __device__ __forceinline__ void run_segment_warps(const SegmentCall<typename Pas
     const int64_t begin = exists ? call.begin(segment) : 0;
     const int64_t all = exists ? call.size(segment) : 0;
     const bool is_short = exists && all <= call.along() * limits::kSegmentRows;
-    const SegmentRows<Pass> rows(call, tile.outer, begin, is_short ? static_cast<int>(all) : 0,
-                                 lane, call.along(), tile.column);
+    SegmentRows<Pass> rows(call, tile.outer, begin, is_short ? static_cast<int>(all) : 0, lane,
+                           call.along(), tile.column);
     typename Pass::Formula formulas[kColumns];
     if constexpr (Pass::kSums) {
       A max[kColumns]{};
@@ -367,7 +385,7 @@ __device__ __forceinline__ void run_segment_warps(const SegmentCall<typename Pas
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) max[c] = Pass::bounded(max[c]);
       }
-      rows.sum(call.scale, max, sums);
+      rows.template sum<Pass::kKeepsExp>(call.scale, max, sums);
       reduce_lanes<Sum>(sums, farthest, call.across());
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
@@ -383,7 +401,7 @@ __device__ __forceinline__ void run_segment_warps(const SegmentCall<typename Pas
         store_segment<Pass>(call, tile.outer, segment, tile.column, formulas);
       }
     } else {
-      rows.store(call, formulas);
+      rows.template store<Pass::kKeepsExp>(call, formulas);
     }
   }
 }
@@ -529,8 +547,7 @@ __device__ __forceinline__ void run_segment_blocks(const SegmentCall<typename Pa
     const int64_t offset = part.number * call.block_rows;
     const int size =
         static_cast<int>(min(call.size(part.segment) - offset, int64_t{call.block_rows}));
-    const SegmentRows<Pass> rows(call, tile.outer, begin + offset, size, row, limits::kWarp,
-                                 tile.column);
+    SegmentRows<Pass> rows(call, tile.outer, begin + offset, size, row, limits::kWarp, tile.column);
     typename Pass::Formula formulas[kColumns];
     if constexpr (Pass::kSums) {
       State* const states = call.template states_of<State>(tile.outer, begin);
@@ -549,7 +566,7 @@ __device__ __forceinline__ void run_segment_blocks(const SegmentCall<typename Pa
           __syncthreads();
           meeting.get_max(column, max);
         }
-        rows.sum(call.scale, max, sum);
+        rows.template sum<false>(call.scale, max, sum);
         reduce_lanes<Sum>(sum, limits::kWarp / 2, across);
         if (lane == 0) meeting.put_sum(column, sum);
         __syncthreads();
@@ -587,7 +604,7 @@ __device__ __forceinline__ void run_segment_blocks(const SegmentCall<typename Pa
         store_segment<Pass>(call, tile.outer, part.segment, tile.column, formulas);
       }
     } else {
-      rows.store(call, formulas);
+      rows.template store<false>(call, formulas);
     }
   }
 }
@@ -603,7 +620,9 @@ constexpr int segment_warp_blocks = sizeof(typename Pass::Element) == 8 ? 2
                                                                         : 2;
 template <class Pass>
 constexpr int segment_block_blocks =
-    Pass::kColumns == 1 && sizeof(typename Pass::Element) < 8 ? 4 : 2;
+    sizeof(typename Pass::Element) < 8 ? (Pass::kColumns == 1 ? 4 : 2)
+                                       : (Pass::kColumns == 1 ? 2 : 1);
+constexpr int kSegmentCombineBlocks = 2;
 
 template <SegmentOp op, int columns, class T>
 __global__ void __launch_bounds__(limits::kSegmentThreads,
@@ -652,13 +671,13 @@ __device__ __forceinline__ void run_segment_combine(const SegmentCall<T>& call) 
 }
 
 template <class T>
-__global__ void __launch_bounds__(limits::kSegmentThreads)
+__global__ void __launch_bounds__(limits::kSegmentThreads, kSegmentCombineBlocks)
     segment_combine_forward_kernel(SegmentCall<T> call) {
   run_segment_combine<OnlineState<computed_t<T>>>(call);
 }
 
 template <class T>
-__global__ void __launch_bounds__(limits::kSegmentThreads)
+__global__ void __launch_bounds__(limits::kSegmentThreads, kSegmentCombineBlocks)
     segment_combine_backward_kernel(SegmentCall<T> call) {
   run_segment_combine<SumState<computed_t<T>>>(call);
 }
