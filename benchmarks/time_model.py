@@ -76,14 +76,16 @@ _COLUMN_INSTRUCTIONS = {
     (True, 8): (30, 6, 14),
 }
 _COLUMN_FIXED = 300
-# Scores with a mask: for the part of a row that a warp has, and for each element of a lane.
+# Scores with a mask: for the part of a row that a warp has, and for each element of a lane; so many
+# more where it has single elements.
+_SCORE_SINGLE = 5
 _SCORE_INSTRUCTIONS = {
-    (False, 2): (560, 29),
-    (False, 4): (560, 41),
-    (False, 8): (700, 90),
-    (True, 2): (450, 21),
-    (True, 4): (450, 17),
-    (True, 8): (500, 20),
+    (False, 2): (400, 20),
+    (False, 4): (400, 34),
+    (False, 8): (550, 85),
+    (True, 2): (350, 13),
+    (True, 4): (350, 12),
+    (True, 8): (400, 16),
 }
 # float64 instructions for an element: 16 for exp and its argument, which is taken again where the
 # element is read again; the others for the max, the sum and the quotient.
@@ -171,6 +173,7 @@ def instructions(plan: Plan, work: Work) -> float:
     key = (work.backward, itemsize)
     if work.of_scores:
         fixed, item = _SCORE_INSTRUCTIONS[key]
+        item += _SCORE_SINGLE if work.dim % LIMITS["ScoreWidth"] else 0
         if plan.group < WARP:  # several rows a warp
             items = math.ceil(work.dim / plan.group / 4) * 4
             return plan.blocks * _warps(plan) * (fixed + items * item)

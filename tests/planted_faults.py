@@ -28,6 +28,7 @@ ROWS = "csrc/cuda/row_kernels.cuh"
 COLUMNS = "csrc/cuda/column_kernels.cuh"
 PACKED = "csrc/cuda/packed_kernels.cuh"
 DEVICE = "csrc/cuda/device.cuh"
+CUDA_SCORES = "csrc/cuda/score_kernels.cuh"
 SEGMENTS = "csrc/cuda/segment_kernels.cuh"
 SEGMENT_LIST = "csrc/cuda/launch_segments.cu"
 CPU_SLICES = "csrc/cpu/slices.h"
@@ -46,6 +47,7 @@ SCORES_PY = "softmax_ext/functional/scores.py"
 SCORES = "tests/test_scores_values.py tests/test_scores_stand_ins.py"
 HOST = "tests/simt/kernels"
 HOST_STRIDES = f"{HOST}/test_strides.py"
+HOST_SCORES = f"{HOST}/test_scores.py"
 HOST_SEGMENTS = f"{HOST}/test_segments.py"
 
 
@@ -743,6 +745,78 @@ FAULTS = [
         "    if torch.compiler._is_exporting_flag:\n        return",
         "    if False:\n        return",
         "tests/test_scores_transforms.py",
+    ),
+    Fault(
+        "a band has one key more",
+        "cuda scores",
+        CUDA_SCORES,
+        "return element >= begin && element < end;",
+        "return element >= begin && element <= end;",
+        HOST_SCORES,
+    ),
+    Fault(
+        "the mask of every chunk is that of the first",
+        "cuda scores",
+        CUDA_SCORES,
+        "mask_items(elements + first, lanes, begin, end, z);",
+        "mask_items(elements, lanes, begin, end, z);",
+        HOST_SCORES,
+    ),
+    Fault(
+        "a masked element of a row with a NaN is NaN",
+        "cuda scores",
+        CUDA_SCORES,
+        "const bool is_dead = is_safe && z[i] == kLowest;",
+        "const bool is_dead = false && is_safe && z[i] == kLowest;",
+        HOST_SCORES,
+    ),
+    Fault(
+        "the sink is not in the row's sum",
+        "cuda scores",
+        CUDA_SCORES,
+        "state = combine(state, State{max, term(scores.sink, shift_by(max))});",
+        "state = combine(state, State{max, A(0)});",
+        HOST_SCORES,
+    ),
+    Fault(
+        "an infinite element hides in logsumexp",
+        "cuda scores",
+        CUDA_SCORES,
+        "return op == ScoreOp::kLogSumExp && max == static_cast<A>(INFINITY) ? kLargest : max;",
+        "return op == ScoreOp::kLogSoftmax && max == static_cast<A>(INFINITY) ? kLargest : max;",
+        HOST_SCORES,
+    ),
+    Fault(
+        "the gradient of a mask begins with what is there",
+        "cuda scores",
+        CUDA_SCORES,
+        "place.is_first ? 0 : size, A(0), y);",
+        "size, A(0), y);",
+        HOST_SCORES,
+    ),
+    Fault(
+        "a chunk comes back as another",
+        "cuda scores",
+        CUDA_SCORES,
+        "Vector* const at = kept + kth * kVectors * blockDim.x;",
+        "Vector* const at = kept + (kth > 0) * kVectors * blockDim.x;",
+        HOST_SCORES,
+    ),
+    Fault(
+        "a row's state is met where the last one was",
+        "cuda scores",
+        CUDA_SCORES,
+        "        turn ^= 1;\n      }\n      state = row.of_row(",
+        "      }\n      state = row.of_row(",
+        HOST_SCORES,
+    ),
+    Fault(
+        "the gradient of a scale misses its chunks",
+        "cuda scores",
+        CUDA_SCORES,
+        "[row * teams.chunks + number] = sum;",
+        "[row * teams.chunks] = sum;",
+        HOST_SCORES,
     ),
 ]
 

@@ -13,7 +13,7 @@ def test_what_works_where() -> None:
     rows = table.splitlines()[1:]
     assert len(rows) > 20
     for row in rows:
-        named = re.findall(r"`(\w+\.py)::(\w+)`", row)
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
         assert named, f"no test in {row}"
         for file, name in named:
             tree = ast.parse((TESTS / file).read_text())

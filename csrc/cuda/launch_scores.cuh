@@ -49,12 +49,14 @@ ScoreTeams score_teams_of(const Args& args, const Plan& plan, void* scratch) {
           (sharing + parts - 1) / parts,
           items / parts * args.shape.dim,
           static_cast<int>(score_chunks(args.shape.dim, args.output_dtype)),
-          1 / args.scores.softcap};
+          1 / args.scores.softcap,
+          score_width(args.shape.dim)};
 }
 
 template <ScoreOp op, class T, class Args>
 cudaError_t launch_score_op(const Args& args, const Plan& plan, void* scratch,
                             cudaStream_t stream) {
+  if (!takes_scores(args.shape, args.dims) || !takes_score_rows(args)) return cudaErrorInvalidValue;
   const Args call = ordered(args);
   const ScoreTeams teams = score_teams_of(call, plan, scratch);
   const bool is_short = plan.schedule == Schedule::kWarp && args.shape.dim <= limits::kShortScores;

@@ -53,13 +53,17 @@ struct OuterStrides {
 
 // The same where a row is in many tensors: its index along each outer dim, once for all of them.
 struct OuterIndex {
+  int dims;
   int64_t first;
   uint32_t others[limits::kOuterDims - 1];
 
   __device__ __forceinline__ int64_t offset(const Strides& strides) const {
     int64_t offset = first * strides.of[0];
 #pragma unroll
-    for (int k = 1; k < limits::kOuterDims; ++k) offset += others[k - 1] * strides.of[k];
+    for (int k = 1; k < limits::kOuterDims; ++k) {
+      if (k >= dims) break;
+      offset += others[k - 1] * strides.of[k];
+    }
     return offset;
   }
 };
@@ -72,7 +76,7 @@ struct OuterDims {
     for (int k = 1; k < dims; ++k) sizes[k] = Divisor::of(outer.sizes[k]);
   }
   __device__ __forceinline__ OuterIndex index(int64_t row) const {
-    OuterIndex result{row, {}};
+    OuterIndex result{dims, row, {}};
     if (dims == 1) return result;
     auto rest = static_cast<uint32_t>(row);
 #pragma unroll

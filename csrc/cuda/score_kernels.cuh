@@ -8,9 +8,10 @@
 //           each
 //
 // A row is read once, and becomes scores in registers: element k of a chunk in lane k % lanes. A warp's
-// further chunks stay in shared memory, or are read again where they do not fit. By elements, neighbours
-// in neighbouring lanes, nothing depends on where the rows of a tensor begin; what takes no part is not
-// read. A row's bits depend on its length, its scores and the types alone.
+// further chunks stay in shared memory, or are read again where they do not fit. Rows of a multiple of
+// kScoreWidth elements begin at multiples of these, and lanes have as many neighbours; others begin
+// anywhere, and lanes have single elements. What takes no part is not read, but for such neighbours. A
+// row's bits depend on its length, its scores and the types alone.
 //
 // A thread writes the elements that it has read, and after the row's warps have met for its sum: the
 // memory written may be that of an input.
@@ -30,12 +31,26 @@ struct ScoreTeams : Teams {
   int64_t part_size;  // elements of the mask's gradient, of which each part has its own
   int chunks;         // of a row
   double of_softcap;  // 1 / softcap
+  int width;          // neighbours that a lane has
 };
 
+// The lanes that share a row. Element number i of a lane is neighbour i % width of its vector i / width,
+// of which the lanes have one after another.
 struct Lanes {
   int lane;
   int lanes;
+  int width;  // kScoreWidth or 1
 };
+
+// body(width) with the width of a lane's vectors as a constant.
+template <class Body>
+__device__ __forceinline__ void with_width(Lanes lanes, Body body) {
+  if (lanes.width == 1) {
+    body(std::integral_constant<int, 1>());
+  } else {
+    body(std::integral_constant<int, limits::kScoreWidth>());
+  }
+}
 
 // Elements of a chunk, counted from the first of a lane.
 struct Span {
@@ -43,7 +58,7 @@ struct Span {
 
   // It is asked anew where it is needed: the compiler would keep an answer for each element.
   __device__ __forceinline__ Span(Lanes lanes, int begin, int end)
-      : begin(begin - lanes.lane), end(end - lanes.lane) {
+      : begin(begin - lanes.lane * lanes.width), end(end - lanes.lane * lanes.width) {
     forget(this->begin);
     forget(this->end);
   }
@@ -84,31 +99,43 @@ __device__ __forceinline__ void rotate(A (&z)[items]) {
   for (int i = 0; i < count; ++i) z[items - count + i] = first[i];
 }
 
-// body(z) for each of the arrays' elements, four at a time by the same code: what is long is compiled
-// once, and leaves the others their registers.
-template <int items, class Body, class... A>
-__device__ __forceinline__ void for_each_in_turns(Body body, A (&... z)[items]) {
-  constexpr int kAtATime = items < 4 ? items : 4;
+// body(z...) for the elements of the arrays, a vector of them at a time by the same code: what is long is
+// compiled once, and leaves the others their registers.
+template <int items, class Body, class A, class... Others>
+__device__ __forceinline__ void for_each_in_turns(Body body, A (&z)[items],
+                                                  Others (&... others)[items]) {
+  constexpr int kAtATime = limits::kVectorBytes / static_cast<int>(sizeof(A));
 #pragma unroll 1
   for (int turn = 0; turn < items / kAtATime; ++turn) {
 #pragma unroll
-    for (int v = 0; v < kAtATime; ++v) body(z[v]...);
-    (rotate<kAtATime>(z), ...);
+    for (int v = 0; v < kAtATime; ++v) body(z[v], others[v]...);
+    rotate<kAtATime>(z);
+    (rotate<kAtATime>(others), ...);
   }
 }
 
-// Elements [begin, end) of a chunk; `fill` for the others. Without branches: all are on their way at the
-// same time.
-template <int items, class A, class T>
-__device__ __forceinline__ void load_items(const T* chunk, Lanes lanes, int begin, int end, A fill,
-                                           A (&x)[items]) {
-  const T* const own = chunk + lanes.lane;
-  const Span span(lanes, begin, end);
+// The place of element number i of a lane, from its first.
+template <int width>
+__device__ __forceinline__ int place_of(Lanes lanes, int i) {
+  return i / width * lanes.lanes * width + i % width;
+}
+
+// Neighbours that one access reads, as few as there are bytes for one.
+template <int width, class T>
+__device__ __forceinline__ void load_neighbours(const T* from, T (&x)[width]) {
+  constexpr int kBytes = width * static_cast<int>(sizeof(T));
+  if constexpr (width == 1) {
+    x[0] = *from;
+  } else if constexpr (kBytes == 4) {
+    const auto word = load_word<uint32_t>(from);
+    memcpy(x, &word, sizeof(word));
+  } else {
+    constexpr int kCount = kBytes <= limits::kVectorBytes ? 1 : kBytes / limits::kVectorBytes;
 #pragma unroll
-  for (int i = 0; i < items; ++i) {
-    const int k = i * lanes.lanes;
-    x[i] = fill;
-    if (span.has(k)) x[i] = from_element<A>(own[k]);
+    for (int p = 0; p < kCount; ++p) {
+      const auto words = load_words<kBytes / kCount / 4>(from + p * (width / kCount));
+      memcpy(x + p * (width / kCount), &words, sizeof(words));
+    }
   }
 }
 
@@ -117,24 +144,66 @@ template <int items, class A>
 __device__ __forceinline__ void fill_outside(Lanes lanes, int begin, int end, int size, A value,
                                              A (&x)[items]) {
   if (begin == 0 && end == size) return;
-  const Span span(lanes, begin, end);
+  with_width(lanes, [&](auto width) {
+    const Span span(lanes, begin, end);
 #pragma unroll
-  for (int i = 0; i < items; ++i) {
-    if (!span.has(i * lanes.lanes)) x[i] = value;
+    for (int i = 0; i < items; ++i) {
+      if (!span.has(place_of<decltype(width)::value>(lanes, i))) x[i] = value;
+    }
+  });
+}
+
+// Elements [begin, end) of a chunk, as `count` from number `first` on of a lane, and of its neighbours in a
+// vector what there is. Without branches: all are on their way at the same time.
+template <int width, int count, class T>
+__device__ __forceinline__ void load_span(const T* chunk, Lanes lanes, Span span, int first,
+                                          T (&x)[count]) {
+  const T* const own = chunk + lanes.lane * width;
+#pragma unroll
+  for (int i = 0; i < count; i += width) {
+    const int k = place_of<width>(lanes, first + i);
+    T neighbours[width]{};
+    if (k + width > span.begin && k < span.end) load_neighbours(own + k, neighbours);
+#pragma unroll
+    for (int v = 0; v < width; ++v) x[i + v] = neighbours[v];
   }
+}
+
+// Elements [begin, end) of a chunk; `fill` for the others.
+template <int items, class A, class T>
+__device__ __forceinline__ void load_items(const T* chunk, Lanes lanes, int begin, int end, A fill,
+                                           A (&x)[items]) {
+  with_width(lanes, [&](auto width) {
+    T loaded[items];
+    load_span<decltype(width)::value>(chunk, lanes, Span(lanes, begin, end), 0, loaded);
+#pragma unroll
+    for (int i = 0; i < items; ++i) x[i] = from_element<A>(loaded[i]);
+  });
+  fill_outside(lanes, begin, end, items * lanes.lanes, fill, x);
 }
 
 // The first `size` elements of a chunk.
 template <int items, class A, class T>
 __device__ __forceinline__ void store_items(T* chunk, Lanes lanes, int size, const A (&x)[items]) {
-  T* const own = chunk + lanes.lane;
-  const Span span(lanes, 0, size);
+  with_width(lanes, [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    T* const own = chunk + lanes.lane * kWidth;
+    const Span span(lanes, 0, size);
 #pragma unroll
-  for (int i = 0; i < items; ++i) {
-    const int k = i * lanes.lanes;
-    if (i > 0 && i % 4 == 0 && k >= size) break;
-    if (span.has(k)) own[k] = ToElement<T>::of(x[i]);
-  }
+    for (int i = 0; i < items; i += kWidth) {
+      const int k = place_of<kWidth>(lanes, i);
+      if (i > 0 && i % 4 == 0 && k >= size) break;
+      if (!span.has(k)) continue;
+      if constexpr (kWidth == 1) {
+        own[k] = ToElement<T>::of(x[i]);
+      } else {
+        A neighbours[kWidth];
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v) neighbours[v] = x[i + v];
+        Pieces<T, kWidth>::of(neighbours).store(own + k);
+      }
+    }
+  });
 }
 
 // An element of a bool mask: true is any byte but 0.
@@ -157,21 +226,17 @@ template <int items, class A, class M>
 __device__ __forceinline__ void mask_items(const M* chunk, Lanes lanes, int begin, int end,
                                            A (&z)[items]) {
   constexpr int kFew = items < 16 ? items : 16;
-  const M* const own = chunk + lanes.lane;
-  const Span span(lanes, begin, end);
+  with_width(lanes, [&](auto width) {
+    const Span span(lanes, begin, end);
 #pragma unroll
-  for (int first = 0; first < items; first += kFew) {
-    if (first > 0 && first * lanes.lanes >= end) break;
-    M m[kFew];
+    for (int first = 0; first < items; first += kFew) {
+      if (first > 0 && first * lanes.lanes >= end) break;
+      M m[kFew];
+      load_span<decltype(width)::value>(chunk, lanes, span, first, m);
 #pragma unroll
-    for (int i = 0; i < kFew; ++i) {
-      const int k = (first + i) * lanes.lanes;
-      m[i] = M{};
-      if (span.has(k)) m[i] = own[k];
+      for (int i = 0; i < kFew; ++i) z[first + i] = masked(z[first + i], m[i]);
     }
-#pragma unroll
-    for (int i = 0; i < kFew; ++i) z[first + i] = masked(z[first + i], m[i]);
-  }
+  });
 }
 
 // --- A row ---------------------------------------------------------------------------------------
@@ -429,12 +494,25 @@ struct ScoreBackward {
     if constexpr (op == ScoreOp::kLogSumExp) {
       scores.load(at<T>(args.input, args.input_strides), first, lanes, y);
     } else {
+      const int room = items * lanes.lanes;
       int begin = 0, end = 0;
-      scores.part_of_range(first, items * lanes.lanes, begin, end);
-      load_items(at<T>(args.grad_output, args.grad_output_strides) + first, lanes, begin, end, A(0),
-                 grad);
-      load_items(at<T>(args.output, args.output_strides) + first, lanes, begin, end,
-                 op == ScoreOp::kSoftmax ? A(0) : kLowest, y);
+      scores.part_of_range(first, room, begin, end);
+      with_width(lanes, [&](auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        const Span span(lanes, begin, end);
+        T of_grad[items], of_output[items];  // on their way at the same time
+        load_span<kWidth>(at<T>(args.grad_output, args.grad_output_strides) + first, lanes, span, 0,
+                          of_grad);
+        load_span<kWidth>(at<T>(args.output, args.output_strides) + first, lanes, span, 0,
+                          of_output);
+#pragma unroll
+        for (int i = 0; i < items; ++i) {
+          grad[i] = from_element<A>(of_grad[i]);
+          y[i] = from_element<A>(of_output[i]);
+        }
+      });
+      fill_outside(lanes, begin, end, room, A(0), grad);
+      fill_outside(lanes, begin, end, room, op == ScoreOp::kSoftmax ? A(0) : kLowest, y);
       if (op == ScoreOp::kLogSoftmax && args.scores.is_safe()) {
         for_each_item<items>(lanes, end, [&](int i) {
           if (y[i] == kLowest) grad[i] = A(0);
@@ -479,17 +557,24 @@ struct ScoreBackward {
     Formula formula;
     if constexpr (op == ScoreOp::kLogSumExp) {
       formula.grad = place.exists ? grad_of_row() : A(0);
-      const A shift = place.exists ? shift_by(lse()) : A(0);
-      for_each([&](int i) { grad[i] = formula.of(A(0), exp_of(y[i] - shift)); });
     } else {
       formula.sum = state.sum;
-      // What has no probability where something may take no part has no gradient.
-      const A none = op == ScoreOp::kSoftmax ? A(0) : kLowest;
-      const bool is_safe = args.scores.is_safe();
-      for_each([&](int i) {
-        grad[i] = formula.of(grad[i], y[i]);
-        if (is_safe && y[i] == none) grad[i] = A(0);
-      });
+    }
+    // What has no probability where something may take no part has no gradient.
+    const bool is_safe = args.scores.is_safe();
+    const A shift = op == ScoreOp::kLogSumExp && place.exists ? shift_by(lse()) : A(0);
+    const auto differentiate = [&](A& dz, A output) {
+      if constexpr (op == ScoreOp::kLogSumExp) {
+        dz = formula.of(A(0), exp_of(output - shift));
+      } else {
+        const bool is_dead = is_safe && output == (op == ScoreOp::kSoftmax ? A(0) : kLowest);
+        dz = is_dead ? A(0) : formula.of(dz, output);
+      }
+    };
+    if constexpr (kDearExp<A> && op != ScoreOp::kSoftmax) {
+      for_each_in_turns(differentiate, grad, y);
+    } else {
+      for_each([&](int i) { differentiate(grad[i], y[i]); });
     }
     int begin = 0, end = 0;
     scores.part_of_range(first, room, begin, end);
@@ -558,7 +643,7 @@ __device__ __forceinline__ void for_each_score_row(const ScoreTeams& teams, Body
 template <class Row, class Args>
 __device__ __forceinline__ void run_short_scores(const Args& args, const ScoreTeams& teams) {
   for_each_score_row(teams, [&](const ScorePlace& place) {
-    const Lanes lanes{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+    const Lanes lanes{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), teams.width};
     Row row(args, lanes, teams, place);
     row.load(0);
     typename Row::State state{};
@@ -586,7 +671,7 @@ __device__ __forceinline__ void run_scores(const Args& args, const ScoreTeams& t
   int turn = 0;
   bool is_first = true;
   for_each_score_row(teams, [&](const ScorePlace& place) {
-    const Lanes lanes{static_cast<int>(threadIdx.x) % limits::kWarp, limits::kWarp};
+    const Lanes lanes{static_cast<int>(threadIdx.x) % limits::kWarp, limits::kWarp, teams.width};
     Row row(args, lanes, teams, place);
     State state{};
     if (meets) meeting.template begin<State>(is_first, share.chunks);

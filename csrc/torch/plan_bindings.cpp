@@ -80,6 +80,7 @@ py::dict limits_by_name() {
   SOFTMAX_EXT_LIMIT(ReservedShared);
   SOFTMAX_EXT_LIMIT(MaxBlocks);
   SOFTMAX_EXT_LIMIT(ShortScores);
+  SOFTMAX_EXT_LIMIT(ScoreWidth);
   return result;
 }
 

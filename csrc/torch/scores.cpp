@@ -37,13 +37,25 @@ void check_broadcast(const char* function, const char* argument, const at::Tenso
   check_storage(function, argument, tensor);
 }
 
-bool is_side_by_side(const at::Tensor& tensor) {
-  return tensor.size(-1) == 1 || tensor.stride(-1) == 1;
+// Whether the kernels read and write the rows of a tensor where they lie: with their elements one after
+// another, and on CUDA from where vectors begin.
+bool is_taken(const at::Tensor& tensor) {
+  if (tensor.size(-1) == 1) return true;
+  if (tensor.stride(-1) != 1) return false;
+  if (!tensor.is_cuda()) return true;
+  Dims dims{static_cast<int>(std::min<int64_t>(tensor.dim() - 1, Dims::kMax)), 0, {}};
+  Strides strides{1, {}};
+  for (int k = 0; k < dims.outer; ++k) {
+    dims.sizes[k] = tensor.size(k);
+    strides.of[k] = tensor.stride(k);
+  }
+  return tensor.dim() - 1 <= Dims::kMax &&
+         cuda::takes_score_rows(tensor.size(-1), tensor.const_data_ptr(),
+                                static_cast<int64_t>(tensor.itemsize()), dims, strides);
 }
 
-// With the elements of a row one after another.
-at::Tensor side_by_side(const at::Tensor& tensor) {
-  return is_side_by_side(tensor) ? tensor : tensor.contiguous();
+at::Tensor as_taken(const at::Tensor& tensor) {
+  return is_taken(tensor) ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
 }
 
 c10::DimVector rows_of(const at::Tensor& tensor) {
@@ -110,7 +122,7 @@ class Call {
       const bool taken = dtype == at::kBool || dtype == wide ||
                          (wide == at::kFloat && (dtype == at::kHalf || dtype == at::kBFloat16));
       if (!taken) mask = mask.to(wide);
-      if (mask.dim() > 0) mask = side_by_side(mask);
+      if (mask.dim() > 0) mask = as_taken(mask);
       scores.mask_dtype = to_dtype(mask.scalar_type());
       scores.mask = add(mask, scores.mask_strides);
     }
@@ -242,7 +254,7 @@ std::tuple<at::Tensor, at::Tensor> score_forward(const ScoreTensors& tensors,
                                                  bool wants_lse) {
   const at::ScalarType result_dtype = check_scores(tensors, options, dtype);
   const bool only_lse = options.op == ScoreOp::kLogSumExp;
-  const at::Tensor input = side_by_side(tensors.input.to(result_dtype));
+  const at::Tensor input = as_taken(tensors.input.to(result_dtype));
   NewTensor output{};
   if (!only_lse) output = empty(input.sizes(), result_dtype, input.device());
   at::Tensor lse;
@@ -265,7 +277,7 @@ at::Tensor score_forward_in_place(const ScoreTensors& tensors, const ScoreOption
   at::Tensor lse;
   if (wants_lse) lse = empty_of_rows(input, at::toOpMathType(result_dtype));
   if (input.numel() == 0) return lse;
-  const bool direct = is_side_by_side(input) && is_without_overlap(input);
+  const bool direct = is_taken(input) && is_without_overlap(input);
   if (!direct || !run_forward(input, tensors, options, input, /*output_is_new=*/false, lse)) {
     at::Tensor result;
     std::tie(result, lse) = score_forward(tensors, options, std::nullopt, wants_lse);
@@ -300,8 +312,8 @@ ScoreTensors score_backward(const at::Tensor& g, const at::Tensor& y, const at::
                           lse.defined() ? lse.to(at::toOpMathType(wider)) : lse, widened, options,
                           input_dtype, wanted);
   }
-  const at::Tensor grad = of_lse ? g : side_by_side(g), output = side_by_side(y);
-  const at::Tensor input = needs_input ? side_by_side(tensors.input.to(dtype)) : at::Tensor();
+  const at::Tensor grad = of_lse ? g : as_taken(g), output = as_taken(y);
+  const at::Tensor input = needs_input ? as_taken(tensors.input.to(dtype)) : at::Tensor();
   const NewTensor grad_input = empty(sizes, dtype, y.device());
   at::Tensor grad_scale, grad_sink, grad_mask;
   // What is a number of a row is one of each chunk on CUDA, and the gradient of a mask one of each part.

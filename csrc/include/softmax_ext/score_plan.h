@@ -18,6 +18,8 @@ namespace limits {
 constexpr int kShortScores = 256;
 constexpr int kShortScoreItems = 8;
 constexpr int kFewestScoreLanes = 8;
+// Neighbours that a lane has of rows of a multiple of them.
+constexpr int kScoreWidth = 4;
 // Rows of a mask and parts of the rows that share one, in all, where there are so many; and the fewest and
 // the most rows that are one part.
 constexpr int64_t kMaskTeams = 4096;
@@ -30,6 +32,10 @@ constexpr int score_lanes(int64_t dim) {
   int lanes = limits::kFewestScoreLanes;
   while (lanes * limits::kShortScoreItems < dim) lanes *= 2;
   return lanes;
+}
+
+constexpr int score_width(int64_t dim) {
+  return dim % limits::kScoreWidth == 0 ? limits::kScoreWidth : 1;
 }
 
 // Parts of the `sharing` rows that share each of the `rows` rows of a mask: of the shape alone, so that
@@ -116,6 +122,44 @@ namespace cuda {
 // Whether the kernels have these dims; their indices are divided in 31 bits.
 constexpr bool takes_scores(const Shape& shape, const Dims& dims) {
   return dims.outer <= limits::kOuterDims && (dims.outer == 1 || shape.outer <= limits::kMaxOuter);
+}
+
+// Whether rows of a tensor begin where the kernels can read or write them.
+inline bool takes_score_rows(int64_t dim, const void* data, int64_t element_bytes, const Dims& dims,
+                             const Strides& strides) {
+  const int width = score_width(dim);
+  if (data == nullptr || width == 1 || strides.dim == 0) return true;
+  bool taken =
+      reinterpret_cast<uintptr_t>(data) %
+          static_cast<uintptr_t>(std::min<int64_t>(width * element_bytes, limits::kVectorBytes)) ==
+      0;
+  for (int k = 0; k < dims.outer; ++k) {
+    taken = taken && (dims.sizes[k] == 1 || strides.of[k] % width == 0);
+  }
+  return taken;
+}
+
+inline bool takes_score_rows(const ScoreForwardArgs& args) {
+  const auto taken = [&](const void* data, DType dtype, const Strides& strides) {
+    return takes_score_rows(args.shape.dim, data, size_of(dtype), args.dims, strides);
+  };
+  return taken(args.input, args.input_dtype, args.input_strides) &&
+         taken(args.output, args.output_dtype, args.output_strides) &&
+         taken(args.scores.mask, args.scores.mask_dtype, args.scores.mask_strides);
+}
+
+inline bool takes_score_rows(const ScoreBackwardArgs& args) {
+  const DType dtype = args.output_dtype;
+  const auto taken = [&](const void* data, DType of_data, const Strides& strides) {
+    return takes_score_rows(args.shape.dim, data, size_of(of_data), args.dims, strides);
+  };
+  const DType wide = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  return taken(args.grad_output, dtype, args.grad_output_strides) &&
+         taken(args.output, dtype, args.output_strides) &&
+         taken(args.grad_input, dtype, args.grad_input_strides) &&
+         taken(args.input, dtype, args.input_strides) &&
+         taken(args.scores.mask, args.scores.mask_dtype, args.scores.mask_strides) &&
+         taken(args.grad_mask, wide, args.grad_mask_strides);
 }
 
 }  // namespace cuda

@@ -21,12 +21,13 @@ from tolerances import FLOATING
 
 from softmax_ext._C import LIMITS
 
-SHORT, MOST_WARPS, LONG_WARPS = LIMITS["ShortScores"], LIMITS["MostWarps"], LIMITS["LongWarps"]
+SHORT, WIDTH, WARPS = LIMITS["ShortScores"], LIMITS["ScoreWidth"], LIMITS["LongWarps"]
 # Lengths of rows that are not shared by warps.
 SHORT_DIMS = {
     1: "a key",
     7: "fewer than the lanes that share it",
     49: "a window of Swin",
+    64: "whole vectors that 8 lanes share",
     65: "the first that 16 lanes share",
     197: "patches of a picture and a token",
     SHORT: "the last that a part of a warp has",
@@ -40,11 +41,11 @@ def schedule_of(way: str) -> dict[str, Any]:
 
 
 def dim_of(way: str, dtype: torch.dtype) -> int:
-    """Of a row for it: whole chunks, and one of which a part is there."""
+    """Of a row for it: whole chunks, and one of which a part is there; of some, whole vectors."""
     chunk = chunk_of(dtype)
     if way == "warp":  # where a part of a warp has a chunk of float64, that
         return max(SHORT + 1, chunk - 24) if chunk > SHORT else SHORT
-    return {"short": 49, "block": 2 * chunk + 5, "cluster": 9 * chunk + 3, "grid": 3 * chunk - 7}[
+    return {"short": 49, "block": 2 * chunk + 5, "cluster": 9 * chunk + 4, "grid": 3 * chunk - 8}[
         way
     ]
 
@@ -114,11 +115,11 @@ def test_short_rows(host: Host, op: str, dim: int) -> None:
 
 
 HELD = {  # schedule, device, and chunks that are held so: of float64, forward and backward
-    "block: shared": ("block", NEW, MOST_WARPS + 2),
-    "block: none": ("block", OLD, 10 * LONG_WARPS),
-    "cluster: shared": ("cluster", NEW, 8 * MOST_WARPS + 3),
-    "grid: shared": ("grid", NEW, SMS * MOST_WARPS + 3),
-    "grid: none": ("grid", OLD, 10 * SMS * LONG_WARPS),
+    "block: shared": ("block", NEW, WARPS + 2),
+    "block: none": ("block", OLD, 10 * WARPS),
+    "cluster: shared": ("cluster", NEW, 8 * WARPS + 3),
+    "grid: shared": ("grid", NEW, SMS * WARPS + 3),
+    "grid: none": ("grid", OLD, 10 * SMS * WARPS),
 }
 
 
@@ -216,10 +217,17 @@ def wider(t: torch.Tensor, before: int, behind: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("way", ["short", "block"])
+@pytest.mark.parametrize("way", ["short", "short, vectors", "block", "block, vectors"])
 def test_bits_of_every_layout(host: Host, way: str, layout: str) -> None:
-    """What lies between the elements is NaN, or of a result, stays what it was."""
-    shape = (2, 3, 4, dim_of(way, torch.float16))
+    """What lies between the elements is NaN, and of a result, stays what it was. Rows of whole
+    vectors begin where those do; torch's layer copies others first."""
+    way, _, vectors = way.partition(", ")
+    dim, lay = dim_of(way, torch.float16), LAYOUTS[layout]
+    if vectors:
+        dim = dim // WIDTH * WIDTH
+        if "element" in layout or "second" in layout:
+            lay = lambda t: wider(t, WIDTH, 2 * WIDTH)  # noqa: E731
+    shape = (2, 3, 4, dim)
     input, scores = torch.randn(shape).half(), arguments(KINDS_OF_BITS, shape, torch.float16)
     grad = (torch.randn(shape) + 10).half()
     assert_all_same({
@@ -227,8 +235,14 @@ def test_bits_of_every_layout(host: Host, way: str, layout: str) -> None:
             ScoresOnHost(host, "softmax", lay=lay, orders=host.orders[-1:], **schedule_of(way)),
             input, scores, grad,
         )
-        for name, lay in (("contiguous", None), (layout, LAYOUTS[layout]))
+        for name, lay in (("contiguous", None), (layout, lay))
     })  # fmt: skip
+
+
+def test_rows_that_begin_between_vectors_are_refused(host: Host) -> None:
+    function = ScoresOnHost(host, "softmax", lay=lambda t: wider(t, 1, 1))
+    with pytest.raises(AssertionError, match="the launch returned an error"):
+        function(torch.randn(3, 5, 8), 2)
 
 
 @pytest.mark.parametrize("band", [band for band in BANDS if band != "no band"])
