@@ -55,7 +55,7 @@ struct SegmentCall {
   int tiles;
   int block_rows;
   SegmentLists lists;
-  void* states;  // [slice][slot][column]
+  void* states;  // [outer][slot][column]
   int64_t state_slots;
 
   __device__ __forceinline__ int across() const { return 1 << across_bits; }
