@@ -27,6 +27,29 @@ SHAPES = [
     ((2, 1500, 64), 1),  # columns: a cluster; in 16 bits backward, 16 bytes at a time
     ((1, 5000, 66), 1),  # columns: several chunks
 ]
+# Of a warp, of a block, and of several.
+SEGMENTS = [0, 1, 5, 0, 33, 300, 2, 5000, 3]
+
+
+def segments_are_finite(generator: torch.Generator) -> bool:
+    ptr = torch.tensor([0, *SEGMENTS]).cumsum(0)
+    index = torch.repeat_interleave(ptr.diff())[torch.randperm(int(ptr[-1]), generator=generator)]
+    for heads in (1, 3, 8):
+        values = torch.randn(int(ptr[-1]), heads, generator=generator)
+        for function in (
+            softmax_ext.segment_softmax,
+            softmax_ext.segment_log_softmax,
+            softmax_ext.segment_logsumexp,
+        ):
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                for named in ({"ptr": ptr.cuda()}, {"index": index.cuda(), "num_segments": 9}):
+                    x = values.to(dtype).cuda().requires_grad_()
+                    y = function(x, **named)  # type: ignore[arg-type]
+                    (result,) = torch.autograd.grad(y, x, torch.ones_like(y))
+                    if not result.cpu().isfinite().all():
+                        print(f"{function.__name__} of {heads} heads {dtype} is not finite")
+                        return False
+    return True
 
 
 def main() -> int:
@@ -47,6 +70,8 @@ def main() -> int:
                     return 1
     for dtype in (torch.int32, torch.bfloat16):  # a cast before the kernel, and one in it
         softmax_ext.softmax(torch.arange(3000).to(dtype).cuda(), -1, dtype=torch.float32)
+    if not segments_are_finite(generator):
+        return 1
     torch.cuda.synchronize()
     print(DONE)
     return 0

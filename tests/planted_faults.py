@@ -29,6 +29,8 @@ COLUMNS = "csrc/cuda/column_kernels.cuh"
 PACKED = "csrc/cuda/packed_kernels.cuh"
 DEVICE = "csrc/cuda/device.cuh"
 CUDA_SCORES = "csrc/cuda/score_kernels.cuh"
+SEGMENTS = "csrc/cuda/segment_kernels.cuh"
+SEGMENT_LIST = "csrc/cuda/launch_segments.cu"
 CPU_SLICES = "csrc/cpu/slices.h"
 CPU_ROWS = "csrc/cpu/rows.h"
 CPU_COLUMNS = "csrc/cpu/columns.h"
@@ -46,6 +48,7 @@ SCORES = "tests/test_scores_values.py tests/test_scores_stand_ins.py"
 HOST = "tests/simt/kernels"
 HOST_STRIDES = f"{HOST}/test_strides.py"
 HOST_SCORES = f"{HOST}/test_scores.py"
+HOST_SEGMENTS = f"{HOST}/test_segments.py"
 
 
 @dataclass(frozen=True)
@@ -518,6 +521,70 @@ FAULTS = [
         "static_cast<size_t>(plan.hold == Hold::kShared ? kept : 0);",
         "tests/simt/test_plan.py",
     ),
+    Fault(
+        "a segment of one more row than lanes take is nobody's",
+        "cuda segments",
+        SEGMENT_LIST,
+        "own > most && own <= block_rows",
+        "own > most + 1 && own <= block_rows",
+        HOST_SEGMENTS,
+    ),
+    Fault(
+        "pointers may end before the last element",
+        "cuda segments",
+        SEGMENT_LIST,
+        "(segment + 1 == segments.count && end != size)",
+        "(segment + 1 == segments.count && end > size)",
+        HOST_SEGMENTS,
+    ),
+    Fault(
+        "a segment's parts are in the list for another",
+        "cuda segments",
+        SEGMENT_LIST,
+        "lists.parts[place + part] = {first + source, part};",
+        "lists.parts[place + part] = {first + lane, part};",
+        HOST_SEGMENTS,
+    ),
+    Fault(
+        "no barrier before the sums of a block's warps are read",
+        "cuda segments",
+        SEGMENTS,
+        "meeting.put_sum(column, sum);\n        __syncthreads();",
+        "meeting.put_sum(column, sum);",
+        HOST_SEGMENTS,
+    ),
+    Fault(
+        "the max of a chunk is that of its first warp",
+        "cuda segments",
+        SEGMENTS,
+        "for (int w = first; w < first + across_; ++w) {",
+        "for (int w = first; w < first + 1; ++w) {",
+        HOST_SEGMENTS,
+    ),
+    Fault(
+        "the last chunk of a segment is not in its state",
+        "cuda segments",
+        SEGMENTS,
+        "(size + limits::kSegmentChunk - 1) / limits::kSegmentChunk",
+        "size / limits::kSegmentChunk",
+        HOST_SEGMENTS,
+    ),
+    Fault(
+        "an order is not followed",
+        "cuda segments",
+        SEGMENTS,
+        "place_[r] = call.segments.order[place_[r]];",
+        "place_[r] += 0 * call.segments.order[place_[r]];",
+        HOST_SEGMENTS,
+    ),
+    Fault(
+        "logsumexp of an infinite element is NaN",
+        "cuda segments",
+        SEGMENTS,
+        "x[c] = kOfSegments && x[c] > shift ?",
+        "x[c] = false && x[c] > shift ?",
+        HOST_SEGMENTS,
+    ),
     # --- torch's operators, autograd, the switch, Python ---
     Fault(
         "out= that overlaps the input is written all the same",
@@ -808,7 +875,7 @@ class Copy:
         for path in self.tree.glob("build/kernels/*.o"):
             if isa and not path.stem.endswith(f"_{isa}"):
                 os.utime(path)
-        host = "import lanes; lanes.build('o2', 'kernels')"
+        host = "import lanes; [lanes.build('o2', each) for each in ('kernels', 'segments')]"
         for built in (
             self._run("setup.py", "-q", "build_ext", "--inplace", FORCE_CPU="1"),
             self._run("-c", host, path="tests/simt"),

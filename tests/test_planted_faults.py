@@ -9,7 +9,8 @@ FAMILIES = {
     *(f"cpu {rows}" for rows in ("register rows", "short rows", "long rows", "split rows")),
     *("cpu streamed rows", "cpu columns", "cpu narrow columns", "cpu casts", "cpu strides"),
     *(f"cuda {of}" for of in ("short", "registers", "long", "packed", "packed short", "columns")),
-    *(f"cuda {of}" for of in ("block", "cluster", "grid", "strides", "plan", "scores")),
+    *(f"cuda {of}" for of in ("block", "cluster", "grid", "strides", "plan")),
+    *("cuda scores", "cuda segments"),
     *("torch operators", "autograd", "switch", "python"),
     *("baseline", "avx2", "avx512"),
 }

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from segment_reference import OPS
+from test_threads_and_isa import run
 
 X = torch.zeros(4, 2)
 PTR = torch.tensor([0, 1, 4])
@@ -99,3 +100,39 @@ def test_operators_check_what_they_are_given() -> None:
         ops.segment_logsumexp_backward(X, X, X, PTR, None, None, 0, 1.0)
     with pytest.raises(IndexError, match="'index'"):
         ops.segment_logsumexp_backward(X[:1], X[:1], X, None, INDEX, None, 0, 1.0)
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("ptr=torch.tensor([0, 3, 2, 4], device=device)", "segment 1 of 3 goes from 3 to 2 of 4"),
+        ("index=torch.tensor([0, 1, -1, 0], device=device), num_segments=2", "segment 0 of 2"),
+        ("index=torch.tensor([0, 1, 2, 2**32], device=device), num_segments=3", "segment 2 of 3"),
+    ],
+)
+def test_wrong_values_on_a_device(arguments: str, message: str, device: str) -> None:
+    """They show once the device comes to them, and end its use by the process."""
+    script = f"""
+import torch, softmax_ext
+device = {device!r}
+y = softmax_ext.segment_softmax(torch.zeros(4, 2, device=device), {arguments})
+try:
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    print(error)
+"""
+    result = run(script)
+    assert message in result.stdout
+    assert "device-side assert" in result.stdout
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+def test_no_segments_on_a_device(device: str) -> None:
+    x = torch.zeros(4, 2, device=device)
+    for segments in (
+        {"ptr": torch.zeros(1, dtype=torch.int64, device=device)},
+        {"index": INDEX.to(device), "num_segments": 0},
+    ):
+        with pytest.raises(IndexError, match=r"4 elements of 'input' .* no segments"):
+            OPS["softmax"](x, **segments)

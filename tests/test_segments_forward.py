@@ -53,11 +53,10 @@ def test_ptr_and_index(op: str, index_dtype: torch.dtype, device: str) -> None:
     mixed = shuffled(index)
     actual = OPS[op](x, index=mixed.to(device, index_dtype), num_segments=6)
     assert_close(actual, op, x, index=mixed, num_segments=6)
-    if device == "cpu":
-        # Elements of a segment stay in their order: the bits are those of the rows side by side.
-        order = mixed.argsort(stable=True)
-        ordered = OPS[op](x[order], ptr)
-        assert torch.equal(actual if op == "logsumexp" else actual[order], ordered)
+    # Elements of a segment stay in their order: the bits are those of the rows side by side.
+    order = mixed.argsort(stable=True)
+    ordered = OPS[op](x[order.to(device)], ptr.to(device))
+    assert torch.equal(actual if op == "logsumexp" else actual[order.to(device)], ordered)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -89,10 +89,11 @@ struct PrecisionOf<Op::kLogSoftmax, __nv_bfloat16> {
 template <Op op, class A, class Out>
 using forward_t = Forward<op, A, typename PrecisionOf<op, Out>::type>;
 // The exponential in a gradient; bfloat16 has the range of float32.
+template <Op op, class Out>
+using gradient_precision_t = std::conditional_t<std::is_same_v<Out, __nv_bfloat16>, Rounded<24>,
+                                                typename PrecisionOf<op, Out>::type>;
 template <Op op, class A, class Out>
-using backward_t = Backward<op, A,
-                            std::conditional_t<std::is_same_v<Out, __nv_bfloat16>, Rounded<24>,
-                                               typename PrecisionOf<op, Out>::type>>;
+using backward_t = Backward<op, A, gradient_precision_t<op, Out>>;
 
 // --- Vectors -------------------------------------------------------------------------------------
 

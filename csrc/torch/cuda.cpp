@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../cuda/launch.h"
+#include "../cuda/launch_segments.h"
 #include "softmax_ext/score_plan.h"
 
 namespace softmax_ext {
@@ -81,6 +82,22 @@ void launch_plan(const Args& args, c10::Device device, Launch launch) {
   }
 }
 
+// `sums`: numbers in the state of a column.
+template <class Args, class Launch>
+void launch_segments(const Args& args, int sums, std::initializer_list<const void*> tensors,
+                     c10::Device device, Launch launch) {
+  const c10::cuda::CUDAGuard guard(device);
+  const auto in_vectors = [](int64_t bytes) { return bytes % limits::kVectorBytes == 0; };
+  bool aligned = in_vectors(args.shape.inner * size_of(args.dtype));
+  for (const void* const tensor : tensors) {
+    aligned = aligned && in_vectors(reinterpret_cast<intptr_t>(tensor));
+  }
+  const SegmentPlan plan = make_segment_plan(args.shape, args.segments.count, args.dtype, aligned,
+                                             sums, properties(device));
+  const c10::DataPtr scratch = c10::cuda::CUDACachingAllocator::get()->allocate(plan.scratch_bytes);
+  C10_CUDA_CHECK(launch(args, plan, scratch.get(), c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
 void launch_on_cuda(const ForwardArgs& args, c10::Device device) {
@@ -99,6 +116,15 @@ void launch_on_cuda(const ScoreBackwardArgs& args, c10::Device device) {
   launch_plan(args, device, cuda::launch_score_backward);
 }
 
+void launch_on_cuda(const SegmentsForwardArgs& args, c10::Device device) {
+  launch_segments(args, 2, {args.input, args.output}, device, cuda::launch_segments_forward);
+}
+
+void launch_on_cuda(const SegmentsBackwardArgs& args, c10::Device device) {
+  launch_segments(args, 1, {args.grad_output, args.output, args.input, args.grad_input}, device,
+                  cuda::launch_segments_backward);
+}
+
 }  // namespace softmax_ext
 
 #else
@@ -114,6 +140,8 @@ void launch_on_cuda(const ForwardArgs&, c10::Device) { not_built(); }
 void launch_on_cuda(const BackwardArgs&, c10::Device) { not_built(); }
 void launch_on_cuda(const ScoreForwardArgs&, c10::Device) { not_built(); }
 void launch_on_cuda(const ScoreBackwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const SegmentsForwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const SegmentsBackwardArgs&, c10::Device) { not_built(); }
 
 }  // namespace softmax_ext
 

@@ -5,6 +5,7 @@
 
 #include "softmax_ext/problem.h"
 #include "softmax_ext/scores.h"
+#include "softmax_ext/segments.h"
 
 namespace softmax_ext {
 
@@ -18,5 +19,7 @@ void launch_on_cuda(const ForwardArgs& args, c10::Device device);
 void launch_on_cuda(const BackwardArgs& args, c10::Device device);
 void launch_on_cuda(const ScoreForwardArgs& args, c10::Device device);
 void launch_on_cuda(const ScoreBackwardArgs& args, c10::Device device);
+void launch_on_cuda(const SegmentsForwardArgs& args, c10::Device device);
+void launch_on_cuda(const SegmentsBackwardArgs& args, c10::Device device);
 
 }  // namespace softmax_ext

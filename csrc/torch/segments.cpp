@@ -9,12 +9,14 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/scatter_reduce.h>
 #include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sort.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include <utility>
 
 #include "../cpu/segments_order.h"
+#include "cuda.h"
 #include "tensors.h"
 
 namespace softmax_ext {
@@ -57,6 +59,41 @@ Segments to_segments(const SortedSegments& sorted) {
 std::optional<int64_t> as_int(const std::optional<c10::SymInt>& value) {
   if (!value) return std::nullopt;
   return value->guard_int(__FILE__, __LINE__);
+}
+
+SortedSegments sort_segments_on_device(const char* function, const at::Tensor& input,
+                                       const SegmentTensors& segments, int64_t dim,
+                                       const std::optional<c10::SymInt>& num_segments) {
+  SortedSegments sorted;
+  if (segments.ptr) {
+    sorted.ptr = as_pointers(*segments.ptr);
+    if (segments.order) sorted.order = as_pointers(*segments.order);
+  } else {
+    const int64_t count = count_segments(segments, num_segments).guard_int(__FILE__, __LINE__);
+    at::Tensor index = *segments.index;
+    // Of half as many bits it is sorted in half the time. What is out of range stays that.
+    if (index.scalar_type() == at::kLong && count < INT32_MAX) {
+      index = index.clamp(-1, count).to(at::kInt);
+    }
+    const auto [numbers, order] = at::sort(index, /*stable=*/true, /*dim=*/0);
+    // A value that is no segment's leaves pointers that do not go from 0 to the size.
+    sorted.ptr = at::searchsorted(numbers, at::arange(count + 1, numbers.options()));
+    sorted.order = order;
+  }
+  TORCH_CHECK_INDEX(sorted.ptr->numel() > 1 || input.size(dim) == 0, function,
+                    "(): expected a segment for each of the ", input.size(dim),
+                    " elements of 'input' along dim ", dim, ", but there are no segments");
+  return sorted;
+}
+
+void launch(const SegmentsForwardArgs& args, at::Device device) {
+  if (!device.is_cpu()) return launch_on_cuda(args, device);
+  cpu::kernels().launch_segments_forward(args, threads(args.shape));
+}
+
+void launch(const SegmentsBackwardArgs& args, at::Device device) {
+  if (!device.is_cpu()) return launch_on_cuda(args, device);
+  cpu::kernels().launch_segments_backward(args, threads(args.shape));
 }
 
 }  // namespace
@@ -118,6 +155,9 @@ c10::SymInt count_segments(const SegmentTensors& segments,
 SortedSegments sort_segments(const char* function, const at::Tensor& input,
                              const SegmentTensors& segments, int64_t dim,
                              const std::optional<c10::SymInt>& num_segments) {
+  if (!input.is_cpu()) {
+    return sort_segments_on_device(function, input, segments, dim, num_segments);
+  }
   const int64_t size = input.size(dim);
   if (segments.ptr) {
     const at::Tensor ptr = as_pointers(*segments.ptr);
@@ -178,13 +218,11 @@ at::Tensor segment_forward(const at::Tensor& input, const SegmentTensors& segmen
   at::DimVector sizes(input.sizes());
   if (op == SegmentOp::kLogSumExp) sizes[dim] = sorted.ptr->numel() - 1;
   const at::Tensor x = input.contiguous();
-  const at::Tensor output = empty(sizes, input.scalar_type(), at::kCPU).tensor;
+  const at::Tensor output = empty(sizes, input.scalar_type(), input.device()).tensor;
   if (output.numel() == 0) return output;
-  const Shape shape = to_shape(input, dim);
-  cpu::kernels().launch_segments_forward(
-      {x.const_data_ptr(), output.mutable_data_ptr(), to_dtype(input.scalar_type()), shape,
-       to_segments(sorted), op, scale},
-      threads(shape));
+  launch({x.const_data_ptr(), output.mutable_data_ptr(), to_dtype(input.scalar_type()),
+          to_shape(input, dim), to_segments(sorted), op, scale},
+         input.device());
   return output;
 }
 
@@ -225,14 +263,13 @@ at::Tensor segment_backward(const at::Tensor& grad_output, const at::Tensor& out
   if (input && segments.index) num_segments = output.sym_size(dim);
   const SortedSegments sorted = sort_segments(name(op), elements, segments, dim, num_segments);
   const at::Tensor g = grad_output.contiguous(), y = output.contiguous(), x = elements.contiguous();
-  const at::Tensor grad_input = empty(elements.sizes(), output.scalar_type(), at::kCPU).tensor;
+  const at::Tensor grad_input =
+      empty(elements.sizes(), output.scalar_type(), elements.device()).tensor;
   if (grad_input.numel() == 0) return grad_input;
-  const Shape shape = to_shape(elements, dim);
-  cpu::kernels().launch_segments_backward(
-      {g.const_data_ptr(), y.const_data_ptr(), input ? x.const_data_ptr() : nullptr,
-       grad_input.mutable_data_ptr(), to_dtype(output.scalar_type()), shape, to_segments(sorted),
-       op, scale},
-      threads(shape));
+  launch({g.const_data_ptr(), y.const_data_ptr(), input ? x.const_data_ptr() : nullptr,
+          grad_input.mutable_data_ptr(), to_dtype(output.scalar_type()), to_shape(elements, dim),
+          to_segments(sorted), op, scale},
+         elements.device());
   return grad_input;
 }
 

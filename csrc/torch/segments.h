@@ -37,8 +37,9 @@ void check_segment_dtype(SegmentOp op, const at::Tensor& input,
 c10::SymInt count_segments(const SegmentTensors& segments,
                            const std::optional<c10::SymInt>& num_segments);
 
-// On the CPU, of checked arguments: int64 pointers, and the order if there is one, with the values
-// checked.
+// Of checked arguments, as the kernels have them: int64 pointers, and the order if there is one. On the
+// CPU with the values checked; on a device its kernels do that. There an index is sorted, whether it is
+// already or not: to know that, the host would have to wait.
 struct SortedSegments {
   std::optional<at::Tensor> ptr;
   std::optional<at::Tensor> order;
@@ -51,7 +52,7 @@ SortedSegments sort_segments(const char* function, const at::Tensor& input,
 c10::SymDimVector segment_sizes(const at::Tensor& input, int64_t dim, SegmentOp op,
                                 const c10::SymInt& count);
 
-// By the kernels of the CPU; each checks all that they rely on.
+// By the kernels; each checks all that they rely on.
 at::Tensor segment_forward(const at::Tensor& input, const SegmentTensors& segments, int64_t dim,
                            double scale, const std::optional<c10::SymInt>& num_segments,
                            SegmentOp op);

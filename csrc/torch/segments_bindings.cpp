@@ -38,7 +38,7 @@ at::Tensor call(const at::Tensor& input, const std::optional<at::Tensor>& ptr,
   const auto all = [&](bool (*take)(const at::Tensor&)) {
     return take(input) && (!ptr || take(*ptr)) && (!index || take(*index));
   };
-  if (input.is_cpu() && all(kernels_take)) {
+  if (all(kernels_take)) {
     // Sorted once, for the gradient as well.
     dim = check_segments(name(op), input, segments, dim, num_segments);
     const SortedSegments sorted = sort_segments(name(op), input, segments, dim, num_segments);

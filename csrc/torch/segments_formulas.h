@@ -72,7 +72,6 @@ struct SegmentForward {
 
   static at::Tensor kernel(const at::Tensor& input, MaybeTensor ptr, MaybeTensor index,
                            MaybeTensor order, int64_t dim, double scale, MaybeSize num_segments) {
-    if (!input.is_cpu()) return torchs(input, ptr, index, order, dim, scale, num_segments);
     return segment_forward(input, {ptr, index, order}, dim, scale, num_segments, op);
   }
 
@@ -167,8 +166,6 @@ struct SegmentBackward {
   static at::Tensor kernel(const at::Tensor& grad_output, const at::Tensor& output, MaybeTensor ptr,
                            MaybeTensor index, MaybeTensor order, int64_t dim, double scale,
                            MaybeSize num_segments) {
-    if (!output.is_cpu())
-      return torchs(grad_output, output, ptr, index, order, dim, scale, num_segments);
     return segment_backward(grad_output, output, std::nullopt, {ptr, index, order}, dim, scale,
                             num_segments, op);
   }
@@ -244,7 +241,6 @@ struct SegmentBackward<SegmentOp::kLogSumExp> {
   static at::Tensor kernel(const at::Tensor& grad_output, const at::Tensor& output,
                            const at::Tensor& input, MaybeTensor ptr, MaybeTensor index,
                            MaybeTensor order, int64_t dim, double scale) {
-    if (!input.is_cpu()) return torchs(grad_output, output, input, ptr, index, order, dim, scale);
     return segment_backward(grad_output, output, input, {ptr, index, order}, dim, scale, {}, kOp);
   }
 
@@ -313,41 +309,37 @@ struct SegmentBackward<SegmentOp::kLogSumExp> {
 
 template <SegmentOp op>
 struct SegmentInputGradient {
-  static constexpr const char* kName = op == SegmentOp::kSoftmax
-                                           ? "SoftmaxExtSegmentSoftmaxBackward"
-                                           : "SoftmaxExtSegmentLogSoftmaxBackward";
-  static constexpr std::array kSaved = {"result", "ptr", "index", "order"};
+  static constexpr bool kTakesInput = op == SegmentOp::kLogSumExp;
+  static constexpr const char* kName =
+      op == SegmentOp::kSoftmax      ? "SoftmaxExtSegmentSoftmaxBackward"
+      : op == SegmentOp::kLogSoftmax ? "SoftmaxExtSegmentLogSoftmaxBackward"
+                                     : "SoftmaxExtSegmentLogsumexpBackward";
+  static constexpr auto kSaved = [] {
+    if constexpr (kTakesInput) {
+      return std::array{"result", "self", "ptr", "index", "order"};
+    } else {
+      return std::array{"result", "ptr", "index", "order"};
+    }
+  }();
   static constexpr std::array kMembers = {"dim", "scale", "num_segments"};
 
   int64_t dim;
   double scale;
   MaybeSize num_segments;
 
-  torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
-                                            const std::array<at::Tensor, 4>& saved) const {
+  torch::autograd::variable_list operator()(
+      const torch::autograd::variable_list& grads,
+      const std::array<at::Tensor, kSaved.size()>& saved) const {
     if (!grads[0].defined()) return {at::Tensor()};
-    const detail::SavedSegments segments(saved[1], saved[2], saved[3]);
-    return {Rules<SegmentBackward<op>>::call(grads[0], saved[0], segments.ptr, segments.index,
-                                             segments.order, dim, scale, num_segments)};
-  }
-};
-
-template <>
-struct SegmentInputGradient<SegmentOp::kLogSumExp> {
-  static constexpr const char* kName = "SoftmaxExtSegmentLogsumexpBackward";
-  static constexpr std::array kSaved = {"result", "self", "ptr", "index", "order"};
-  static constexpr std::array kMembers = {"dim", "scale", "num_segments"};
-
-  int64_t dim;
-  double scale;
-  MaybeSize num_segments;
-
-  torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
-                                            const std::array<at::Tensor, 5>& saved) const {
-    if (!grads[0].defined()) return {at::Tensor()};
-    const detail::SavedSegments segments(saved[2], saved[3], saved[4]);
-    return {Rules<SegmentBackward<SegmentOp::kLogSumExp>>::call(
-        grads[0], saved[0], saved[1], segments.ptr, segments.index, segments.order, dim, scale)};
+    constexpr size_t kFirst = kTakesInput ? 2 : 1;
+    const detail::SavedSegments segments(saved[kFirst], saved[kFirst + 1], saved[kFirst + 2]);
+    const auto& [ptr, index, order] = segments;
+    using Gradient = Rules<SegmentBackward<op>>;
+    if constexpr (kTakesInput) {
+      return {Gradient::call(grads[0], saved[0], saved[1], ptr, index, order, dim, scale)};
+    } else {
+      return {Gradient::call(grads[0], saved[0], ptr, index, order, dim, scale, num_segments)};
+    }
   }
 };
 

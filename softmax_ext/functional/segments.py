@@ -78,11 +78,11 @@ def segment_softmax(
     segment of each element in any order: exactly one of the two. It is computed as
     exp(x - max(x)) / sum, in float32 (float64 for float64), and rounded once.
 
-    On the CPU a kernel reads and writes each element once, on all threads, with the same bits for
-    any number of them; an `index` that is not sorted is first sorted, stably. On a CUDA device it
-    is a composition of torch's operators for now, where `index` without `num_segments` waits for
-    the device, and nothing else does. As there in torch, its sums depend on
-    torch.use_deterministic_algorithms.
+    Kernels read and write each element once, those of a long segment a second time. A result has
+    the same bits for any number of threads, and on a CUDA device whatever other segments there
+    are. An `index` that is not sorted is first sorted, stably; on a CUDA device one that is sorted
+    too, which takes longer than all else: give `ptr` where it is known. There `index` without
+    `num_segments` waits for the device, and nothing else does.
 
     Args:
         input: of any shape with at least one dim; float16, bfloat16, float32 or float64, or another
@@ -105,7 +105,8 @@ def segment_softmax(
         NotImplementedError: the result's dtype is not one of the four.
         TypeError: an argument is of the wrong type.
         RuntimeError: `ptr` or `index` has another dtype, shape or device; `ptr` falls, or does not
-            go from 0 to input.size(dim). On a CUDA device values that are wrong show later.
+            go from 0 to input.size(dim). On a CUDA device values that are wrong fail later, as a
+            device-side assertion.
 
     Source: torch_geometric.utils.softmax, torch.segment_reduce; Veličković et al., "Graph attention
     networks", arXiv 1710.10903.

@@ -77,8 +77,10 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 class Host:
     """The kernels as compiled in one lane, in processes that live until they report something."""
 
+    PROGRAM = "kernels"
+
     def __init__(self, lane: str, seed: int) -> None:
-        self.program = build(lane, "kernels")
+        self.program = build(lane, self.PROGRAM)
         self.lane = lane
         self.seed = seed
         self.orders = LANE_ORDERS.get(lane, ORDERS)
@@ -308,6 +310,14 @@ class Host:
     def _exchange(
         self, request: str, data: bytes, size: int, crowd: int = 0
     ) -> tuple[Plan, bytes, int]:
+        words, body = self._answer(request, data, size, crowd)
+        exps = int(words.pop("exps"))
+        members = {key: int(text) if text.isdecimal() else text for key, text in words.items()}
+        return Plan(**members), body, exps
+
+    def _answer(
+        self, request: str, data: bytes, size: int, crowd: int = 0
+    ) -> tuple[dict[str, str], bytes]:
         """The answer to the line and the bytes: a line, and `size` bytes."""
         self.sent = sent = f"{request}\n".encode() + data
         process = self.processes.get(crowd)
@@ -336,10 +346,8 @@ class Host:
             raise AssertionError(self._report(sent, crowd))
         words = dict(each.split("=") for each in head.split())
         problem = words.pop("problem").replace("_", " ")
-        exps = int(words.pop("exps"))
         assert not problem, f"{problem}: {request}"
-        members = {key: int(text) if text.isdecimal() else text for key, text in words.items()}
-        return Plan(**members), body, exps
+        return words, body
 
     def _report(self, request: bytes, crowd: int) -> str:
         code = self.processes.pop(crowd).wait()

@@ -30,13 +30,15 @@ FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uni
 
 EXECUTOR = [ROOT / "tests" / "simt" / f"{name}.cpp" for name in ("executor", "fiber", "report")]
 # Calls of exp are counted.
-LINK = {"kernels": ["-Wl,--wrap=exp"], "toys": []}
+LINK = {"kernels": ["-Wl,--wrap=exp"], "segments": [], "toys": []}
+OF_SEGMENTS = sorted((ROOT / "csrc" / "cuda").glob("*segments*.cu"))
 PROGRAMS = {
     "kernels": [
         ROOT / "tests" / "simt" / "kernels.cpp",
         ROOT / "tests" / "simt" / "scores.cpp",
-        *sorted((ROOT / "csrc" / "cuda").glob("*.cu")),
+        *sorted({*(ROOT / "csrc" / "cuda").glob("*.cu")} - {*OF_SEGMENTS}),
     ],
+    "segments": [ROOT / "tests" / "simt" / "segments.cpp", *OF_SEGMENTS],
     "toys": [ROOT / "tests" / "simt" / "toys.cpp"],
 }
 

@@ -103,6 +103,8 @@ struct Forward<Op::kLogSoftmax, T, P> {
 
   // In this order: max + log_sum would be rounded at the size of max.
   SOFTMAX_EXT_FUNCTION T of(T x) const { return (x - max) - log_sum; }
+  // Of the row.
+  SOFTMAX_EXT_FUNCTION T logsumexp() const { return max + log_sum; }
 };
 
 template <Op op, class T, class P = Full<T>>
@@ -124,6 +126,15 @@ struct Backward<Op::kLogSoftmax, T, P> {
   SOFTMAX_EXT_FUNCTION T of(T grad, T output) const {
     return fma_of(-P::exp(output), P::unscaled(sum), grad);
   }
+};
+
+// Of logsumexp: its output and the gradient of that.
+template <class T, class P = Full<T>>
+struct LogSumExpBackward {
+  T grad;
+  T output;
+
+  SOFTMAX_EXT_FUNCTION T of(T x) const { return mul_of(P::exp(x - output), P::unscaled(grad)); }
 };
 
 }  // namespace softmax_ext

@@ -28,12 +28,20 @@
 // SOFTMAX_EXT_STATIC_SHARED(type, name, count)   `type name[count]` in the block's shared memory
 // SOFTMAX_EXT_PTX(fallback, asm statement)       the statement, or C++ that means the same
 // SOFTMAX_EXT_PTX_90(fallback, asm statement)    likewise, for sm_90 and later; before, nothing
+// SOFTMAX_EXT_FAIL(expected, format, ...)        prints, and fails as a device-side assertion of what was
+//                                                expected
 #if defined(__CUDACC__)
+#include <cassert>
+#include <cstdio>
+
 #define SOFTMAX_EXT_DYNAMIC_SHARED(type, name)                    \
   extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(dynamic_shared)
 #define SOFTMAX_EXT_STATIC_SHARED(type, name, count) __shared__ type name[count]
 #define SOFTMAX_EXT_PTX(fallback, ...) __VA_ARGS__
+// Not by assert(), which builds leave out.
+#define SOFTMAX_EXT_FAIL(expected, ...) \
+  (printf(__VA_ARGS__), __assert_fail(expected, __FILE__, __LINE__, __func__))
 #if __CUDA_ARCH__ >= 900
 #define SOFTMAX_EXT_PTX_90(fallback, ...) __VA_ARGS__
 #else
@@ -46,6 +54,7 @@
   type* const name = simt::static_shared<type>(count, [] {})
 #define SOFTMAX_EXT_PTX(fallback, ...) fallback
 #define SOFTMAX_EXT_PTX_90(fallback, ...) fallback
+#define SOFTMAX_EXT_FAIL(expected, ...) simt::fail(__VA_ARGS__)
 #endif
 
 namespace softmax_ext {

@@ -55,6 +55,11 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute at
   return cudaSuccess;
 }
 
+inline cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t) {
+  memset(memory, byte, bytes);
+  return cudaSuccess;
+}
+
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeClusterDimension };
 
 union cudaLaunchAttributeValue {

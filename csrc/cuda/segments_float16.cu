@@ -1,0 +1,10 @@
+#include "launch_segments.cuh"
+
+namespace softmax_ext::cuda {
+
+template cudaError_t launch_segments<__half>(const SegmentsForwardArgs&, const SegmentPlan&, void*,
+                                             cudaStream_t);
+template cudaError_t launch_segments<__half>(const SegmentsBackwardArgs&, const SegmentPlan&, void*,
+                                             cudaStream_t);
+
+}  // namespace softmax_ext::cuda
