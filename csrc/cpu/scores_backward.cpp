@@ -233,7 +233,7 @@ constexpr int64_t few_rows(int64_t dim) {
   return std::clamp<int64_t>(kChunk<A> / 4 / dim, 1, Vec<A>::kSize);
 }
 
-template <ScoreOp op, Write write, bool kMore, class T>
+template <ScoreOp op, Write write, class T>
 void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   const int64_t dim = args.shape.dim, chunks = ceil_div(dim, kChunk<A>);
@@ -242,7 +242,8 @@ void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& 
     int64_t index[Dims::kMax];
     return GradientRows<T>(args, place_of(args.dims, row, index))[0];
   };
-  const Buffer<Stored> stored(kMore ? args.shape.rows() * chunks : 1);
+  const bool has_more = wants_more(args);
+  const Buffer<Stored> stored(has_more ? args.shape.rows() * chunks : 1);
   const Buffer<A> sums(args.shape.rows());
   reduce_and_store<Sum, A>(
       args.shape.rows(), dim, Unplaced{}, threads,
@@ -255,11 +256,11 @@ void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& 
       },
       [&](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
         const A sum = static_cast<A>(of_row.sum);
-        const Stored of_chunk = store_gradients<op, write, kMore>(row_of(row), i, n, sum, is_safe);
-        if (kMore) stored.data()[row * chunks + i / kChunk<A>] = of_chunk;
+        const Stored of_chunk = store_gradients<op, write, true>(row_of(row), i, n, sum, is_safe);
+        if (has_more) stored.data()[row * chunks + i / kChunk<A>] = of_chunk;
         if (i == 0) sums.data()[row] = sum;
       });
-  for (int64_t row = 0; kMore && row < args.shape.rows(); ++row) {
+  for (int64_t row = 0; has_more && row < args.shape.rows(); ++row) {
     Stored of_row;
     for (int64_t k = 0; k < chunks; ++k) of_row.add(stored.data()[row * chunks + k]);
     store_of_row<op>(row_of(row), sums.data()[row], of_row);
@@ -358,7 +359,6 @@ void score_gradients(const ScoreBackwardArgs& args, const Threads& threads) {
   if (args.grad_mask != nullptr) {
     return score_gradients_with_mask<op, write, kMore, T>(args, threads);
   }
-  if (dim > kChunk<A>) return score_gradients_of_long_rows<op, write, kMore, T>(args, threads);
   const int64_t few = few_rows<A>(dim);
   for_each_place<A>(args.shape, args.dims, few,
                     {&args.grad_output_strides, &args.output_strides, &args.grad_input_strides},
@@ -378,8 +378,14 @@ void launch_score_backward(const ScoreBackwardArgs& args, const Threads& threads
   visit(args.output_dtype, [&](auto element) {
     visit(streamed, [&](auto write) {
       using T = decltype(element);
-      wants_more(args) ? score_gradients<op, write(), true, T>(args, threads)
-                       : score_gradients<op, write(), false, T>(args, threads);
+      if (args.grad_mask == nullptr && args.shape.dim > kChunk<compute_t<T>>) {
+        return score_gradients_of_long_rows<op, write(), T>(args, threads);
+      }
+      // Of logsumexp, the scores are made again: beside that, the sums cost little.
+      if constexpr (op != ScoreOp::kLogSumExp) {
+        if (!wants_more(args)) return score_gradients<op, write(), false, T>(args, threads);
+      }
+      score_gradients<op, write(), true, T>(args, threads);
     });
   });
 }
