@@ -59,22 +59,6 @@ SOFTMAX_EXT_INLINE Vec<T> quotient_of(Vec<T> a, Vec<T> b) {
   return a / b;
 }
 
-// x + x^3 p(x^2) over 1 + x^2 q(x^2), minimax for the relative error (2^-25), up to where it is 1. Within 5
-// units in the last place, and 2 where x is below 0.1; a NaN stays one.
-SOFTMAX_EXT_INLINE VecF tanh_of(VecF x) {
-  constexpr float kNumerator[] = {0x1.121a9ap-3f, 0x1.ca9ed8p-9f, 0x1.5aa37ep-16f, 0x1.cd1a1cp-27f};
-  constexpr float kDenominator[] = {0x1.de629ap-2f, 0x1.a82f68p-6f, 0x1.59172ap-12f,
-                                    0x1.a30376p-21f};
-  x = min_of(VecF(9.0f), max_of(VecF(-9.0f), x));
-  const VecF square = x * x, one(1.0f);
-  VecF p(kNumerator[3]), q(kDenominator[3]);
-  for (int k = 2; k >= 0; --k) {
-    p = fma_of(p, square, VecF(kNumerator[k]));
-    q = fma_of(q, square, VecF(kDenominator[k]));
-  }
-  return quotient_of(fma_of(x * square, p, x), fma_of(q, square, one));
-}
-
 // -m / (2 + m) with m = exp(-2 |x|) - 1, which is exact where x is small too: n is 0 there. Within 2.5 units
 // in the last place; a NaN stays one.
 SOFTMAX_EXT_INLINE VecD tanh_of(VecD x) {
@@ -98,6 +82,25 @@ SOFTMAX_EXT_INLINE VecD tanh_of(VecD x) {
   const V result = -m / (V(2.0) + m);
   return V(bit_cast<typename V::Raw>(bit_cast<RawInt>(result) | sign));
 }
+
+// c tanh(x / c) = (x + x u^2 p(u^2)) / (1 + u^2 q(u^2)), with u = x / c up to where tanh is 1: minimax for the
+// relative error (2^-25). Rounding u, and 1 / c, hardly counts. A NaN stays one.
+SOFTMAX_EXT_INLINE VecF capped_of(VecF x, VecF c, VecF inverse) {
+  constexpr float kNumerator[] = {0x1.121a9ap-3f, 0x1.ca9ed8p-9f, 0x1.5aa37ep-16f, 0x1.cd1a1cp-27f};
+  constexpr float kDenominator[] = {0x1.de629ap-2f, 0x1.a82f68p-6f, 0x1.59172ap-12f,
+                                    0x1.a30376p-21f};
+  const VecF limit = c * VecF(9.0f), one(1.0f);
+  x = min_of(limit, max_of(-limit, x));
+  const VecF u = x * inverse, square = u * u;
+  VecF p(kNumerator[3]), q(kDenominator[3]);
+  for (int k = 2; k >= 0; --k) {
+    p = fma_of(p, square, VecF(kNumerator[k]));
+    q = fma_of(q, square, VecF(kDenominator[k]));
+  }
+  return quotient_of(fma_of(x * square, p, x), fma_of(q, square, one));
+}
+
+SOFTMAX_EXT_INLINE VecD capped_of(VecD x, VecD c, VecD inverse) { return tanh_of(x * inverse) * c; }
 
 // ---- masks --------------------------------------------------------------------------------------
 
@@ -179,7 +182,6 @@ template <class A>
 struct RowScores {
   A scale;
   A softcap;         // 0 if there is none
-  A to_tanh;         // scale / softcap
   const void* mask;  // of the row's first element, or null
   DType mask_dtype;
   bool one_for_all;  // the mask has one element for the row
@@ -225,12 +227,12 @@ template <bool kCapped, class T, class M, class A = compute_t<T>>
 SOFTMAX_EXT_INLINE Vec<A> scores_of(const T* x, A* z, int64_t first, int64_t n, M mask,
                                     const RowScores<A>& row) {
   using V = Vec<A>;
-  const V scale(kCapped ? row.to_tanh : row.scale), softcap(row.softcap);
+  const V scale(row.scale), softcap(row.softcap), inverse(kCapped ? A(1) / row.softcap : A(0));
   return fold(
       n, V(kLowest<A>),
       [=](V max, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
         V s = load(x + first + i, lanes, A(0)) * scale;
-        if constexpr (kCapped) s = tanh_of(s) * softcap;
+        if constexpr (kCapped) s = capped_of(s, softcap, inverse);
         s = filled(masked(s, mask, first + i, lanes), lanes, kLowest<A>);
         store(z + i, All{}, s);
         return max_of(s, max);
@@ -392,7 +394,6 @@ class ScoresOfRows {
     RowScores<A> row = row_;
     const double scale = scale_.first == nullptr ? scores_.factor : scores_.factor * *scale_[k];
     row.scale = static_cast<A>(scale);
-    if (row.softcap != 0) row.to_tanh = static_cast<A>(scale / scores_.softcap);
     row.sink = sink_.first == nullptr ? kLowest<A> : static_cast<A>(*sink_[k]);
     row.range =
         scores_.is_bounded() ? scores_.range(query_ + k * query_next_, dim_) : Range{0, dim_};

@@ -130,8 +130,9 @@ SOFTMAX_EXT_INLINE Stored store_gradients(const GradientRow<T>& row, int64_t fir
   const A* const z = scratch;
   const V lse = shift_of(V(row.lse));
   const ScoreBackward<op, V> formula{V(kOfLse ? static_cast<A>(to_float(*row.grad)) : sum)};
-  const V scale(row.scores.scale), to_tanh(row.scores.to_tanh);
+  const V scale(row.scores.scale), softcap(row.scores.softcap);
   const bool has_softcap = row.scores.softcap != 0, sums_mask = row.grad_mask_of_row != nullptr;
+  const V inverse(has_softcap ? A(1) / row.scores.softcap : A(0));
   V sums[2] = {V(A(0)), V(A(0))};
   V* const of_scale = sums;
   V* const of_mask = sums + 1;
@@ -161,7 +162,7 @@ SOFTMAX_EXT_INLINE Stored store_gradients(const GradientRow<T>& row, int64_t fir
                          if (x != nullptr) {
                            const V input = load(x + i, lanes, A(0));
                            if (has_softcap) {
-                             const V t = tanh_of(input * to_tanh);
+                             const V t = capped_of(input * scale, softcap, inverse) * inverse;
                              dz = unless_zero(dz, dz * (V(A(1)) - t * t));
                            }
                            *of_scale = *of_scale + unless_zero(dz, dz * input);
