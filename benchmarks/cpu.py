@@ -350,7 +350,7 @@ def keep_freed_memory(with_large: bool) -> None:
 def main() -> int:
     options = arguments()
     if options.set != "shapes":
-        keep_freed_memory(with_large=options.set == "scores")
+        keep_freed_memory(with_large=options.set in ("scores", "segments"))
     for peer in options.peers:
         if peer == "onnxruntime" and not all(
             map(importlib.util.find_spec, ("onnxruntime", "onnx"))

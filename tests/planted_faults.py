@@ -37,6 +37,11 @@ CPU_COLUMNS = "csrc/cpu/columns.h"
 CPU_NARROW = "csrc/cpu/narrow_columns.h"
 CPU_INPUT = "csrc/cpu/input.h"
 VEC = "csrc/cpu/vec.h"
+SEGMENTS_SCHEDULE = "csrc/cpu/segments_schedule.h"
+SEGMENTS_TILE = "csrc/cpu/segments_tile.h"
+SEGMENTS_FORWARD = "csrc/cpu/segments_forward.cpp"
+SEGMENTS_BACKWARD = "csrc/cpu/segments_backward.cpp"
+SEGMENTS_ORDER = "csrc/cpu/segments_order.cpp"
 
 VALUES = "tests/test_softmax_forward.py tests/test_softmax_extremes.py"
 GRADIENTS = "tests/test_softmax_backward.py"
@@ -45,6 +50,7 @@ LAYOUT = "tests/test_softmax_layout.py"
 STRIDES = "tests/test_softmax_layout_strides.py"
 SCORES_PY = "softmax_ext/functional/scores.py"
 SCORES = "tests/test_scores_values.py tests/test_scores_stand_ins.py"
+SEGMENTS = "tests/test_segments_forward.py"
 HOST = "tests/simt/kernels"
 HOST_STRIDES = f"{HOST}/test_strides.py"
 HOST_SCORES = f"{HOST}/test_scores.py"
@@ -178,6 +184,54 @@ FAULTS = [
         "return x.byte;",
         VALUES,
         "baseline",
+    ),
+    Fault(
+        "a thread's share begins anew behind each long segment",
+        "cpu segments",
+        SEGMENTS_SCHEDULE,
+        "        first -= size;\n",
+        "",
+        SEGMENTS,
+    ),
+    Fault(
+        "chunks of a segment count alike, whatever their maximum",
+        "cpu segments",
+        SEGMENTS_FORWARD,
+        "state.sum * std::exp(state.max - both)",
+        "state.sum",
+        SEGMENTS,
+    ),
+    Fault(
+        "rows of an order are gathered from where they would lie without it",
+        "cpu segments",
+        SEGMENTS_SCHEDULE,
+        "std::memcpy(to + k * bytes(), slice + rows.order[k] * shape_.inner",
+        "std::memcpy(to + k * bytes(), slice + (rows.first + k) * shape_.inner",
+        SEGMENTS,
+    ),
+    Fault(
+        "lanes beyond a segment's last row count as 0",
+        "cpu segments",
+        SEGMENTS_TILE,
+        "    return first_of(product, lanes, kLowest<A>);",
+        "    return product;",
+        SEGMENTS,
+    ),
+    Fault(
+        "an index is sorted if its last two numbers are",
+        "cpu segments",
+        SEGMENTS_ORDER,
+        "signs |= bits | (bits - before);",
+        "signs = bits | (bits - before);",
+        SEGMENTS,
+    ),
+    Fault(
+        "the gradient of rows in one register is not scaled",
+        "cpu segments",
+        SEGMENTS_BACKWARD,
+        "formula.of(grads, outputs) * scale_",
+        "formula.of(grads, outputs)",
+        "tests/test_segments_backward.py",
     ),
     Fault(
         "a gradient of any size, dtype and memory is taken",

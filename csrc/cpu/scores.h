@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 
 #include "rows.h"
 #include "softmax_ext/scores.h"
@@ -48,14 +47,13 @@ SOFTMAX_EXT_INLINE Vec<T> power_of_two(Vec<T> n) {
   return bit_cast<typename Vec<T>::Raw>(bits << C::kMantissaBits);
 }
 
-// a / b, exact to its last place but for few, with b from 1 to 2.
+// a / b, exact to its last place but for few, with b of 1 or more, far from overflow.
 template <class T>
 SOFTMAX_EXT_INLINE Vec<T> quotient_of(Vec<T> a, Vec<T> b) {
 #if defined(SOFTMAX_EXT_AVX512)
   if constexpr (sizeof(T) == 4) {
-    VecF reciprocal = _mm512_rcp14_ps(b.raw);
-    reciprocal = fma_of(fma_of(-reciprocal, b, VecF(1.0f)), reciprocal, reciprocal);
-    return Full<VecF>::quotient(a, b, reciprocal);
+    const VecF reciprocal = _mm512_rcp14_ps(b.raw), quotient = a * reciprocal;
+    return fma_of(fma_of(-quotient, b, a), reciprocal, quotient);
   }
 #endif
   return a / b;
@@ -63,16 +61,16 @@ SOFTMAX_EXT_INLINE Vec<T> quotient_of(Vec<T> a, Vec<T> b) {
 
 // -m / (2 + m) with m = exp(-2 |x|) - 1, which is exact where x is small too: n is 0 there. Within 2.5 units
 // in the last place; a NaN stays one.
-template <class T>
-SOFTMAX_EXT_INLINE Vec<T> tanh_of(Vec<T> x) {
-  using V = Vec<T>;
+SOFTMAX_EXT_INLINE VecD tanh_of(VecD x) {
+  using V = VecD;
+  using T = double;
   using C = ExpConstants<T>;
   using RawInt = typename V::RawInt;
   const RawInt sign_bit = bit_cast<RawInt>(V(T(-0.0)));
   const RawInt sign = bit_cast<RawInt>(x) & sign_bit;
   const V size(bit_cast<typename V::Raw>(bit_cast<RawInt>(x) & ~sign_bit));
   // Beyond, it is 1.
-  const V y = max_of(V(T(sizeof(T) == 4 ? -20 : -40)), size * V(T(-2)));
+  const V y = max_of(V(-40.0), size * V(T(-2)));
   const V n = fma_of(y, V(T(1.44269504088896340736)), V(C::kRound)) - V(C::kRound);
   V r = fma_of(n, V(-C::kLn2High), y);
   r = fma_of(n, V(-C::kLn2Low), r);
@@ -81,9 +79,28 @@ SOFTMAX_EXT_INLINE Vec<T> tanh_of(Vec<T> x) {
   for (int k = kDegree - 1; k >= 0; --k) q = fma_of(q, r, V(C::kPolynomial[k]));
   const V power = power_of_two(n);
   const V m = fma_of(power, fma_of(q * r, r, r), power - V(T(1)));
-  const V result = quotient_of(-m, V(T(2)) + m);
+  const V result = -m / (V(2.0) + m);
   return V(bit_cast<typename V::Raw>(bit_cast<RawInt>(result) | sign));
 }
+
+// c tanh(x / c) = (x + x u^2 p(u^2)) / (1 + u^2 q(u^2)), with u = x / c up to where tanh is 1: minimax for the
+// relative error (2^-25). Rounding u, and 1 / c, hardly counts. A NaN stays one.
+SOFTMAX_EXT_INLINE VecF capped_of(VecF x, VecF c, VecF inverse) {
+  constexpr float kNumerator[] = {0x1.121a9ap-3f, 0x1.ca9ed8p-9f, 0x1.5aa37ep-16f, 0x1.cd1a1cp-27f};
+  constexpr float kDenominator[] = {0x1.de629ap-2f, 0x1.a82f68p-6f, 0x1.59172ap-12f,
+                                    0x1.a30376p-21f};
+  const VecF limit = c * VecF(9.0f), one(1.0f);
+  x = min_of(limit, max_of(-limit, x));
+  const VecF u = x * inverse, square = u * u;
+  VecF p(kNumerator[3]), q(kDenominator[3]);
+  for (int k = 2; k >= 0; --k) {
+    p = fma_of(p, square, VecF(kNumerator[k]));
+    q = fma_of(q, square, VecF(kDenominator[k]));
+  }
+  return quotient_of(fma_of(x * square, p, x), fma_of(q, square, one));
+}
+
+SOFTMAX_EXT_INLINE VecD capped_of(VecD x, VecD c, VecD inverse) { return tanh_of(x * inverse) * c; }
 
 // ---- masks --------------------------------------------------------------------------------------
 
@@ -165,72 +182,62 @@ template <class A>
 struct RowScores {
   A scale;
   A softcap;         // 0 if there is none
-  A to_tanh;         // scale / softcap
   const void* mask;  // of the row's first element, or null
   DType mask_dtype;
   bool one_for_all;  // the mask has one element for the row
   Range range;       // of the elements that take part
   A sink;            // -inf if there is none
 
-  // f(mask), as `masked` takes it.
+  SOFTMAX_EXT_INLINE OneForAll<A> mask_for_all() const {
+    switch (mask_dtype) {
+      case DType::kBool:
+        return {A(0)};  // or nothing takes part
+      case DType::kFloat16:
+        return {to_float(*static_cast<const Float16*>(mask))};
+      case DType::kBFloat16:
+        return {to_float(*static_cast<const BFloat16*>(mask))};
+      default:
+        return {*static_cast<const A*>(mask)};
+    }
+  }
+
+  // f(mask_of): of any row of the call, mask_of(row) is what `masked` takes.
   template <class F>
-  SOFTMAX_EXT_INLINE auto with_mask(F f) const {
-    if (mask == nullptr) return f(NoMask{});
+  SOFTMAX_EXT_INLINE void visit_masks(F f) const {
+    const auto elements = [=](auto element) SOFTMAX_EXT_LAMBDA {
+      using M = decltype(element);
+      f([](const RowScores& row) SOFTMAX_EXT_LAMBDA { return static_cast<const M*>(row.mask); });
+    };
+    if (mask == nullptr) return f([](const RowScores&) SOFTMAX_EXT_LAMBDA { return NoMask{}; });
     if (one_for_all) {
-      A value;
-      if (mask_dtype == DType::kBool) {
-        value = A(0);  // or nothing takes part
-      } else if (mask_dtype == DType::kFloat16) {
-        value = to_float(*static_cast<const Float16*>(mask));
-      } else if (mask_dtype == DType::kBFloat16) {
-        value = to_float(*static_cast<const BFloat16*>(mask));
-      } else {
-        value = *static_cast<const A*>(mask);
-      }
-      return f(OneForAll<A>{value});
+      return f([](const RowScores& row) SOFTMAX_EXT_LAMBDA { return row.mask_for_all(); });
     }
-    if (mask_dtype == DType::kBool) return f(static_cast<const Bool*>(mask));
+    if (mask_dtype == DType::kBool) return elements(Bool{});
     if constexpr (std::is_same_v<A, float>) {
-      if (mask_dtype == DType::kFloat16) return f(static_cast<const Float16*>(mask));
-      if (mask_dtype == DType::kBFloat16) return f(static_cast<const BFloat16*>(mask));
+      if (mask_dtype == DType::kFloat16) return elements(Float16{});
+      if (mask_dtype == DType::kBFloat16) return elements(BFloat16{});
     }
-    return f(static_cast<const A*>(mask));
+    elements(A{});
   }
 };
 
+// The scores of n elements of a row from `first` on, in whole registers from z on, and the largest of each
+// lane.
 template <bool kCapped, class T, class M, class A = compute_t<T>>
 SOFTMAX_EXT_INLINE Vec<A> scores_of(const T* x, A* z, int64_t first, int64_t n, M mask,
                                     const RowScores<A>& row) {
   using V = Vec<A>;
-  const V scale(kCapped ? row.to_tanh : row.scale), softcap(row.softcap);
+  const V scale(row.scale), softcap(row.softcap), inverse(kCapped ? A(1) / row.softcap : A(0));
   return fold(
       n, V(kLowest<A>),
       [=](V max, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
         V s = load(x + first + i, lanes, A(0)) * scale;
-        if constexpr (kCapped) s = tanh_of(s) * softcap;
+        if constexpr (kCapped) s = capped_of(s, softcap, inverse);
         s = filled(masked(s, mask, first + i, lanes), lanes, kLowest<A>);
         store(z + i, All{}, s);
         return max_of(s, max);
       },
       Max{});
-}
-
-// The scores of elements [begin, end) of a row, which has them from x on, in whole registers from z on, and
-// the largest of each lane.
-template <class T, class A = compute_t<T>>
-__attribute__((noinline)) Vec<A> load_masked_scores(const T* x, A* z, int64_t begin, int64_t end,
-                                                    const RowScores<A>& row) {
-  return row.with_mask([&](auto mask) {
-    return row.softcap == 0 ? scores_of<false>(x, z, begin, end - begin, mask, row)
-                            : scores_of<true>(x, z, begin, end - begin, mask, row);
-  });
-}
-
-template <class T, class A = compute_t<T>>
-SOFTMAX_EXT_INLINE Vec<A> load_scores(const T* x, A* z, int64_t begin, int64_t end,
-                                      const RowScores<A>& row) {
-  if (row.mask != nullptr || row.softcap != 0) return load_masked_scores(x, z, begin, end, row);
-  return scores_of<false>(x, z, begin, end - begin, NoMask{}, row);
 }
 
 // Registers of a chunk, in elements from its first: [begin, end) has its range, in whole stretches from the
@@ -250,19 +257,44 @@ constexpr Range within(Range range, int64_t first, int64_t n) {
   return {begin, std::clamp<int64_t>(range.end - first, begin, n)};
 }
 
-// The scores of a chunk in place: those outside of the range, as far as registers go, are -inf. z has
-// room for a register more than n.
+// The scores of a chunk of some rows, of n elements from `first` on, in place: those outside of a row's range, as
+// far as registers go, are -inf. Of row r, z + r * apart has them, with room for a register more than n, and
+// maxes[r] the largest of each lane.
 template <class T, class A = compute_t<T>>
-SOFTMAX_EXT_INLINE Vec<A> place_scores(const T* x, A* z, int64_t first, Range range,
-                                       const RowScores<A>& row) {
+__attribute__((noinline)) void place_scores(const Few<const T>& x, A* z, int64_t apart,
+                                            int64_t first, int64_t n, const RowScores<A>* rows,
+                                            int64_t count, Vec<A>* maxes) {
   constexpr int64_t kSize = Vec<A>::kSize;
-  if (range.begin == range.end) return Vec<A>(kLowest<A>);
-  const Registers<A> registers(range);
-  if (range.begin % kSize != 0) store(z + registers.end - kSize, All{}, Vec<A>(kLowest<A>));
-  for (int64_t i = registers.begin; i < range.begin; i += kSize) {
-    store(z + i, All{}, Vec<A>(kLowest<A>));
-  }
-  return load_scores(x, z + range.begin, first + range.begin, first + range.end, row);
+  const auto place = [=](auto is_capped, auto mask_of) SOFTMAX_EXT_LAMBDA {
+    for (int64_t r = 0; r < count; ++r) {
+      const RowScores<A>& row = rows[r];
+      const Range range = within(row.range, first, n);
+      if (range.begin == range.end) {
+        maxes[r] = Vec<A>(kLowest<A>);
+        continue;
+      }
+      const Registers<A> registers(range);
+      A* const to = z + r * apart;
+      if (range.begin % kSize != 0) store(to + registers.end - kSize, All{}, Vec<A>(kLowest<A>));
+      for (int64_t i = registers.begin; i < range.begin; i += kSize) {
+        store(to + i, All{}, Vec<A>(kLowest<A>));
+      }
+      maxes[r] = scores_of<is_capped()>(x[r], to + range.begin, first + range.begin,
+                                        range.end - range.begin, mask_of(row), row);
+    }
+  };
+  rows->visit_masks([=](auto mask_of) SOFTMAX_EXT_LAMBDA {
+    rows->softcap == 0 ? place(std::false_type{}, mask_of) : place(std::true_type{}, mask_of);
+  });
+}
+
+// The same of a row alone.
+template <class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE Vec<A> place_scores(const T* x, A* z, int64_t first, int64_t n,
+                                       const RowScores<A>& row) {
+  Vec<A> max;
+  place_scores(Few<const T>{x, 0}, z, 0, first, n, &row, 1, &max);
+  return max;
 }
 
 // f(i, sum number) for each register, unrolled by sums.
@@ -278,22 +310,15 @@ SOFTMAX_EXT_INLINE void for_each_register(Registers<A> registers, F f) {
   }
 }
 
-// The sum of exp(z - max) lane by lane. With kKeep it is left in `kept`, of n elements: z, or others.
-template <bool kKeep, class A>
-SOFTMAX_EXT_INLINE Vec<A> sum_of_exp(const A* z, Registers<A> registers, A max, A* kept = nullptr,
-                                     int64_t n = std::numeric_limits<int64_t>::max()) {
+// The sum of exp(z - max) lane by lane, of which keep(i, exp) gets each.
+template <class A, class Keep>
+SOFTMAX_EXT_INLINE Vec<A> sum_of_exp(const A* z, Registers<A> registers, A max, Keep keep) {
   using V = Vec<A>;
   const V shift = shift_of(V(max));
   V sums[kSums] = {V(A(0)), V(A(0)), V(A(0)), V(A(0))};
   for_each_register(registers, [&](int64_t i, int64_t k) SOFTMAX_EXT_LAMBDA {
     const V e = exp_of_nonpositive(load(z + i, All{}, A(0)) - shift);
-    if constexpr (kKeep) {
-      if (i + V::kSize <= n) {
-        store(kept + i, All{}, e);
-      } else {
-        store(kept + i, First{n - i}, e);
-      }
-    }
+    keep(i, e);
     sums[k] = sums[k] + e;
   });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
@@ -349,9 +374,9 @@ class ScoresOfRows {
     row_.mask_dtype = scores.mask_dtype;
     row_.one_for_all = scores.mask_strides.dim == 0 && dim > 1;
     if (mask_ != nullptr) {
-      const int64_t size = size_of(scores.mask_dtype);
-      mask_ += place.first(scores.mask_strides) * size;
-      mask_next_ = scores.mask_strides.of[place.along] * size;
+      mask_size_ = size_of(scores.mask_dtype);
+      mask_ += place.first(scores.mask_strides) * mask_size_;
+      mask_next_ = scores.mask_strides.of[place.along] * mask_size_;
     }
     if (scores.is_bounded()) {
       query_ = place.first(scores.query_strides);
@@ -359,11 +384,16 @@ class ScoresOfRows {
     }
   }
 
+  // The mask of element i of row k, ahead of its use.
+  SOFTMAX_EXT_INLINE void fetch_mask(int64_t k, int64_t i) const {
+    if (mask_ == nullptr || row_.one_for_all) return;
+    __builtin_prefetch(mask_ + k * mask_next_ + i * mask_size_);
+  }
+
   SOFTMAX_EXT_INLINE RowScores<A> operator[](int64_t k) const {
     RowScores<A> row = row_;
     const double scale = scale_.first == nullptr ? scores_.factor : scores_.factor * *scale_[k];
     row.scale = static_cast<A>(scale);
-    if (row.softcap != 0) row.to_tanh = static_cast<A>(scale / scores_.softcap);
     row.sink = static_cast<A>(sink_.first == nullptr ? scores_.sink_of_all : *sink_[k]);
     row.range =
         scores_.is_bounded() ? scores_.range(query_ + k * query_next_, dim_) : Range{0, dim_};
@@ -383,7 +413,7 @@ class ScoresOfRows {
   int64_t dim_;
   Few<const double> scale_, sink_;
   const char* mask_;
-  int64_t mask_next_ = 0, query_ = 0, query_next_ = 0;
+  int64_t mask_size_ = 0, mask_next_ = 0, query_ = 0, query_next_ = 0;
   RowScores<A> row_{};
 };
 

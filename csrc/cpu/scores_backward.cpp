@@ -34,7 +34,7 @@ struct GradientRow {
   const T* output;  // null for logsumexp
   const T* input;   // null where it is not needed
   T* grad_input;
-  A* grad_mask;  // to which dz is added, or null
+  A* grad_mask;  // to which dz is added, in whole registers; or null
   A* grad_mask_of_row;
   A* grad_scale;
   A* grad_sink;
@@ -67,14 +67,18 @@ class GradientRows {
         lse_(place.operator()<A>(args.lse, args.row_strides)),
         scores_(args.scores, place, args.shape.dim) {}
 
+  // terms: what dz is added to, of the first row; or null.
+  void add_to(A* terms, int64_t next) { terms_ = {terms, next}; }
+
   SOFTMAX_EXT_INLINE GradientRow<T> operator[](int64_t k) const {
     return {grads_[k],       outputs_[k],    inputs_[k],
-            grad_inputs_[k], nullptr,        grad_masks_[k],
+            grad_inputs_[k], terms_[k],      grad_masks_[k],
             grad_scales_[k], grad_sinks_[k], lse_.first == nullptr ? A(0) : *lse_[k],
             scores_[k]};
   }
 
  private:
+  Few<A> terms_{nullptr, 0};
   Few<const T> grads_, outputs_, inputs_;
   Few<T> grad_inputs_;
   Few<A> grad_masks_, grad_scales_, grad_sinks_;
@@ -113,34 +117,36 @@ SOFTMAX_EXT_INLINE V unless_zero(V dz, V value) {
   return dz.raw == typename V::Raw{} ? dz.raw : value.raw;
 }
 
-// Stores the gradients of the n elements from `first` on, at most a chunk. sum: of the row's terms.
-template <ScoreOp op, Write write, class T, class A = compute_t<T>>
+// Stores the gradients of the n elements from `first` on, at most a chunk. sum: of the row's terms. kMore: as
+// wants_more.
+template <ScoreOp op, Write write, bool kMore, class T, class A = compute_t<T>>
 SOFTMAX_EXT_INLINE Stored store_gradients(const GradientRow<T>& row, int64_t first, int64_t n,
                                           A sum, bool is_safe) {
   using V = Vec<A>;
   constexpr bool kOfLse = op == ScoreOp::kLogSumExp;
   const Range range = within(row.scores.range, first, n);
   alignas(64) A scratch[kOfLse ? kChunk<A> + 2 * V::kSize : 1];
-  if constexpr (kOfLse) place_scores(row.input, scratch, first, range, row.scores);
+  if constexpr (kOfLse) place_scores(row.input, scratch, first, n, row.scores);
   const A* const z = scratch;
   const V lse = shift_of(V(row.lse));
   const ScoreBackward<op, V> formula{V(kOfLse ? static_cast<A>(to_float(*row.grad)) : sum)};
-  const V scale(row.scores.scale), to_tanh(row.scores.to_tanh);
+  const V scale(row.scores.scale), softcap(row.scores.softcap);
   const bool has_softcap = row.scores.softcap != 0, sums_mask = row.grad_mask_of_row != nullptr;
+  const V inverse(has_softcap ? A(1) / row.scores.softcap : A(0));
   V sums[2] = {V(A(0)), V(A(0))};
   V* const of_scale = sums;
   V* const of_mask = sums + 1;
   const T* const grad = kOfLse ? nullptr : row.grad + first;
   const T* const y = kOfLse ? nullptr : row.output + first;
   const bool needs_input = has_softcap || row.grad_scale != nullptr;
-  const T* const x = needs_input ? row.input + first : nullptr;
+  const T* const x = kMore && needs_input ? row.input + first : nullptr;
   A* const grad_mask = row.grad_mask == nullptr ? nullptr : row.grad_mask + first;
   store_chunk<write>(row.grad_input + first, n, Registers<A>(range), A(0),
                      [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
                        V dz;
                        if constexpr (kOfLse) {
                          dz = formula.of(V(), exp_of_nonpositive(load(z + i, All{}, A(0)) - lse));
-                         if (!kWhole<decltype(lanes)>) dz = filled(dz, lanes, A(0));
+                         dz = filled(dz, lanes, A(0));
                        } else {
                          const V output = load(y + i, lanes, A(0));
                          dz = formula.of(load(grad + i, lanes, A(0)), output);
@@ -148,20 +154,30 @@ SOFTMAX_EXT_INLINE Stored store_gradients(const GradientRow<T>& row, int64_t fir
                            dz = zero_where_lowest(dz, output);
                        }
                        if (grad_mask != nullptr) {
-                         store(grad_mask + i, lanes, load(grad_mask + i, lanes, A(0)) + dz);
+                         const V terms = load(grad_mask + i, All{}, A(0));
+                         store(grad_mask + i, All{}, terms + filled(dz, lanes, A(0)));
                        }
-                       if (sums_mask) *of_mask = *of_mask + filled(dz, lanes, A(0));
-                       if (x != nullptr) {
-                         const V input = load(x + i, lanes, A(0));
-                         if (has_softcap) {
-                           const V t = tanh_of(input * to_tanh);
-                           dz = unless_zero(dz, dz * (V(A(1)) - t * t));
+                       if constexpr (kMore) {
+                         if (sums_mask) *of_mask = *of_mask + filled(dz, lanes, A(0));
+                         if (x != nullptr) {
+                           const V input = load(x + i, lanes, A(0));
+                           if (has_softcap) {
+                             const V t = capped_of(input * scale, softcap, inverse) * inverse;
+                             dz = unless_zero(dz, dz * (V(A(1)) - t * t));
+                           }
+                           *of_scale = *of_scale + unless_zero(dz, dz * input);
                          }
-                         *of_scale = *of_scale + unless_zero(dz, dz * input);
                        }
                        return dz * scale;
                      });
+  if constexpr (!kMore) return {};
   return {exact_sum_over_lanes(sums[0]), exact_sum_over_lanes(sums[1])};
+}
+
+// Whether more is wanted than dx and what is added to a mask's gradient, or it takes the input.
+inline bool wants_more(const ScoreBackwardArgs& args) {
+  return args.scores.softcap != 0 || args.grad_scale != nullptr || args.grad_sink != nullptr ||
+         args.grad_mask_of_rows != nullptr;
 }
 
 // What a row has one of.
@@ -176,10 +192,10 @@ SOFTMAX_EXT_INLINE void store_of_row(const GradientRow<T>& row, A sum, Stored st
   }
 }
 
-// Of at most a chunk, or one row.
-template <ScoreOp op, Write write, class T>
-void score_gradients_of_rows(const ScoreBackwardArgs& args, const GradientRow<T>* rows,
-                             int64_t count) {
+// `count` rows from `begin` on, of at most a chunk, or one.
+template <ScoreOp op, Write write, bool kMore, class T>
+void score_gradients_of_rows(const ScoreBackwardArgs& args, const GradientRows<T>& rows,
+                             int64_t begin, int64_t count) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const int64_t dim = args.shape.dim;
@@ -188,24 +204,27 @@ void score_gradients_of_rows(const ScoreBackwardArgs& args, const GradientRow<T>
   if constexpr (op != ScoreOp::kLogSumExp) {
     if (dim <= kChunk<A>) {
       V lanes[V::kSize];
-      for (int64_t r = 0; r < count; ++r) lanes[r] = sum_of_terms<op>(rows[r], 0, dim, is_safe);
+      for (int64_t r = 0; r < count; ++r) {
+        lanes[r] = sum_of_terms<op>(rows[begin + r], 0, dim, is_safe);
+      }
       rounded_sum_over_lanes(lanes, count, sums);
     } else {
       double sum = 0;
       for (int64_t i = 0; i < dim; i += kChunk<A>) {
         sum += exact_sum_over_lanes(
-            sum_of_terms<op>(rows[0], i, std::min(kChunk<A>, dim - i), is_safe));
+            sum_of_terms<op>(rows[begin], i, std::min(kChunk<A>, dim - i), is_safe));
       }
       sums[0] = static_cast<A>(sum);
     }
   }
   for (int64_t r = 0; r < count; ++r) {
+    const GradientRow<T> row = rows[begin + r];
     Stored stored;
     for (int64_t i = 0; i < dim; i += kChunk<A>) {
-      stored.add(
-          store_gradients<op, write>(rows[r], i, std::min(kChunk<A>, dim - i), sums[r], is_safe));
+      stored.add(store_gradients<op, write, kMore>(row, i, std::min(kChunk<A>, dim - i), sums[r],
+                                                   is_safe));
     }
-    store_of_row<op>(rows[r], sums[r], stored);
+    if constexpr (kMore) store_of_row<op>(row, sums[r], stored);
   }
 }
 
@@ -224,9 +243,8 @@ void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& 
     int64_t index[Dims::kMax];
     return GradientRows<T>(args, place_of(args.dims, row, index))[0];
   };
-  const bool has_numbers =
-      args.grad_scale != nullptr || args.grad_mask_of_rows != nullptr || args.grad_sink != nullptr;
-  const Buffer<Stored> stored(has_numbers ? args.shape.rows() * chunks : 1);
+  const bool has_more = wants_more(args);
+  const Buffer<Stored> stored(has_more ? args.shape.rows() * chunks : 1);
   const Buffer<A> sums(args.shape.rows());
   reduce_and_store<Sum, A>(
       args.shape.rows(), dim, Unplaced{}, threads,
@@ -239,24 +257,27 @@ void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& 
       },
       [&](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
         const A sum = static_cast<A>(of_row.sum);
-        const Stored of_chunk = store_gradients<op, write>(row_of(row), i, n, sum, is_safe);
-        if (has_numbers) stored.data()[row * chunks + i / kChunk<A>] = of_chunk;
+        const Stored of_chunk = store_gradients<op, write, true>(row_of(row), i, n, sum, is_safe);
+        if (has_more) stored.data()[row * chunks + i / kChunk<A>] = of_chunk;
         if (i == 0) sums.data()[row] = sum;
       });
-  for (int64_t row = 0; has_numbers && row < args.shape.rows(); ++row) {
+  for (int64_t row = 0; has_more && row < args.shape.rows(); ++row) {
     Stored of_row;
     for (int64_t k = 0; k < chunks; ++k) of_row.add(stored.data()[row * chunks + k]);
     store_of_row<op>(row_of(row), sums.data()[row], of_row);
   }
 }
 
-template <ScoreOp op, Write write, class T>
+template <ScoreOp op, Write write, bool kMore, class T>
 void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   // So many terms of an element's sum are added to each other before they are to the rest.
   constexpr int64_t kTerms = 32;
-  // Enough for any number of threads, of shapes that have so many.
-  constexpr int64_t kItems = 64;
+  // Enough for most numbers of threads, of shapes that have so many.
+  constexpr int64_t kItems = 32;
+  // Of terms, bytes at home in the second-level cache: the longer a tile, the longer the stretches of the
+  // other tensors.
+  constexpr int64_t kTile = int64_t{1} << 16;
   const Dims& dims = args.dims;
   const int64_t dim = args.shape.dim;
   int owned[Dims::kMax], shared[Dims::kMax], owned_dims = 0, shared_dims = 0;
@@ -275,21 +296,27 @@ void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& thr
       index[which[k]] = i % dims.sizes[which[k]];
     }
   };
-  const int64_t tile = std::clamp<int64_t>(kChunk<A> / dim, 1, rows), tiles = ceil_div(rows, tile);
-  const int64_t parts = std::clamp<int64_t>(kItems / tiles, 1, ceil_div(sharing, 2 * kTerms));
-  const int64_t few = few_rows<A>(dim), along = owned_dims == 0 ? 0 : owned[owned_dims - 1];
+  const int64_t few = few_rows<A>(dim), apart = round_up(dim, Vec<A>::kSize);
+  const int64_t most_parts = std::min(kItems, ceil_div(sharing, 2 * kTerms));
+  const int64_t fit = kTile / static_cast<int64_t>(sizeof(A)) / apart;
+  const int64_t tile =
+      std::clamp<int64_t>(ceil_div(rows * most_parts, kItems), 1, std::max<int64_t>(fit, 1));
+  const int64_t tiles = ceil_div(rows, tile);
+  const int64_t parts = std::clamp<int64_t>(kItems / tiles, 1, most_parts);
+  const int64_t along = owned_dims == 0 ? 0 : owned[owned_dims - 1];
   const int64_t run = owned_dims == 0 ? 1 : dims.sizes[along];
   A* const result = static_cast<A*>(args.grad_mask);
   const Buffer<A> of_parts(std::max<int64_t>(1, (parts - 1) * rows * dim));
   parallel_for(threads, tiles * parts, /*grain=*/1, [&](int64_t begin, int64_t end) {
-    const Buffer<A> terms(tile * dim);
+    // With room for what the last row's registers may be beyond it.
+    const Buffer<A> terms(tile * apart + Vec<A>::kSize);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t part = item % parts, first = item / parts * tile;
-      const int64_t last = std::min(first + tile, rows), size = (last - first) * dim;
+      const int64_t last = std::min(first + tile, rows);
       A* const sums =
           (part == 0 ? result : of_parts.data() + (part - 1) * rows * dim) + first * dim;
-      std::fill_n(sums, size, A(0));
-      std::fill_n(terms.data(), size, A(0));
+      std::fill_n(sums, (last - first) * dim, A(0));
+      std::fill_n(terms.data(), tile * apart + Vec<A>::kSize, A(0));
       const int64_t share_begin = sharing * part / parts;
       const int64_t share_end = sharing * (part + 1) / parts;
       for (int64_t b = share_begin; b < share_end; ++b) {
@@ -299,21 +326,20 @@ void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& thr
           set_index(index, owned, owned_dims, row);
           const int64_t left = std::min(last - row, run - row % run);
           const int64_t count = std::min(few, left);
-          const GradientRows<T> of_run(args, Place{&dims, index, static_cast<int>(along)});
-          GradientRow<T> gradients[Vec<A>::kSize];
-          for (int64_t r = 0; r < count; ++r) {
-            gradients[r] = of_run[r];
-            gradients[r].grad_mask = terms.data() + (row - first + r) * dim;
-          }
-          score_gradients_of_rows<op, write>(args, gradients, count);
+          GradientRows<T> of_run(args, Place{&dims, index, static_cast<int>(along)});
+          of_run.add_to(terms.data() + (row - first) * apart, apart);
+          score_gradients_of_rows<op, write, kMore>(args, of_run, 0, count);
           row += count;
         }
         if ((b - share_begin + 1) % kTerms == 0 || b + 1 == share_end) {
-          for_each_vector<Vec<A>::kSize>(size, [&](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            store(sums + i, lanes,
-                  load(sums + i, lanes, A(0)) + load(terms.data() + i, lanes, A(0)));
-          });
-          std::fill_n(terms.data(), size, A(0));
+          for (int64_t row = 0; row < last - first; ++row) {
+            A* const to = sums + row * dim;
+            const A* const from = terms.data() + row * apart;
+            for_each_vector<Vec<A>::kSize>(dim, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+              store(to + i, lanes, load(to + i, lanes, A(0)) + load(from + i, All{}, A(0)));
+            });
+          }
+          std::fill_n(terms.data(), tile * apart, A(0));
         }
       }
     }
@@ -327,22 +353,21 @@ void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& thr
   });
 }
 
-template <ScoreOp op, Write write, class T>
+template <ScoreOp op, Write write, bool kMore, class T>
 void score_gradients(const ScoreBackwardArgs& args, const Threads& threads) {
   using A = compute_t<T>;
   const int64_t dim = args.shape.dim;
-  if (args.grad_mask != nullptr) return score_gradients_with_mask<op, write, T>(args, threads);
-  if (dim > kChunk<A>) return score_gradients_of_long_rows<op, write, T>(args, threads);
+  if (args.grad_mask != nullptr) {
+    return score_gradients_with_mask<op, write, kMore, T>(args, threads);
+  }
   const int64_t few = few_rows<A>(dim);
   for_each_place<A>(args.shape, args.dims, few,
                     {&args.grad_output_strides, &args.output_strides, &args.grad_input_strides},
                     threads, [&](const Place& place, int64_t size) {
-                      const GradientRows<T> all(args, place);
-                      for (int64_t first = 0; first < size; first += few) {
-                        const int64_t count = std::min(few, size - first);
-                        GradientRow<T> rows[Vec<A>::kSize];
-                        for (int64_t r = 0; r < count; ++r) rows[r] = all[first + r];
-                        score_gradients_of_rows<op, write>(args, rows, count);
+                      const GradientRows<T> rows(args, place);
+                      for (int64_t r = 0; r < size; r += few) {
+                        score_gradients_of_rows<op, write, kMore>(args, rows, r,
+                                                                  std::min(few, size - r));
                       }
                     });
 }
@@ -352,8 +377,17 @@ void launch_score_backward(const ScoreBackwardArgs& args, const Threads& threads
   const bool streamed = is_streamed(args.shape, args.dims, args.grad_input_strides, args.grad_input,
                                     args.grad_input_dtype, args.grad_input_is_new);
   visit(args.output_dtype, [&](auto element) {
-    visit(streamed,
-          [&](auto write) { score_gradients<op, write(), decltype(element)>(args, threads); });
+    visit(streamed, [&](auto write) {
+      using T = decltype(element);
+      if (args.grad_mask == nullptr && args.shape.dim > kChunk<compute_t<T>>) {
+        return score_gradients_of_long_rows<op, write(), T>(args, threads);
+      }
+      // Of logsumexp, the scores are made again: beside that, the sums cost little.
+      if constexpr (op != ScoreOp::kLogSumExp) {
+        if (!wants_more(args)) return score_gradients<op, write(), false, T>(args, threads);
+      }
+      score_gradients<op, write(), true, T>(args, threads);
+    });
   });
 }
 

@@ -60,6 +60,12 @@ struct ScoreRows {
         y(place.operator()<T>(args.output, args.output_strides)),
         lse(place.operator()<A>(args.lse, args.lse_strides)),
         scores(args.scores, place, args.shape.dim) {}
+
+  // Element i of row k, ahead of its use.
+  SOFTMAX_EXT_INLINE void fetch(int64_t k, int64_t i) const {
+    __builtin_prefetch(x[k] + i);
+    scores.fetch_mask(k, i);
+  }
 };
 
 // `count` rows of at most a chunk, or one.
@@ -76,10 +82,10 @@ void score_short_rows(const ScoreForwardArgs& args, const ScoreRows<T>& at, int6
   V lanes[V::kSize];
   alignas(64) A maxes[V::kSize] = {}, sinks[V::kSize] = {};
   const auto range_of = [&](int64_t r) SOFTMAX_EXT_LAMBDA { return rows[r].range; };
-  for (int64_t r = 0; r < count; ++r) {
-    rows[r] = at.scores[first + r];
-    lanes[r] = place_scores(at.x[first + r], scratch + r * apart, 0, range_of(r), rows[r]);
-  }
+  for (int64_t r = 0; r < count; ++r) rows[r] = at.scores[first + r];
+  Few<const T> x = at.x;
+  x.skip(first);
+  place_scores(x, scratch, apart, 0, dim, rows, count, lanes);
   max_over_lanes(lanes, count, maxes);
   if (args.scores.has_sink()) {
     for (int64_t r = 0; r < count; ++r) {
@@ -89,7 +95,12 @@ void score_short_rows(const ScoreForwardArgs& args, const ScoreRows<T>& at, int6
   }
   for (int64_t r = 0; r < count; ++r) {
     A* const z = scratch + r * apart;
-    lanes[r] = sum_of_exp<kKeep>(z, Registers<A>(range_of(r)), maxes[r], z);
+    lanes[r] =
+        sum_of_exp(z, Registers<A>(range_of(r)), maxes[r], [&](int64_t i, V e) SOFTMAX_EXT_LAMBDA {
+          if constexpr (kKeep) store(z + i, All{}, e);
+          // While there is enough to compute.
+          if constexpr (write == Write::kStreamed) at.fetch(first + count + r, i);
+        });
   }
   ExactSum<V> sum = exact_sum_over_lanes(lanes, count);
   const V max = load(maxes, All{}, A(0));
@@ -117,7 +128,7 @@ void score_short_rows(const ScoreForwardArgs& args, const ScoreRows<T>& at, int6
     // Before the output, which may be the input.
     alignas(64) A again[kKeep ? kChunk<A> + 2 * V::kSize : 1];
     if constexpr (kKeep) {
-      if (is_nan) place_scores(at.x[first + r], again, 0, range_of(r), rows[r]);
+      if (is_nan) place_scores(x[r], again, 0, dim, rows[r]);
     }
     store_chunk<write>(y, dim, registers, kDead<op, A>,
                        [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
@@ -161,15 +172,20 @@ void score_long_rows(const ScoreForwardArgs& args, const Threads& threads) {
         const Range range = within(at.scores.range, i, n);
         if (range.begin == range.end) return OnlineState<double>::empty();
         alignas(64) A z[kChunk<A> + 2 * V::kSize];
-        const A max = max_over_lanes(place_scores(at.x, z, i, range, at.scores));
+        const A max = max_over_lanes(place_scores(at.x, z, i, n, at.scores));
         const Registers<A> registers(range);
-        if constexpr (kByChunk) {
-          if (keeps) {
-            const V sum = sum_of_exp<true>(z, registers, max, at.y + i, n);
-            return OnlineState<double>{max, exact_sum_over_lanes(sum)};
+        T* const kept = keeps ? at.y + i : nullptr;
+        const V sum = sum_of_exp(z, registers, max, [=](int64_t k, V e) SOFTMAX_EXT_LAMBDA {
+          if constexpr (kByChunk) {
+            if (kept == nullptr) return;
+            if (k + V::kSize <= n) {
+              store(kept + k, All{}, e);
+            } else {
+              store(kept + k, First{n - k}, e);
+            }
           }
-        }
-        return OnlineState<double>{max, exact_sum_over_lanes(sum_of_exp<false>(z, registers, max))};
+        });
+        return OnlineState<double>{max, exact_sum_over_lanes(sum)};
       },
       [&](int64_t row, int64_t i, int64_t n, OnlineState<double> of_chunk,
           OnlineState<double> of_row) {
@@ -187,8 +203,9 @@ void score_long_rows(const ScoreForwardArgs& args, const Threads& threads) {
           if (args.output == nullptr && max == -kLowest<A>) {
             A of_all = -kLowest<A>;
             for (int64_t j = 0; j < dim; j += kChunk<A>) {
-              const Range range = within(at.scores.range, j, std::min(kChunk<A>, dim - j));
-              place_scores(at.x, z, j, range, at.scores);
+              const int64_t size = std::min(kChunk<A>, dim - j);
+              const Range range = within(at.scores.range, j, size);
+              place_scores(at.x, z, j, size, at.scores);
               if (lse_of_infinite(z, Registers<A>(range), lse) != of_all) of_all = lse;
             }
             lse = of_all;
@@ -201,7 +218,7 @@ void score_long_rows(const ScoreForwardArgs& args, const Threads& threads) {
         const Registers<A> registers(range);
         T* const y = at.y + i;
         const bool is_nan = is_safe && of_row.sum != of_row.sum;
-        if (is_nan || !keeps) place_scores(at.x, z, i, range, at.scores);
+        if (is_nan || !keeps) place_scores(at.x, z, i, n, at.scores);
         const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
         const V shift = shift_of(V(static_cast<A>(of_chunk.max)));
         const A* const scores = z;

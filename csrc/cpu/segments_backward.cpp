@@ -34,6 +34,9 @@ class SegmentBackward {
     const T *const grad = grads_.at(first), *const y = outputs_.at(first);
     T* const grad_input = grad_inputs_.at(first);
     tiles_.for_each([&](int64_t c, const Tile<Compute>& tile) SOFTMAX_EXT_LAMBDA {
+      if (tile.steps(count) == 1) {
+        return of_a_register(tile, grad + c, y + c, grad_input + c, count);
+      }
       const V sum = sum_over(tile, grad + c, y + c, count).rounded();
       write(tile, grad + c, y + c, grad_input + c, count, sum);
     });
@@ -68,6 +71,17 @@ class SegmentBackward {
  private:
   using V = Vec<Compute>;
   using Formula = Backward<op, V>;
+
+  // Of rows that a register holds.
+  SOFTMAX_EXT_INLINE void of_a_register(const Tile<Compute>& tile, const T* grad, const T* y,
+                                        T* grad_input, int64_t rows) const {
+    tile.template for_each_of<1>(rows, [&](int, int64_t, auto lanes) SOFTMAX_EXT_LAMBDA {
+      const V grads = load(grad, lanes, {}), outputs = load(y, lanes, {});
+      Formula formula;
+      formula.sum = tile.fold(Formula::term(grads, outputs), Add{});
+      store_masked(grad_input, lanes, formula.of(grads, outputs) * scale_);
+    });
+  }
 
   SOFTMAX_EXT_INLINE ExactSum<V> sum_over(const Tile<Compute>& tile, const T* grad, const T* y,
                                           int64_t rows) const {

@@ -1,20 +1,23 @@
 #include "segments_order.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace softmax_ext::cpu {
 
 template <class Index>
 IndexRange range_of(const Index* index, int64_t size) {
   if (size == 0) return {0, -1, true};
-  Index first = index[0], last = index[0];
-  bool falls = false;
+  // Of a sorted index the ends say all. The sign is that of a number or a step below 0.
+  using Bits = std::make_unsigned_t<Index>;
+  Bits signs = index[0];
   for (int64_t k = 1; k < size; ++k) {
-    first = std::min(first, index[k]);
-    last = std::max(last, index[k]);
-    falls |= index[k] < index[k - 1];
+    const Bits bits = index[k], before = index[k - 1];
+    signs |= bits | (bits - before);
   }
-  return {first, last, !falls};
+  if (static_cast<Index>(signs) >= 0) return {index[0], index[size - 1], true};
+  const auto [first, last] = std::minmax_element(index, index + size);
+  return {*first, *last, false};
 }
 
 template <class Index>
