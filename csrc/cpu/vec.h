@@ -176,7 +176,7 @@ SOFTMAX_EXT_INLINE void round_to(double x, T* to) {
 // stream is a store past the caches, to memory aligned to what it writes; other threads may see it
 // only after a fence.
 
-// Of masked loads and streaming stores, which the compiler does not check: touches what is not theirs.
+// Of masked accesses and streaming stores, which the compiler does not check: reads what is not theirs.
 template <class T>
 SOFTMAX_EXT_INLINE void check_access([[maybe_unused]] const T* p, [[maybe_unused]] int64_t count) {
 #if defined(__SANITIZE_ADDRESS__)
