@@ -1,11 +1,13 @@
 """What tools see of a call: the node's names and saved tensors, compiled autograd, profiles."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pairwise import all_pairs
 from tolerances import OPS, OURS, TORCH
 from torch._dynamo import compiled_autograd
 from torch.profiler import ExecutionTraceObserver, ProfilerActivity, profile
@@ -78,10 +80,14 @@ def compiled_backward(loss: torch.Tensor) -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("form", ["function", "in place", "integer input's cast", "view"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("op", OPS)
-def test_compiled_autograd(op: str, compiled: bool, form: str, device: str) -> None:
+FORMS = ["function", "in place", "integer input's cast", "view"]
+
+
+@pytest.mark.parametrize(
+    ("op", "forward_pass", "form"),
+    all_pairs(list(itertools.product(OPS, ["eager", "compiled"], FORMS))),
+)
+def test_compiled_autograd(op: str, forward_pass: str, form: str, device: str) -> None:
     """The backward pass as one graph, after an eager and after a compiled forward pass."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -98,7 +104,8 @@ def test_compiled_autograd(op: str, compiled: bool, form: str, device: str) -> N
     leaf, weight = leaf_of(device), torch.randn(5, 33, device=device)
     (forward(leaf) * weight).sum().backward()
     expected, leaf.grad = leaf.grad, None
-    function = torch.compile(forward, backend="aot_eager") if compiled else forward
+    compiled = torch.compile(forward, backend="aot_eager")
+    function = compiled if forward_pass == "compiled" else forward
     for _ in range(2):  # the second time by the graph that was kept
         leaf.grad = None
         compiled_backward((function(leaf) * weight).sum())

@@ -136,9 +136,11 @@ def in_thirds(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> 
 LARGE_ROWS = [256, 1031, 4097, 20011, 150011]
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dim_size", LARGE_ROWS)
+@pytest.mark.parametrize(
+    ("dim_size", "op", "dtype"),
+    all_pairs(list(itertools.product(LARGE_ROWS, OPS, FLOATING))),
+    ids=str,
+)
 def test_out_beyond_the_caches(dim_size: int, op: str, dtype: torch.dtype, device: str) -> None:
     """32 MB and more are written past the caches of a CPU: the same bits, and nothing beside."""
     x = large_input(dim_size, 1, dtype, device)

@@ -117,6 +117,7 @@ template <class A, class Lanes>
 SOFTMAX_EXT_INLINE Vec<A> where_true(const Bool* mask, Lanes lanes, Vec<A> s) {
   __m128i bytes;
   if constexpr (!kWhole<Lanes>) {
+    check_access(mask, lanes.count);
     bytes = _mm_maskz_loadu_epi8(mask_of(lanes), mask);
   } else if constexpr (sizeof(A) == 4) {
     bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));

@@ -195,6 +195,7 @@ SOFTMAX_EXT_INLINE void visit_few(int64_t n, F f) {
 template <class T, class V>
 SOFTMAX_EXT_INLINE void store_masked(T* p, First lanes, V x) {
 #if defined(SOFTMAX_EXT_AVX512)
+  check_access(p, lanes.count);
   const __mmask16 mask = mask_of(lanes);
   if constexpr (std::is_same_v<T, float>) {
     _mm512_mask_storeu_ps(p, mask, x.raw);

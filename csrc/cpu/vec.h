@@ -15,12 +15,21 @@
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "softmax_ext/math.h"
 #include "softmax_ext/portability.h"
 
+// Not where every access is checked: a function then has its checks once, or they take minutes to compile.
+#if defined(__SANITIZE_ADDRESS__)
+#define SOFTMAX_EXT_INLINE inline
+#define SOFTMAX_EXT_LAMBDA
+#else
 #define SOFTMAX_EXT_INLINE inline __attribute__((always_inline))
 #define SOFTMAX_EXT_LAMBDA __attribute__((always_inline))
+#endif
 
 namespace softmax_ext::cpu {
 // Everything is local to the translation unit: the linker must not share it between instruction
@@ -167,6 +176,16 @@ SOFTMAX_EXT_INLINE void round_to(double x, T* to) {
 // stream is a store past the caches, to memory aligned to what it writes; other threads may see it
 // only after a fence.
 
+// Of masked accesses and streaming stores, which the compiler does not check: reads what is not theirs.
+template <class T>
+SOFTMAX_EXT_INLINE void check_access([[maybe_unused]] const T* p, [[maybe_unused]] int64_t count) {
+#if defined(__SANITIZE_ADDRESS__)
+  const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+  const void* wrong = __asan_region_is_poisoned(const_cast<T*>(p), bytes);
+  if (wrong != nullptr) static_cast<void>(*static_cast<const volatile char*>(wrong));
+#endif
+}
+
 // Copies fewer elements than a register has, by moves of 32, 16, 8, 4 and 2 bytes.
 template <class T>
 SOFTMAX_EXT_INLINE void copy_elements(T* to, const T* from, int64_t count) {
@@ -214,10 +233,12 @@ SOFTMAX_EXT_INLINE __m256i narrow(const BFloat16*, VecF x) {
 
 SOFTMAX_EXT_INLINE VecF load(const float* p, All, float) { return _mm512_loadu_ps(p); }
 SOFTMAX_EXT_INLINE VecF load(const float* p, First lanes, float fill) {
+  check_access(p, lanes.count);
   return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask_of(lanes), p);
 }
 SOFTMAX_EXT_INLINE VecD load(const double* p, All, double) { return _mm512_loadu_pd(p); }
 SOFTMAX_EXT_INLINE VecD load(const double* p, First lanes, double fill) {
+  check_access(p, lanes.count);
   return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(mask_of(lanes)), p);
 }
 template <class T>
@@ -226,6 +247,7 @@ SOFTMAX_EXT_INLINE VecF load(const T* p, All, float) {
 }
 template <class T>
 SOFTMAX_EXT_INLINE VecF load(const T* p, First lanes, float fill) {
+  check_access(p, lanes.count);
   const __mmask16 mask = mask_of(lanes);
   const VecF x = widen(p, _mm256_maskz_loadu_epi16(mask, p));
   return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, x.raw);
@@ -239,10 +261,17 @@ SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
 }
 
 SOFTMAX_EXT_INLINE void stream_fence() { _mm_sfence(); }
-SOFTMAX_EXT_INLINE void stream(float* p, VecF x) { _mm512_stream_ps(p, x.raw); }
-SOFTMAX_EXT_INLINE void stream(double* p, VecD x) { _mm512_stream_pd(p, x.raw); }
+SOFTMAX_EXT_INLINE void stream(float* p, VecF x) {
+  check_access(p, VecF::kSize);
+  _mm512_stream_ps(p, x.raw);
+}
+SOFTMAX_EXT_INLINE void stream(double* p, VecD x) {
+  check_access(p, VecD::kSize);
+  _mm512_stream_pd(p, x.raw);
+}
 template <class T>
 SOFTMAX_EXT_INLINE void stream(T* p, VecF x) {
+  check_access(p, VecF::kSize);
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, x));
 }
 
@@ -283,12 +312,14 @@ SOFTMAX_EXT_INLINE VecF load(const T* p, All, float) {
   return widen(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 SOFTMAX_EXT_INLINE VecF load(const float* p, First lanes, float fill) {
+  check_access(p, lanes.count);
   const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(lanes.count)), index);
   return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, mask),
                           _mm256_castsi256_ps(mask));
 }
 SOFTMAX_EXT_INLINE VecD load(const double* p, First lanes, double fill) {
+  check_access(p, lanes.count);
   const __m256i index = _mm256_setr_epi64x(0, 1, 2, 3);
   const __m256i mask = _mm256_cmpgt_epi64(_mm256_set1_epi64x(lanes.count), index);
   return _mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, mask),
@@ -299,10 +330,17 @@ SOFTMAX_EXT_INLINE void store(T* p, All, VecF x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, x));
 }
 SOFTMAX_EXT_INLINE void stream_fence() { _mm_sfence(); }
-SOFTMAX_EXT_INLINE void stream(float* p, VecF x) { _mm256_stream_ps(p, x.raw); }
-SOFTMAX_EXT_INLINE void stream(double* p, VecD x) { _mm256_stream_pd(p, x.raw); }
+SOFTMAX_EXT_INLINE void stream(float* p, VecF x) {
+  check_access(p, VecF::kSize);
+  _mm256_stream_ps(p, x.raw);
+}
+SOFTMAX_EXT_INLINE void stream(double* p, VecD x) {
+  check_access(p, VecD::kSize);
+  _mm256_stream_pd(p, x.raw);
+}
 template <class T>
 SOFTMAX_EXT_INLINE void stream(T* p, VecF x) {
+  check_access(p, VecF::kSize);
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, x));
 }
 
