@@ -9,7 +9,7 @@ namespace softmax_ext::cpu {
 // -1.
 struct IndexRange {
   int64_t first, last;  // least and greatest
-  bool sorted;  // and none is below 0
+  bool sorted;          // and none is below 0
 };
 
 template <class Index>
