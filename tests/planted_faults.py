@@ -29,7 +29,7 @@ COLUMNS = "csrc/cuda/column_kernels.cuh"
 PACKED = "csrc/cuda/packed_kernels.cuh"
 DEVICE = "csrc/cuda/device.cuh"
 CUDA_SCORES = "csrc/cuda/score_kernels.cuh"
-SEGMENTS = "csrc/cuda/segment_kernels.cuh"
+CUDA_SEGMENTS = "csrc/cuda/segment_kernels.cuh"
 SEGMENT_LIST = "csrc/cuda/launch_segments.cu"
 CPU_SLICES = "csrc/cpu/slices.h"
 CPU_ROWS = "csrc/cpu/rows.h"
@@ -602,7 +602,7 @@ FAULTS = [
     Fault(
         "no barrier before the sums of a block's warps are read",
         "cuda segments",
-        SEGMENTS,
+        CUDA_SEGMENTS,
         "meeting.put_sum(column, sum);\n        __syncthreads();",
         "meeting.put_sum(column, sum);",
         HOST_SEGMENTS,
@@ -610,7 +610,7 @@ FAULTS = [
     Fault(
         "the max of a chunk is that of its first warp",
         "cuda segments",
-        SEGMENTS,
+        CUDA_SEGMENTS,
         "for (int w = first; w < first + across_; ++w) {",
         "for (int w = first; w < first + 1; ++w) {",
         HOST_SEGMENTS,
@@ -618,7 +618,7 @@ FAULTS = [
     Fault(
         "the last chunk of a segment is not in its state",
         "cuda segments",
-        SEGMENTS,
+        CUDA_SEGMENTS,
         "(size + limits::kSegmentChunk - 1) / limits::kSegmentChunk",
         "size / limits::kSegmentChunk",
         HOST_SEGMENTS,
@@ -626,7 +626,7 @@ FAULTS = [
     Fault(
         "an order is not followed",
         "cuda segments",
-        SEGMENTS,
+        CUDA_SEGMENTS,
         "place_[r] = call.segments.order[place_[r]];",
         "place_[r] += 0 * call.segments.order[place_[r]];",
         HOST_SEGMENTS,
@@ -634,7 +634,7 @@ FAULTS = [
     Fault(
         "logsumexp of an infinite element is NaN",
         "cuda segments",
-        SEGMENTS,
+        CUDA_SEGMENTS,
         "x[c] = kOfSegments && x[c] > shift ?",
         "x[c] = false && x[c] > shift ?",
         HOST_SEGMENTS,

@@ -10,7 +10,11 @@ import torch
 import softmax_ext
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "scores.md"
-DOCUMENTED: dict[str, Any] = {"torch": torch, "softmax": softmax_ext.softmax}
+DOCUMENTED: dict[str, Any] = {
+    "torch": torch,
+    "softmax": softmax_ext.softmax,
+    "softmax_ext": softmax_ext,
+}
 for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL):
     exec(block, DOCUMENTED)
 
