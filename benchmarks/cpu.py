@@ -147,14 +147,16 @@ def turns(runs: dict[str, Run], budget: float) -> list[dict[str, float]]:
     # A timed run is long enough for the clock, and there are enough turns for a median.
     repeats = max(1, round(0.001 / once))
     count = max(5, min(101, round(budget / (len(runs) * repeats * once))))
-    names = list(runs)
-    return [
-        {
-            name: seconds(runs[name], repeats)
-            for name in names[k % len(names) :] + names[: k % len(names)]
-        }
-        for k in range(count)
-    ]
+    turns: list[dict[str, float]] = [{} for _ in range(count)]
+    # What empties memory first has turns of its own, behind those that find it warm.
+    for fresh in (False, True):
+        names = [name for name in runs if name.endswith(FRESH) == fresh]
+        for name in names:
+            runs[name]()
+        for k, turn in enumerate(turns):
+            for name in names[k % len(names) :] + names[: k % len(names)] if names else []:
+                turn[name] = seconds(runs[name], repeats)
+    return turns
 
 
 EXP_ELEMENTS = 65536  # of a thread
@@ -393,7 +395,7 @@ def main() -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         head = {"machine": machine(), "summary": list(summary(results))}
         options.json.write_text(as_json(head, "results", map(asdict, results)))
-        if importlib.util.find_spec("matplotlib"):
+        if importlib.util.find_spec("matplotlib") and options.set != "segments":
             plot(results, options.json.with_suffix(".png"))
     least = min(
         result.speedup[peer]
