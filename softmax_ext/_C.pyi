@@ -77,6 +77,7 @@ def plan(
     like: Tensor | None = None,
     like_dim: int = 0,
 ) -> Plan | None: ...
+def mask_gradient_parts(rows: int, sharing: int) -> int: ...
 def score_plan(
     rows: int,
     dim: int,

@@ -59,6 +59,8 @@ cudaError_t launch_score_op(const Args& args, const Plan& plan, void* scratch,
   if (!takes_scores(args.shape, args.dims) || !takes_score_rows(args)) return cudaErrorInvalidValue;
   const Args call = ordered(args);
   const ScoreTeams teams = score_teams_of(call, plan, scratch);
+  // A part without rows would leave its sums as they are.
+  if ((teams.parts - 1) * teams.each >= teams.sharing) return cudaErrorInvalidValue;
   const bool is_short = plan.schedule == Schedule::kWarp && args.shape.dim <= limits::kShortScores;
   if constexpr (std::is_same_v<Args, ScoreForwardArgs>) {
     return is_short ? launch(short_scores_forward_kernel<op, T>, plan, stream, call, teams)

@@ -178,6 +178,7 @@ void bind_plan(py::module_& module) {
              py::arg("sm_count"), py::arg("shared_bytes"), py::arg("compute_capability"),
              py::arg("schedule") = py::none(), py::arg("like") = py::none(),
              py::arg("like_dim") = 0);
+  module.def("mask_gradient_parts", mask_gradient_parts, py::arg("rows"), py::arg("sharing"));
   module.def("score_plan", score_plan, py::arg("rows"), py::arg("dim"), py::arg("dtype"),
              py::arg("inputs"), py::arg("sm_count"), py::arg("shared_bytes"),
              py::arg("compute_capability"));

@@ -9,7 +9,7 @@ import torch
 from host import Host
 from tolerances import SIXTEEN_BIT
 
-from softmax_ext._C import LIMITS, Plan
+from softmax_ext._C import LIMITS, Plan, mask_gradient_parts
 
 WIDE = {torch.float64: torch.float64}  # that is computed in; float32 for the others
 Lay = Callable[[torch.Tensor], torch.Tensor]
@@ -34,12 +34,13 @@ def chunks_of(dim: int, dtype: torch.dtype) -> int:
 class ScoresOnHost:
     """A function as softmax_ext has them, of an operation; dim is the last.
 
+    parts: of the rows that share one of a mask; 0 is what the plan has.
     lay: how the tensors lie that are read and written, of the input's sizes; how: as Host.scores
     has it. plans: of the forward, and of the backward.
     """
 
     def __init__(
-        self, host: Host, op: str, lay: Lay | None = None, parts: int = 1, **how: Any
+        self, host: Host, op: str, lay: Lay | None = None, parts: int = 0, **how: Any
     ) -> None:
         self.host, self.op, self.parts, self.how = host, op, parts, how
         self.lay = lay or (lambda tensor: tensor.contiguous())
@@ -144,7 +145,9 @@ class _Scores(torch.autograd.Function):
         if of_rows:
             writes["grad_mask_of_rows"] = (of_row, chunks)
         elif wants_mask:
-            parts = min(on.parts, input.numel() // mask.numel())
+            parts = on.parts or mask_gradient_parts(
+                mask.numel() // sizes[-1], input.numel() // mask.numel()
+            )
             writes["grad_mask"] = (torch.empty(mask.shape, dtype=wide), parts)
         results, plan = on.host.scores(
             "backward", on.op, sizes, reads, writes, input.dtype,

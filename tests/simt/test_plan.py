@@ -585,3 +585,12 @@ def test_the_plan_follows_the_strides(name: str, backward: bool, dtype: torch.dt
     contiguous = _C.plan(*arguments)
     if tensor.is_contiguous():
         assert plan == contiguous
+
+
+def test_no_part_of_the_gradient_of_a_mask_is_without_rows() -> None:
+    for rows, sharing in itertools.product((1, 7, 147, 4096, 10**6), range(1, 700)):
+        parts = _C.mask_gradient_parts(rows, sharing)
+        each = -(-sharing // parts)
+        assert 1 <= parts <= sharing
+        assert (parts - 1) * each < sharing
+        assert each <= 64

@@ -51,7 +51,9 @@ constexpr int64_t mask_gradient_parts(int64_t rows, int64_t sharing) {
   using detail::ceil_div;
   const int64_t filling = std::min(ceil_div(limits::kMaskTeams, rows),  //
                                    ceil_div(sharing, limits::kFewestSharing));
-  return std::max(filling, ceil_div(sharing, limits::kMostSharing));
+  const int64_t each =
+      ceil_div(sharing, std::max(filling, ceil_div(sharing, limits::kMostSharing)));
+  return ceil_div(sharing, each);  // none without rows
 }
 
 // Chunks of a row, of which each gives a number for the gradient of a scale.

@@ -67,7 +67,7 @@ def leaf(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 )
 def test_every_pair_of_arguments(host: Host, op: str, kinds: tuple[str, ...], way: str) -> None:
     shape = (2, 3, 4, 7) if way == "short" else (1, 3, 2, dim_of(way, torch.float64))
-    function = ScoresOnHost(host, op, parts=2, **schedule_of(way))
+    function = ScoresOnHost(host, op, **schedule_of(way))
     scores = arguments(kinds, shape, torch.float64)
     assert_like_reference(op, leaf(shape, torch.float64), 3, function=function, **scores)
 
@@ -95,7 +95,7 @@ def test_every_kernel(
     """Each type in each schedule, of every operation."""
     dim = dim_of(way, dtype)
     shape = (1, 2, 2, dim) if way in ("cluster", "grid") else (2, 2, 3, dim)
-    function = ScoresOnHost(host, op, parts=2, **schedule_of(way))
+    function = ScoresOnHost(host, op, **schedule_of(way))
     assert_like_reference(
         op, leaf(shape, dtype), 3, function=function, **arguments(kinds, shape, dtype)
     )
@@ -145,10 +145,10 @@ def test_long_rows(host: Host, op: str, way: str) -> None:
 
 def test_more_rows_than_teams(host: Host) -> None:
     """Each has several, one after another."""
-    for way, parts in (("short", 1), ("block", 2), ("cluster", 1), ("grid", 2)):
+    for way in ("short", "block", "cluster", "grid"):
         shape = (3, 2, 5, dim_of(way, torch.float64))
         function = ScoresOnHost(
-            host, "softmax", parts=parts, most_blocks=2, orders=host.orders[-1:], **schedule_of(way)
+            host, "softmax", most_blocks=2, orders=host.orders[-1:], **schedule_of(way)
         )
         kinds = (
             "scale of heads",
@@ -259,6 +259,13 @@ def test_a_band_has_the_bits_of_its_mask(host: Host, way: str, band: str) -> Non
             "band": results_of(function, input.masked_fill(~mask, torch.nan), of_band, of_op),
             "mask": results_of(function, input, {"mask": mask}, of_op),
         })  # fmt: skip
+
+
+def test_a_part_without_rows_is_refused(host: Host) -> None:
+    function = ScoresOnHost(host, "softmax", parts=4)
+    mask = torch.zeros(3, 8, requires_grad=True)
+    with pytest.raises(AssertionError, match="the launch returned an error"):
+        function(torch.zeros(5, 3, 8), 2, mask=mask).sum().backward()
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
