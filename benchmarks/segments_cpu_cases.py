@@ -82,13 +82,14 @@ def by_segment_reduce(op: str, ptr: Tensor, index: Tensor, x: Tensor) -> Tensor:
     )
 
 
-def contenders(case: SegmentCase) -> dict[str, Run]:
+def contenders(case: SegmentCase, device: str = "cpu") -> dict[str, Run]:
     torch.manual_seed(0)
-    x, grad = (torch.randn(case.shape).to(DTYPES[case.dtype]) for _ in range(2))
-    index = torch.randint(case.segments, case.shape[:1])
+    dtype = DTYPES[case.dtype]
+    x, grad = (torch.randn(case.shape, device=device).to(dtype) for _ in range(2))
+    index = torch.randint(case.segments, case.shape[:1], device=device)
     if case.layout != "unsorted index":
         index = index.sort().values
-    ptr = torch.zeros(case.segments + 1, dtype=torch.int64)
+    ptr = torch.zeros(case.segments + 1, dtype=torch.int64, device=device)
     ptr[1:] = torch.bincount(index, minlength=case.segments).cumsum(0)
     named = {"ptr": ptr} if case.layout == "ptr" else {"index": index}
     functions = {

@@ -16,7 +16,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # last, so that `make debug` tests its own build and not ROOT's
 
-from benchmarks import gpu, gpu_check, gpu_report, gpu_timing, softmax_gpu_cells  # noqa: E402
+from benchmarks import (  # noqa: E402
+    gpu,
+    gpu_check,
+    gpu_report,
+    gpu_scores,
+    gpu_timing,
+    scores_cpu_cases,
+    segments_cpu_cases,
+    softmax_gpu_cells,
+)
 from benchmarks.gpu_timing import Budget  # noqa: E402
 from benchmarks.softmax_gpu_cells import GIB, Cell, all_cells  # noqa: E402
 from softmax_ext import _C  # noqa: E402
@@ -295,6 +304,36 @@ def test_a_wrong_cell_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [entry["op"] for entry in document["cells"]] == ["log_softmax"]
     assert [entry["cell"] for entry in document["failed"]] == [cell.label for cell in TINY[:2]]
     assert "wrong by up to" in document["failed"][0]["why"]
+
+
+# --- Scores and segments -------------------------------------------------------------------------
+
+
+def test_scores_and_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the clock on the wall, in shapes that take no time; a wrong case has no figures."""
+    tiny = {"causal": (2, 3, 8, 16), "logsumexp": (8, 40)}
+    cells = {cell.name: cell for cell in scores_cpu_cases.CELLS if cell.name in tiny}
+    monkeypatch.setattr(
+        scores_cpu_cases, "CELLS", [replace(cells[name], shape=tiny[name]) for name in tiny]
+    )
+    monkeypatch.setattr(segments_cpu_cases, "SHAPES", [((60, 4), 7)])
+    cases = gpu_scores.all_cases()
+    assert len(cases) == 2 * 2 * 2 + 3 * 2
+    document: dict[str, Any] = {"machine": MACHINE}
+    path = tmp_path / "scores.json"
+    gpu_scores.run_cases(cases, gpu.Device(), Budget(1000), 3, document, path)
+    read = json.loads(path.read_text())
+    assert read["failed"] == read["missing"] == []
+    assert [entry["op"] for entry in read["cells"]] == [case.op for case in cases]
+    for entry in read["cells"]:
+        assert {"plain", "torch"} <= set(entry["speedup"]) or "scatter" in entry["speedup"]
+
+    wrong = replace(scores_cpu_cases.CELLS[0], ours=lambda x: x)
+    monkeypatch.setattr(scores_cpu_cases, "CELLS", [wrong, scores_cpu_cases.CELLS[1]])
+    gpu_scores.run_cases(cases[:1], gpu.Device(), Budget(1000), 3, document, path)
+    read = json.loads(path.read_text())
+    assert read["cells"] == []
+    assert "differ by up to" in read["failed"][0]["why"]
 
 
 # --- The command ---------------------------------------------------------------------------------
