@@ -7,11 +7,11 @@
 //           cluster or a grid, a chunk or more
 //           each
 //
-// A row is read once, and becomes scores in registers: element k of a chunk in lane k % lanes. A warp's
-// further chunks stay in shared memory, or are read again where they do not fit. Rows of a multiple of
-// kScoreWidth elements begin at multiples of these, and lanes have as many neighbours; others begin
-// anywhere, and lanes have single elements. What takes no part is not read, but for such neighbours. A
-// row's bits depend on its length, its scores and the types alone.
+// A row is read once, and becomes scores in registers. A warp's further chunks stay in shared memory, or
+// are read again where they do not fit. Rows of a multiple of kScoreWidth elements begin at multiples of
+// these, and lanes have as many neighbours; others begin anywhere, and lanes have single elements. What
+// takes no part is not read, but for such neighbours. A row's bits depend on its length, its scores and
+// the types alone.
 //
 // A thread writes the elements that it has read, and after the row's warps have met for its sum: the
 // memory written may be that of an input.
@@ -362,7 +362,6 @@ struct ScoreForward {
   using A = computed_t<T>;
   using State = OnlineState<A>;
   using P = score_precision_t<op, T>;
-  static constexpr int kItems = items;
   static constexpr int kArrays = 1;
   static constexpr bool kHasState = true;
 
@@ -458,7 +457,6 @@ struct ScoreBackward {
   using A = computed_t<T>;
   using State = SumState<A>;
   using Formula = ScoreGradient<op, A, T>;
-  static constexpr int kItems = items;
   static constexpr bool kHasState = op != ScoreOp::kLogSumExp;
   static constexpr int kArrays = kHasState ? 2 : 1;
   static constexpr A kLowest = -static_cast<A>(INFINITY);

@@ -1,12 +1,11 @@
 // Which launch of the CUDA kernels of scores (score_kernels.cuh) runs: the schedules of plan.h for rows of
-// the type that is computed in, read by elements, wherever they begin.
+// the type that is computed in.
 //
 // What the gradient of a mask sums goes through the rows that share a row of the mask, one after another,
 // by one team; few rows of a mask are had in parts of these, as many as the shape asks for.
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "softmax_ext/plan.h"
 #include "softmax_ext/scores.h"
@@ -83,7 +82,7 @@ inline int64_t score_items(const ScoreBackwardArgs& args) {
 
 namespace detail {
 
-// Rows of the type that is computed in, by elements wherever they begin.
+// As if nothing were aligned or followed each other: that is for the kernels alone.
 constexpr Workload score_workload(int64_t items, int64_t dim, DType dtype, int inputs,
                                   bool online) {
   const DType wide = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
