@@ -115,3 +115,15 @@ def segment_logsumexp(
     dtype: dtype | None,
     num_segments: int | None,
 ) -> Tensor: ...
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    factor: float,
+    softcap: float,
+    wants_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor] | None: ...

@@ -11,6 +11,7 @@ from softmax_ext import kernels as kernels
 from softmax_ext._explain import Explanation, explain
 from softmax_ext._info import BuildInfo, __version__, build_info
 from softmax_ext.functional import (
+    cross_entropy,
     log_softmax,
     log_softmax_,
     logsumexp,
@@ -36,6 +37,7 @@ __all__ = [
     "Softmin",
     "__version__",
     "build_info",
+    "cross_entropy",
     "disable",
     "empty_cache",
     "enable",

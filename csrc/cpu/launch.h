@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "softmax_ext/losses.h"
 #include "softmax_ext/problem.h"
 #include "softmax_ext/scores.h"
 #include "softmax_ext/segments.h"
@@ -61,6 +62,13 @@ struct Kernels {
   void (*launch_score_backward)(const ScoreBackwardArgs& args, const Threads& threads);
   void (*launch_segments_forward)(const SegmentsForwardArgs& args, const Threads& threads);
   void (*launch_segments_backward)(const SegmentsBackwardArgs& args, const Threads& threads);
+  // Their tensors lie side by side along dim, or along inner where that is above 1.
+  void (*launch_loss_forward)(const LossForwardArgs& args, const Threads& threads);
+  void (*launch_loss_backward)(const LossBackwardArgs& args, const Threads& threads);
+  // The first of `rows` targets that is neither ignore_index nor in [0, classes), or -1; and how many are
+  // not ignore_index.
+  int64_t (*find_bad_target)(const int64_t* targets, int64_t rows, int64_t classes,
+                             int64_t ignore_index, int64_t* counted);
 };
 
 // Those that this build has and this processor can run, fastest first.

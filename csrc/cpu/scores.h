@@ -59,26 +59,31 @@ SOFTMAX_EXT_INLINE Vec<T> quotient_of(Vec<T> a, Vec<T> b) {
   return a / b;
 }
 
-// -m / (2 + m) with m = exp(-2 |x|) - 1, which is exact where x is small too: n is 0 there. Within 2.5 units
-// in the last place; a NaN stays one.
-SOFTMAX_EXT_INLINE VecD tanh_of(VecD x) {
-  using V = VecD;
-  using T = double;
+// exp(x) - 1, exact where x is small too: n is 0 there. For x of at most 0 or a rounding above it, or NaN;
+// -1 below -40, to which others come as close as can be said.
+template <class T>
+SOFTMAX_EXT_INLINE Vec<T> expm1_of_nonpositive(Vec<T> x) {
+  using V = Vec<T>;
   using C = ExpConstants<T>;
-  using RawInt = typename V::RawInt;
-  const RawInt sign_bit = bit_cast<RawInt>(V(T(-0.0)));
-  const RawInt sign = bit_cast<RawInt>(x) & sign_bit;
-  const V size(bit_cast<typename V::Raw>(bit_cast<RawInt>(x) & ~sign_bit));
-  // Beyond, it is 1.
-  const V y = max_of(V(-40.0), size * V(T(-2)));
-  const V n = fma_of(y, V(T(1.44269504088896340736)), V(C::kRound)) - V(C::kRound);
-  V r = fma_of(n, V(-C::kLn2High), y);
+  x = max_of(V(T(-40)), x);
+  const V n = fma_of(x, V(T(1.44269504088896340736)), V(C::kRound)) - V(C::kRound);
+  V r = fma_of(n, V(-C::kLn2High), x);
   r = fma_of(n, V(-C::kLn2Low), r);
   constexpr int kDegree = static_cast<int>(sizeof(C::kPolynomial) / sizeof(T)) - 1;
   V q(C::kPolynomial[kDegree]);
   for (int k = kDegree - 1; k >= 0; --k) q = fma_of(q, r, V(C::kPolynomial[k]));
   const V power = power_of_two(n);
-  const V m = fma_of(power, fma_of(q * r, r, r), power - V(T(1)));
+  return fma_of(power, fma_of(q * r, r, r), power - V(T(1)));
+}
+
+// -m / (2 + m) with m = exp(-2 |x|) - 1. Within 2.5 units in the last place; a NaN stays one.
+SOFTMAX_EXT_INLINE VecD tanh_of(VecD x) {
+  using V = VecD;
+  using RawInt = typename V::RawInt;
+  const RawInt sign_bit = bit_cast<RawInt>(V(-0.0));
+  const RawInt sign = bit_cast<RawInt>(x) & sign_bit;
+  const V size(bit_cast<typename V::Raw>(bit_cast<RawInt>(x) & ~sign_bit));
+  const V m = expm1_of_nonpositive(size * V(-2.0));
   const V result = -m / (V(2.0) + m);
   return V(bit_cast<typename V::Raw>(bit_cast<RawInt>(result) | sign));
 }

@@ -18,4 +18,7 @@ void bind_plan(py::module_& module);
 // Adds segment_softmax, segment_log_softmax and segment_logsumexp.
 void bind_segments(py::module_& module);
 
+// Adds cross_entropy.
+void bind_losses(py::module_& module);
+
 }  // namespace softmax_ext

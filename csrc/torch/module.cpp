@@ -32,6 +32,7 @@ PYBIND11_MODULE(_C, module) {
   bind_plan(module);
   bind_scores(module);
   bind_segments(module);
+  bind_losses(module);
 }
 
 }  // namespace

@@ -1,0 +1,341 @@
+// Cross-entropy on the CPU, compiled once for each instruction set as softmax_forward.cpp is. Each element is
+// read once. The schedules, with those of rows.h and columns.h:
+//
+//   rows         of at most a chunk, a few at a time; longer ones chunk by chunk.
+//   split rows   fewer long rows than threads: the chunks of a row are shared out.
+//   columns      inner sizes above 1: tiles of neighbouring columns, in blocks along dim.
+//
+// A general call makes scores of the elements first, in a buffer (of columns: as it goes).
+#include "columns.h"
+#include "dispatch.h"
+#include "losses.h"
+
+namespace softmax_ext::cpu {
+namespace {
+
+// What is summed of the scores of a row, lane by lane, or of a row in each lane.
+template <class V>
+struct LossSums {
+  static constexpr int kSize = V::kSize;
+  V exp;     // of exp(z - shift)
+  V score;   // of w (z - shift)
+  V weight;  // of w
+
+  friend SOFTMAX_EXT_INLINE LossSums operator+(LossSums a, LossSums b) {
+    return {a.exp + b.exp, a.score + b.score, a.weight + b.weight};
+  }
+};
+
+// What a chunk of a long row adds to it.
+struct LossState {
+  double max, sum;
+  double score;  // of w z
+};
+
+SOFTMAX_EXT_INLINE LossState combine(LossState a, LossState b) {
+  const OnlineState<double> state =
+      softmax_ext::combine(OnlineState<double>{a.max, a.sum}, OnlineState<double>{b.max, b.sum});
+  return {state.max, state.sum, a.score + b.score};
+}
+
+// The sums of n scores from z on, which are those of classes from `first` on.
+template <bool kGeneral, class E, class A = compute_t<E>>
+SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, const E* z, int64_t first, int64_t n,
+                                            A max) {
+  using V = Vec<A>;
+  const V zero(A(0));
+  if constexpr (kGeneral) {
+    if (loss.smoothing != 0) {
+      const V shift = shift_of(V(max));
+      const A fill = shift.raw[0];
+      return fold(
+          n, LossSums<V>{zero, zero, zero},
+          [=](LossSums<V> sums, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+            const V e = exp_of_nonpositive(load(z + i, lanes, kLowest<A>) - shift);
+            const V w = weights_of<A>(loss, first + i, lanes);
+            return sums + LossSums<V>{e, w * (load(z + i, lanes, fill) - shift), w};
+          },
+          Add{});
+    }
+  }
+  A* const nowhere = nullptr;
+  return {lane_sum_of_exp<false>(z, nowhere, n, max), zero, zero};
+}
+
+// Stores what is known of `count` rows from `row` on, `next` apart, each in its lane: log_sum is that of
+// exp(z - shift), and log_rest what it is rounded off; of_target is the target's score, and score
+// sum(w (z - shift)).
+template <bool kGeneral, class A>
+SOFTMAX_EXT_INLINE void store_losses(const LossForwardArgs& args, int64_t row, int64_t next,
+                                     int64_t count, const Targets<A>& targets, Vec<A> shift,
+                                     Vec<A> log_sum, Vec<A> log_rest, Vec<A> of_target,
+                                     Vec<A> score) {
+  using V = Vec<A>;
+  const Loss& of = args.loss;
+  V rest;
+  const V lse = sum_of(shift, log_sum, &rest);
+  rest = zero_if_nan(rest + log_rest);
+  const V log_p = (of_target - lse) - rest;
+  V loss = -log_p, smooth(A(0));
+  if constexpr (kGeneral) {
+    const auto value = [](double x) SOFTMAX_EXT_LAMBDA { return V(static_cast<A>(x)); };
+    if (of.smoothing != 0) {
+      loss = loss * value(1 - of.smoothing);
+      smooth = (value(of.weight_sum) * ((lse - shift) + rest) - score) *
+               value(of.smoothing / static_cast<double>(args.shape.dim));
+    }
+    if (of.z_loss != 0) loss = loss + value(of.z_loss) * lse * lse;
+  }
+  loss = loss * targets.weight + smooth;
+  loss = targets.if_counts(loss);
+  store_rows(args.row_loss, row, next, count, loss);
+  store_rows(args.lse, row, next, count, lse);
+  store_rows(args.lse_rest, row, next, count, rest);
+  store_rows(args.log_p, row, next, count, log_p);
+}
+
+// Whether any of these rows is read.
+inline bool is_read(const LossForwardArgs& args, const int64_t* target, int64_t next,
+                    int64_t count) {
+  if (args.wants_lse) return true;
+  for (int64_t k = 0; k < count; ++k) {
+    if (target[k * next] != args.loss.ignore_index) return true;
+  }
+  return false;
+}
+
+inline void store_ignored(const LossForwardArgs& args, int64_t row, int64_t next, int64_t count) {
+  const int64_t size = args.dtype == DType::kFloat64 ? 8 : 4;
+  for (void* const data : {args.row_loss, args.lse, args.lse_rest, args.log_p}) {
+    for (int64_t k = 0; k < count; ++k) {
+      std::memset(static_cast<char*>(data) + (row + k * next) * size, 0, size);
+    }
+  }
+}
+
+// The score of the target of each of `count` rows, in its lane; of a row that is ignored, anything.
+template <bool kGeneral, class T, class Row, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE Vec<A> scores_of_targets(const Loss& loss, const Targets<A>& targets,
+                                            int64_t count, Row row) {
+  using V = Vec<A>;
+  alignas(64) A elements[V::kSize] = {};
+  for (int64_t k = 0; k < count; ++k) {
+    const T* const x = row(k);
+    elements[k] = to_float(x[std::max<int64_t>(targets.target[k], 0)]);
+  }
+  return ScoreOf<kGeneral, V>(loss)(load(elements, All{}, A(0)));
+}
+
+// `count` rows, together or alone at most a chunk; target is of the first.
+template <bool kGeneral, class T>
+void loss_of_short_rows(const LossForwardArgs& args, const Few<const T>& x,
+                        const Few<const int64_t>& target, int64_t count) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  const int64_t dim = args.shape.dim, row = target.first - args.loss.target;
+  if (!is_read(args, target.first, target.next, count)) {
+    return store_ignored(args, row, target.next, count);
+  }
+  const int64_t apart = round_up(dim, V::kSize);
+  alignas(64) A scratch[kGeneral ? kChunk<A> + V::kSize : 1];
+  const ScoreOf<kGeneral, V> score_of(args.loss);
+  const auto scores_of = [&](int64_t r) SOFTMAX_EXT_LAMBDA {
+    if constexpr (kGeneral) {
+      return static_cast<const A*>(scratch + r * apart);
+    } else {
+      return x[r];
+    }
+  };
+  V lanes[V::kSize];
+  alignas(64) A maxes[V::kSize] = {}, scores[V::kSize] = {};
+  for (int64_t r = 0; r < count; ++r) {
+    if constexpr (kGeneral) {
+      A* const z = scratch + r * apart;
+      const T* const from = x[r];
+      for_each_vector<V::kSize>(dim, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+        store(z + i, All{}, score_of(load(from + i, lanes, A(0))));
+      });
+    }
+    lanes[r] = lane_max(scores_of(r), dim);
+  }
+  max_over_lanes(lanes, count, maxes);
+  for (int64_t r = 0; r < count; ++r) {
+    const auto sums = sums_of<kGeneral>(args.loss, scores_of(r), 0, dim, maxes[r]);
+    lanes[r] = sums.exp;
+    if (kGeneral && args.loss.smoothing != 0) scores[r] = sum_over_lanes(sums.score);
+  }
+  const ExactSum<V> sum = exact_sum_over_lanes(lanes, count);
+  V log_rest;
+  const V log_sum = log_of(sum.sum, sum.rest, &log_rest);
+  const Targets<A> targets(args.loss, target.first, target.next, count);
+  const V of_target = scores_of_targets<kGeneral, T>(
+      args.loss, targets, count, [&](int64_t r) SOFTMAX_EXT_LAMBDA { return x[r]; });
+  store_losses<kGeneral>(args, row, target.next, count, targets, shift_of(load(maxes, All{}, A(0))),
+                         log_sum, log_rest, of_target, load(scores, All{}, A(0)));
+}
+
+template <bool kGeneral, class T>
+void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  const int64_t dim = args.shape.dim;
+  const Strides of_rows = row_strides(args.dims, 1);
+  const Slices<const T> input(args.dims, args.input_strides, static_cast<const T*>(args.input));
+  if (dim <= kChunk<A>) {
+    const Slices<const int64_t> target(args.dims, of_rows, args.loss.target);
+    for_each_few_rows<A>(
+        args.shape, args.dims, InPlace{}, kChunk<A> / 2, threads,
+        [&](int64_t count, const Few<const T>& x, const Few<const int64_t>& targets) {
+          loss_of_short_rows<kGeneral, T>(args, x, targets, count);
+        },
+        input, target);
+    return;
+  }
+  const ScoreOf<kGeneral, V> score_of(args.loss);
+  reduce_and_store<LossState, A>(
+      args.shape.rows(), dim, Unplaced{}, threads,
+      [&](int64_t row, int64_t i, int64_t n) {
+        if (!is_read(args, args.loss.target + row, 1, 1)) return LossState{};
+        const T* const x = input[row] + i;
+        const auto state_of = [&](const auto* z) {
+          const A max = max_over_lanes(lane_max(z, n));
+          const auto sums = sums_of<kGeneral>(args.loss, z, i, n, max);
+          const double shift = shift_by(static_cast<double>(max));
+          return LossState{max, exact_sum_over_lanes(sums.exp),
+                           sum_over_lanes(sums.score) + shift * sum_over_lanes(sums.weight)};
+        };
+        if constexpr (kGeneral) {
+          alignas(64) A scratch[kChunk<A> + V::kSize];
+          A* const z = scratch;
+          for_each_vector<V::kSize>(n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+            store(z + k, All{}, score_of(load(x + k, lanes, A(0))));
+          });
+          return state_of(static_cast<const A*>(z));
+        } else {
+          return state_of(x);
+        }
+      },
+      [&](int64_t row, int64_t i, int64_t, LossState, LossState of_row) {
+        if (i != 0) return;
+        const int64_t* const target = args.loss.target + row;
+        if (!is_read(args, target, 1, 1)) return store_ignored(args, row, 1, 1);
+        const Targets<A> targets(args.loss, target, 1, 1);
+        const V of_target = scores_of_targets<kGeneral, T>(
+            args.loss, targets, 1, [&](int64_t) SOFTMAX_EXT_LAMBDA { return input[row]; });
+        const A sum = static_cast<A>(of_row.sum);
+        V log_rest;
+        const V log_sum = log_of(V(sum), V(static_cast<A>(of_row.sum - sum)), &log_rest);
+        const double shift = shift_by(of_row.max);
+        store_losses<kGeneral>(args, row, 1, 1, targets, V(static_cast<A>(shift)), log_sum,
+                               log_rest, of_target,
+                               V(static_cast<A>(of_row.score - shift * args.loss.weight_sum)));
+      });
+}
+
+template <bool kGeneral, class T>
+void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
+  using A = compute_t<T>;
+  using V = Vec<A>;
+  constexpr int kSize = V::kSize;
+  constexpr int64_t kVectors = kTile<A> / kSize;
+  const int64_t dim = args.shape.dim, inner = args.shape.inner, step = args.input_strides.dim;
+  const Slices<const T> input(args.dims, args.input_strides, static_cast<const T*>(args.input));
+  const ScoreOf<kGeneral, V> score_of(args.loss);
+  const bool is_smooth = kGeneral && args.loss.smoothing != 0;
+  struct Columns {
+    V max{kLowest<A>}, of_target{A(0)}, score{A(0)};
+    ExactSum<V> sum{V(A(0)), V(A(0))};
+  };
+  for_each_tile<A>(args.shape, threads, [&](int64_t slice, int64_t column, int64_t width) {
+    const T* const tile = input[slice] + column;
+    const int64_t row = slice * inner + column;
+    const int64_t* const target = args.loss.target + row;
+    if (!is_read(args, target, 1, width)) return store_ignored(args, row, 1, width);
+    const int64_t vectors = ceil_div(width, kSize);
+    Columns columns[kVectors];
+    // The scores of a block, side by side: steps can be apart by what caches take for one place.
+    alignas(64) A scratch[kBlock * kTile<A>];
+    A* const scores = scratch;
+    double weight = 0;  // of the steps so far
+    for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
+      V maxes[kVectors];
+      for (int64_t v = 0; v < vectors; ++v) maxes[v] = columns[v].max;
+      for (int64_t d = begin; d < end; ++d) {
+        const T* const x = tile + d * step;
+        A* const z = scores + (d - begin) * kTile<A>;
+        for_each_vector<kSize>(width, [=, &maxes](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+          if (d + 1 < dim) __builtin_prefetch(x + step + c);
+          const V score = score_of(load(x + c, lanes, A(0)));
+          store(z + c, All{}, score);
+          maxes[c / kSize] = max_of(score, maxes[c / kSize]);
+        });
+      }
+      const V so_far(static_cast<A>(weight));
+      for (int64_t v = 0; v < vectors; ++v) {
+        Columns& state = columns[v];
+        const Targets<A> targets(args.loss, target + v * kSize, 1,
+                                 std::min<int64_t>(kSize, width - v * kSize));
+        const V shift = shift_of(maxes[v]);
+        V sum(A(0)), of_target = state.of_target;
+        if (is_smooth) state.score = state.score + so_far * (shift_of(state.max) - shift);
+        for (int64_t d = begin; d < end; ++d) {
+          const V z = load(scores + (d - begin) * kTile<A> + v * kSize, All{}, A(0));
+          of_target = targets.if_is(d, z, of_target);
+          sum = sum + exp_of_nonpositive(z - shift);
+          if (is_smooth) state.score = state.score + V(weight_of<A>(args.loss, d)) * (z - shift);
+        }
+        state.sum.scale(exp_of_nonpositive(state.max - shift));
+        state.sum.add(sum);
+        state.max = maxes[v];
+        state.of_target = of_target;
+      }
+      if (is_smooth) {
+        for (int64_t d = begin; d < end; ++d) {
+          weight += static_cast<double>(weight_of<A>(args.loss, d));
+        }
+      }
+    });
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t c = v * kSize, count = std::min<int64_t>(kSize, width - c);
+      const Columns& state = columns[v];
+      V log_rest;
+      const V log_sum = log_of(state.sum.sum, state.sum.rest, &log_rest);
+      store_losses<kGeneral>(args, row + c, 1, count, Targets<A>(args.loss, target + c, 1, count),
+                             shift_of(state.max), log_sum, log_rest, state.of_target, state.score);
+    }
+  });
+}
+
+}  // namespace
+
+int64_t SOFTMAX_EXT_OF_ISA(find_bad_target)(const int64_t* targets, int64_t rows, int64_t classes,
+                                            int64_t ignore_index, int64_t* counted) {
+  int64_t ignored = 0, bad = 0;
+  for (int64_t k = 0; k < rows; ++k) {
+    const bool is_ignored = targets[k] == ignore_index;
+    ignored += is_ignored;
+    bad += !is_ignored & (static_cast<uint64_t>(targets[k]) >= static_cast<uint64_t>(classes));
+  }
+  *counted = rows - ignored;
+  if (bad == 0) return -1;
+  int64_t k = 0;
+  while (targets[k] == ignore_index ||
+         static_cast<uint64_t>(targets[k]) < static_cast<uint64_t>(classes)) {
+    ++k;
+  }
+  return k;
+}
+
+void SOFTMAX_EXT_OF_ISA(launch_loss_forward)(const LossForwardArgs& args, const Threads& threads) {
+  visit(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    const bool is_general = args.loss.is_general();
+    if (args.shape.inner > 1) {
+      return is_general ? loss_of_columns<true, T>(args, threads)
+                        : loss_of_columns<false, T>(args, threads);
+    }
+    is_general ? loss_of_rows<true, T>(args, threads) : loss_of_rows<false, T>(args, threads);
+  });
+}
+
+}  // namespace softmax_ext::cpu

@@ -1,0 +1,327 @@
+#include "losses.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/log_softmax.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <array>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "tensors.h"
+
+namespace softmax_ext {
+namespace {
+
+constexpr const char* kFunction = "cross_entropy";
+
+int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 : 0; }
+
+void check_device(const char* argument, const at::Tensor& tensor, const at::Tensor& input) {
+  TORCH_CHECK(tensor.device() == input.device(), kFunction,
+              "(): Expected all tensors to be on the same device, but found 'input' on ",
+              input.device(), " and '", argument, "' on ", tensor.device());
+  check_storage(kFunction, argument, tensor);
+}
+
+// The input with its classes along `dim`, as the kernels read it: along the last dim where they are side by
+// side, else along the class dim with what follows it side by side.
+struct Rows {
+  at::Tensor tensor;
+  int64_t dim;
+  bool is_moved;  // the classes went from the class dim to the last one
+
+  explicit Rows(const at::Tensor& input) : tensor(input), dim(class_dim(input)), is_moved(false) {
+    if (input.dim() > 2 && input.stride(dim) == 1 && !input.is_contiguous()) {
+      tensor = input.movedim(dim, -1);
+      dim = tensor.dim() - 1;
+      is_moved = true;
+    }
+    if (!is_taken()) tensor = tensor.contiguous();
+  }
+
+  at::Tensor moved_back(const at::Tensor& of_rows) const {
+    return is_moved ? of_rows.movedim(-1, class_dim(of_rows)) : of_rows;
+  }
+
+ private:
+  bool is_taken() const {
+    if (tensor.is_contiguous()) return true;
+    const std::optional<Layout> layout = layout_of(tensor, dim);
+    if (!layout) return false;
+    const auto& [shape, dims, strides] = *layout;
+    int64_t stretch = 1;
+    for (int k = dims.outer + dims.inner - 1; k >= dims.outer; --k) {
+      if (strides.of[k] != stretch) return false;
+      stretch *= dims.sizes[k];
+    }
+    return shape.inner > 1 || strides.dim == 1;
+  }
+};
+
+// What a launch needs besides the input: targets that are known to be in range, and weights.
+struct Classes {
+  at::Tensor target, weight;
+  Loss loss;
+  double total = 0;  // of the weights of targets
+
+  Classes(const LossTensors& tensors, const LossOptions& options, int64_t count)
+      : target(tensors.target.contiguous()), loss{} {
+    const int64_t* const targets = target.const_data_ptr<int64_t>();
+    double weight_sum = static_cast<double>(count);
+    if (tensors.weight) {
+      weight = tensors.weight->to(at::toOpMathType(tensors.weight->scalar_type())).contiguous();
+      weight_sum = weight.scalar_type() == at::kDouble ? sum_of(weight.const_data_ptr<double>())
+                                                       : sum_of(weight.const_data_ptr<float>());
+    }
+    loss = {
+        targets,        options.ignore_index, tensors.weight ? weight.const_data_ptr() : nullptr,
+        weight_sum,     options.smoothing,    options.z_loss,
+        options.factor, options.softcap};
+    int64_t counted = 0;
+    const int64_t bad = cpu::kernels().find_bad_target(targets, target.numel(), count,
+                                                       options.ignore_index, &counted);
+    TORCH_CHECK_INDEX(bad < 0, "Target ", targets[bad], " is out of bounds: ", kFunction,
+                      "(): expected argument 'target' to be ", options.ignore_index,
+                      " or from 0 to ", count - 1, ", but element ", bad, " is not");
+    total = static_cast<double>(counted);
+    if (tensors.weight) {
+      total = weight.scalar_type() == at::kDouble
+                  ? weight_of_targets(weight.const_data_ptr<double>(), options)
+                  : weight_of_targets(weight.const_data_ptr<float>(), options);
+    }
+  }
+
+ private:
+  template <class A>
+  double sum_of(const A* weights) const {
+    double sum = 0;
+    for (int64_t c = 0; c < weight.numel(); ++c) sum += static_cast<double>(weights[c]);
+    return sum;
+  }
+  template <class A>
+  double weight_of_targets(const A* weights, const LossOptions& options) const {
+    double sum = 0;
+    for (int64_t k = 0; k < target.numel(); ++k) {
+      const int64_t y = loss.target[k];
+      if (y != options.ignore_index) sum += static_cast<double>(weights[y]);
+    }
+    return sum;
+  }
+};
+
+// The sizes of LossResults::kept, and the second half of it.
+c10::DimVector two_of(at::IntArrayRef sizes) {
+  c10::DimVector two(sizes.begin(), sizes.end());
+  two.insert(two.begin(), 2);
+  return two;
+}
+void* second_of(const at::Tensor& kept) {
+  return static_cast<char*>(kept.data_ptr()) + kept.nbytes() / 2;
+}
+
+// In an order that only their number decides.
+template <class A>
+double sum_of_rows(const A* losses, int64_t count) {
+  constexpr int64_t kSums = 8;
+  std::array<double, kSums> sums{};
+  int64_t k = 0;
+  for (; k + kSums <= count; k += kSums) {
+    for (int64_t j = 0; j < kSums; ++j) sums[j] += static_cast<double>(losses[k + j]);
+  }
+  for (; k < count; ++k) sums[0] += static_cast<double>(losses[k]);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+// A score of each element, by differentiable operators.
+at::Tensor scores_of(const at::Tensor& input, const LossOptions& options) {
+  at::Tensor z = input.to(at::toOpMathType(input.scalar_type()));
+  if (options.factor != 1) z = z * options.factor;
+  return options.softcap == 0 ? z : (z / options.softcap).tanh() * options.softcap;
+}
+
+}  // namespace
+
+void check_loss(const LossTensors& tensors, const LossOptions& options) {
+  const auto& [input, target, weight] = tensors;
+  TORCH_CHECK_NOT_IMPLEMENTED(is_kernel_output_dtype(input.scalar_type()), kFunction,
+                              "(): not implemented for an argument 'input' of dtype ",
+                              input.scalar_type(), "; expected Half, BFloat16, Float or Double");
+  TORCH_CHECK(target.scalar_type() == at::kLong, kFunction,
+              "(): expected argument 'target' to have dtype Long, but got ", target.scalar_type());
+  TORCH_CHECK(input.dim() > 0, kFunction,
+              "(): expected argument 'input' to have 1 dimension or more, but got 0");
+  check_storage(kFunction, "input", input);
+  check_device("target", target, input);
+  const int64_t dim = class_dim(input);
+  c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
+  const c10::SymInt classes = sizes[dim];
+  sizes.erase(sizes.begin() + dim);
+  TORCH_CHECK_VALUE(target.sym_sizes() == c10::SymIntArrayRef(sizes), kFunction,
+                    "(): Expected argument 'target' to have the size ", c10::SymIntArrayRef(sizes),
+                    " for an 'input' of the size ", input.sym_sizes(), ", but got ",
+                    target.sym_sizes());
+  if (weight) {
+    TORCH_CHECK(weight->dim() == 1 && weight->sym_size(0) == classes, kFunction,
+                "(): weight tensor should be defined either for all ", classes,
+                " classes or no classes but got weight tensor of shape: ", weight->sym_sizes());
+    TORCH_CHECK(weight->scalar_type() == input.scalar_type(), kFunction,
+                "(): expected scalar type ", input.scalar_type(), " but found ",
+                weight->scalar_type(), ": argument 'weight' must have the dtype of 'input'");
+    check_device("weight", *weight, input);
+  }
+  TORCH_CHECK(options.smoothing >= 0 && options.smoothing <= 1, kFunction,
+              "(): label_smoothing must be between 0.0 and 1.0. Got: ", options.smoothing);
+  TORCH_CHECK_VALUE(options.reduction >= 0 && options.reduction < at::Reduction::END, kFunction,
+                    "(): ", options.reduction, " is not a valid value for reduction");
+  TORCH_CHECK_VALUE(options.softcap >= 0 && std::isfinite(options.softcap), kFunction,
+                    "(): expected argument 'softcap' to be above 0 and finite, but got ",
+                    options.softcap);
+}
+
+LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, bool wants_lse) {
+  check_loss(tensors, options);
+  const at::Tensor& input = tensors.input;
+  const at::ScalarType wide = at::toOpMathType(input.scalar_type());
+  const Rows rows(input);
+  const Shape shape = to_shape(rows.tensor, rows.dim);
+  const Classes classes(tensors, options, shape.dim);
+  const at::IntArrayRef of_rows = tensors.target.sizes();
+  const auto empty_of = [&](at::IntArrayRef sizes) {
+    return empty(sizes, wide, input.device()).tensor;
+  };
+  at::Tensor row_loss = empty_of(of_rows);
+  LossResults results{at::Tensor(), empty_of(of_rows), empty_of(two_of(of_rows)),
+                      at::scalar_tensor(classes.total, at::TensorOptions().dtype(at::kDouble))};
+  if (input.numel() == 0) {
+    row_loss.zero_();
+    results.lse.fill_(-INFINITY);
+    results.kept.zero_();
+  } else {
+    LossForwardArgs args{rows.tensor.const_data_ptr(),
+                         to_dtype(input.scalar_type()),
+                         shape,
+                         contiguous_dims(shape),
+                         contiguous_strides(shape),
+                         classes.loss,
+                         row_loss.mutable_data_ptr(),
+                         results.lse.mutable_data_ptr(),
+                         results.kept.mutable_data_ptr(),
+                         second_of(results.kept),
+                         wants_lse};
+    find_strides({{&rows.tensor, &args.input_strides}}, rows.dim, args.dims);
+    cpu::kernels().launch_loss_forward(args, threads(shape));
+  }
+  if (options.reduction == at::Reduction::None) {
+    results.loss = row_loss.to(input.scalar_type());
+    return results;
+  }
+  double loss = wide == at::kDouble
+                    ? sum_of_rows(row_loss.const_data_ptr<double>(), row_loss.numel())
+                    : sum_of_rows(row_loss.const_data_ptr<float>(), row_loss.numel());
+  if (options.reduction == at::Reduction::Mean) loss /= classes.total;
+  results.loss = at::scalar_tensor(loss, input.options());
+  return results;
+}
+
+at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
+                         const LossTensors& tensors, const LossResults& results,
+                         const LossOptions& options) {
+  check_loss(tensors, options);
+  const at::Tensor& input = tensors.input;
+  const at::ScalarType wide = at::toOpMathType(input.scalar_type());
+  const bool is_reduced = options.reduction != at::Reduction::None;
+  const auto check = [&](const char* argument, const at::Tensor& tensor, at::ScalarType dtype,
+                         at::IntArrayRef sizes) {
+    TORCH_CHECK(tensor.scalar_type() == dtype, kFunction, "_backward(): expected scalar type ",
+                dtype, " but found ", tensor.scalar_type(), " for argument '", argument, "'");
+    TORCH_CHECK(tensor.sizes() == sizes, kFunction, "_backward(): Expected '", argument,
+                "' to have the size ", sizes, ", but got ", tensor.sizes());
+    check_device(argument, tensor, input);
+  };
+  const at::IntArrayRef of_rows = tensors.target.sizes();
+  check("grad_loss", grad_loss, input.scalar_type(), is_reduced ? at::IntArrayRef() : of_rows);
+  check("lse", results.lse, wide, of_rows);
+  check("kept", results.kept, wide, two_of(of_rows));
+  check("total", results.total, at::kDouble, {});
+  if (grad_lse.defined()) check("grad_lse", grad_lse, wide, of_rows);
+
+  const Rows rows(input);
+  const Shape shape = to_shape(rows.tensor, rows.dim);
+  const Classes classes(tensors, options, shape.dim);
+  const NewTensor grad_input = empty(rows.tensor.sizes(), input.scalar_type(), input.device());
+  if (input.numel() == 0) return rows.moved_back(grad_input.tensor);
+  const at::Tensor g = grad_loss.to(wide).contiguous(), lse = results.lse.contiguous();
+  const at::Tensor kept = results.kept.contiguous();
+  const at::Tensor g_lse = grad_lse.defined() ? grad_lse.contiguous() : at::Tensor();
+  LossBackwardArgs args{
+      rows.tensor.const_data_ptr(),
+      grad_input.tensor.mutable_data_ptr(),
+      to_dtype(input.scalar_type()),
+      shape,
+      contiguous_dims(shape),
+      contiguous_strides(shape),
+      contiguous_strides(shape),
+      grad_input.is_new,
+      classes.loss,
+      lse.const_data_ptr(),
+      kept.const_data_ptr(),
+      second_of(kept),
+      g.const_data_ptr(),
+      is_reduced ? 0 : 1,
+      options.reduction == at::Reduction::Mean ? 1 / *results.total.const_data_ptr<double>() : 1,
+      g_lse.defined() ? g_lse.const_data_ptr() : nullptr};
+  find_strides(
+      {{&rows.tensor, &args.input_strides}, {&grad_input.tensor, &args.grad_input_strides}},
+      rows.dim, args.dims);
+  cpu::kernels().launch_loss_backward(args, threads(shape));
+  return rows.moved_back(grad_input.tensor);
+}
+
+at::Tensor composed_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
+                                  const LossTensors& tensors, const LossOptions& options) {
+  const auto& [input, target, weight] = tensors;
+  const int64_t dim = class_dim(input);
+  const at::Tensor z = scores_of(input, options);
+  const auto zero = [&] { return at::scalar_tensor(0, z.options()); };
+  const at::Tensor counts = target != options.ignore_index;
+  const at::Tensor classes = at::where(counts, target, 0);
+  at::Tensor weights = weight ? weight->to(z.scalar_type()) : at::ones_like(z.select(dim, 0));
+  if (weight) weights = weights.index_select(0, classes.flatten()).view_as(target);
+  weights = at::where(counts, weights, zero());
+
+  at::Tensor g = grad_loss.to(z.scalar_type());
+  if (options.reduction == at::Reduction::Mean) g = g / weights.sum();
+  g = at::where(counts, g, zero());
+  const at::Tensor log_p = at::log_softmax(z, dim),
+                   of_target = g * weights * (1 - options.smoothing);
+  at::Tensor share = of_target;
+  at::Tensor dz = -at::zeros_like(z).scatter(dim, classes.unsqueeze(dim), of_target.unsqueeze(dim));
+  if (options.smoothing != 0) {
+    std::vector<int64_t> along(z.dim(), 1);
+    along[dim] = -1;
+    const at::Tensor each = g * (options.smoothing / static_cast<double>(z.size(dim)));
+    const at::Tensor of_all =
+        weight ? weight->to(z.scalar_type()).view(along) : at::ones_like(z.detach());
+    share = share + each * (weight ? of_all.sum() : of_all.sum(dim));
+    dz = dz - each.unsqueeze(dim) * of_all;
+  }
+  if (options.z_loss != 0) {
+    share = share + g * weights * (2 * options.z_loss) * z.logsumexp(dim);
+  }
+  if (grad_lse.defined()) share = share + grad_lse;
+  at::Tensor of_share = share.unsqueeze(dim) * log_p.exp();
+  if (!grad_lse.defined()) of_share = at::where(counts.unsqueeze(dim), of_share, zero());
+  dz = dz + of_share;
+  if (options.softcap != 0) dz = dz * (1 - (z / options.softcap).square());
+  if (options.factor != 1) dz = dz * options.factor;
+  return dz.to(input.scalar_type());
+}
+
+}  // namespace softmax_ext

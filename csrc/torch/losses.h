@@ -1,0 +1,53 @@
+// Cross-entropy of class indices by the kernels of the CPU, and its place in autograd's graph. What the
+// kernels do not take is composed of torch's functions, in softmax_ext/functional/losses.py.
+#pragma once
+
+#include <ATen/core/Reduction.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "softmax_ext/losses.h"
+
+namespace softmax_ext {
+
+struct LossTensors {
+  const at::Tensor& input;                  // (C), (N, C) or (N, C, ...)
+  const at::Tensor& target;                 // int64, of the input's shape without C
+  const std::optional<at::Tensor>& weight;  // (C), of the input's dtype
+};
+
+struct LossOptions {
+  int64_t reduction = at::Reduction::Mean;
+  int64_t ignore_index = -100;
+  double smoothing = 0, z_loss = 0, factor = 1, softcap = 0;
+};
+
+// Of a call: the loss, of the input's dtype; of the rows, of the type computed in, lse and, one behind the
+// other, what it is rounded off and the log-probability of the target; the sum of the weights of the targets,
+// a double, which a mean is divided by.
+struct LossResults {
+  at::Tensor loss, lse, kept, total;
+};
+
+// Raises unless these can be the arguments of a call, by all that shows without a look at values; sizes
+// may be symbolic.
+void check_loss(const LossTensors& tensors, const LossOptions& options);
+
+// By the kernels; each checks all that they rely on, also that targets are in range.
+LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, bool wants_lse);
+at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
+                         const LossTensors& tensors, const LossResults& results,
+                         const LossOptions& options);
+
+// The gradient by differentiable operators.
+at::Tensor composed_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
+                                  const LossTensors& tensors, const LossOptions& options);
+
+// With autograd, of tensors that kernels_take: loss, and lse if it is wanted.
+LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options, bool wants_lse);
+
+// Gives the node's Python object its name and attributes; once, at import.
+void add_loss_node_type();
+
+}  // namespace softmax_ext

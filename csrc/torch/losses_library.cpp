@@ -1,0 +1,233 @@
+// Cross-entropy in autograd's graph, and as the dispatcher knows it, torch.ops.softmax_ext: what a compiled
+// graph calls.
+#include <ATen/OpMathType.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include "losses.h"
+#include "node.h"
+#include "node_type.h"
+#include "tensors.h"
+#include "transforms.h"
+
+namespace softmax_ext {
+namespace {
+
+using Maybe = std::optional<at::Tensor>;
+using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+constexpr const char* kForward = "softmax_ext::cross_entropy";
+constexpr const char* kBackward = "softmax_ext::cross_entropy_backward";
+constexpr const char* kForwardSchema =
+    "softmax_ext::cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, "
+    "int ignore_index, float label_smoothing, float z_loss, float factor, float softcap, "
+    "bool wants_lse) -> (Tensor loss, Tensor lse, Tensor kept, Tensor total)";
+constexpr const char* kBackwardSchema =
+    "softmax_ext::cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor input, "
+    "Tensor target, Tensor? weight, Tensor lse, Tensor kept, Tensor total, int reduction, "
+    "int ignore_index, float label_smoothing, float z_loss, float factor, float softcap) -> Tensor";
+
+#define SOFTMAX_EXT_LOSS_OPTIONS                                                                 \
+  int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, double factor, \
+      double softcap
+
+Maybe if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? Maybe(tensor) : std::nullopt;
+}
+
+struct CrossEntropyGradient {
+  static constexpr const char* kName = "SoftmaxExtCrossEntropyBackward";
+  static constexpr std::array kSaved = {"self", "target", "weight", "lse", "kept", "total"};
+  static constexpr std::array kMembers = {"reduction", "ignore_index", "label_smoothing",
+                                          "z_loss",    "factor",       "softcap"};
+
+  int64_t reduction, ignore_index;
+  double label_smoothing, z_loss, factor, softcap;
+
+  LossOptions options() const {
+    return {reduction, ignore_index, label_smoothing, z_loss, factor, softcap};
+  }
+
+  torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
+                                            const std::array<at::Tensor, 6>& saved) const {
+    const at::Tensor grad_lse = grads.size() > 1 ? grads[1] : at::Tensor();
+    if (!grads[0].defined() && !grad_lse.defined()) return {at::Tensor()};
+    const auto& [input, target, saved_weight, lse, kept, total] = saved;
+    const Maybe weight = if_defined(saved_weight);
+    const at::Tensor grad_loss =
+        grads[0].defined() ? grads[0]
+        : reduction == at::Reduction::None
+            ? at::zeros_like(lse, lse.options().dtype(input.scalar_type()))
+            : at::zeros_like(total, total.options().dtype(input.scalar_type()));
+    const LossTensors tensors{input, target, weight};
+    const auto taken = [](const at::Tensor& tensor) {
+      return !tensor.defined() || kernels_take(tensor);
+    };
+    if (at::GradMode::is_enabled()) {
+      return {composed_loss_gradient(grad_loss, grad_lse, tensors, options())};
+    }
+    if (taken(grad_loss) && taken(grad_lse) && std::all_of(saved.begin(), saved.end(), taken)) {
+      return {loss_backward(grad_loss, grad_lse, tensors, {{}, lse, kept, total}, options())};
+    }
+    static const auto handle =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow(kBackward, "")
+            .typed<at::Tensor(const at::Tensor&, const Maybe&, const at::Tensor&, const at::Tensor&,
+                              const Maybe&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                              int64_t, int64_t, double, double, double, double)>();
+    return {handle.call(grad_loss, if_defined(grad_lse), input, target, weight, lse, kept, total,
+                        reduction, ignore_index, label_smoothing, z_loss, factor, softcap)};
+  }
+};
+
+auto members(CrossEntropyGradient& f) {
+  return std::tie(f.reduction, f.ignore_index, f.label_smoothing, f.z_loss, f.factor, f.softcap);
+}
+auto members(const CrossEntropyGradient& f) {
+  return std::tie(f.reduction, f.ignore_index, f.label_smoothing, f.z_loss, f.factor, f.softcap);
+}
+
+void record(const LossResults& results, const LossTensors& tensors, const LossOptions& options,
+            bool wants_lse) {
+  const auto& [input, target, weight] = tensors;
+  auto node =
+      make_node(torch::autograd::collect_next_edges(input),
+                CrossEntropyGradient{options.reduction, options.ignore_index, options.smoothing,
+                                     options.z_loss, options.factor, options.softcap});
+  auto* const saving = &*node;
+  if (wants_lse) {
+    torch::autograd::set_history(results.loss, node);
+    torch::autograd::set_history(results.lse, std::move(node));
+  } else {
+    torch::autograd::set_history(results.loss, std::move(node));
+  }
+  saving->save(0, input, /*is_output=*/false);
+  saving->save(1, target, /*is_output=*/false);
+  if (weight) saving->save(2, *weight, /*is_output=*/false);
+  saving->save(3, results.lse, /*is_output=*/wants_lse);
+  saving->save(4, results.kept, /*is_output=*/false);
+  saving->save(5, results.total, /*is_output=*/false);
+}
+
+void check_weight(const Maybe& weight) {
+  TORCH_CHECK(!weight || !weight->requires_grad() || !at::GradMode::is_enabled(),
+              "The function 'cross_entropy' is not differentiable with respect to argument "
+              "'weight'. This input cannot have requires_grad True.");
+}
+
+// ---- what the dispatcher has --------------------------------------------------------------------
+
+Four forward_kernel(const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
+                    SOFTMAX_EXT_LOSS_OPTIONS, bool wants_lse) {
+  const LossResults results =
+      loss_forward({input, target, weight},
+                   {reduction, ignore_index, label_smoothing, z_loss, factor, softcap}, wants_lse);
+  return {results.loss, results.lse, results.kept, results.total};
+}
+
+Four forward_meta(const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
+                  SOFTMAX_EXT_LOSS_OPTIONS, bool) {
+  check_loss({input, target, weight},
+             {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
+  const auto wide = input.options().dtype(at::toOpMathType(input.scalar_type()));
+  const auto of_rows = [&](const at::TensorOptions& options) {
+    return at::empty_symint(target.sym_sizes(), options);
+  };
+  const at::Tensor loss =
+      reduction == at::Reduction::None ? of_rows(input.options()) : at::empty({}, input.options());
+  c10::SymDimVector two(target.sym_sizes().begin(), target.sym_sizes().end());
+  two.insert(two.begin(), 2);
+  return {loss, of_rows(wide), at::empty_symint(two, wide),
+          at::empty({}, input.options().dtype(at::kDouble))};
+}
+
+Four forward_autograd(const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
+                      SOFTMAX_EXT_LOSS_OPTIONS, bool wants_lse) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!input._fw_grad(/*level=*/0).defined(), kForward,
+                              ": forward-mode differentiation is not implemented");
+  check_weight(weight);
+  LossResults results;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto handle =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow(kForward, "")
+            .typed<Four(const at::Tensor&, const at::Tensor&, const Maybe&, int64_t, int64_t,
+                        double, double, double, double, bool)>();
+    std::tie(results.loss, results.lse, results.kept, results.total) =
+        handle.call(input, target, weight, reduction, ignore_index, label_smoothing, z_loss, factor,
+                    softcap, wants_lse);
+  }
+  if (torch::autograd::compute_requires_grad(input)) {
+    record(results, {input, target, weight},
+           {reduction, ignore_index, label_smoothing, z_loss, factor, softcap}, wants_lse);
+  }
+  return {results.loss, results.lse, results.kept, results.total};
+}
+
+at::Tensor backward_kernel(const at::Tensor& grad_loss, const Maybe& grad_lse,
+                           const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
+                           const at::Tensor& lse, const at::Tensor& kept, const at::Tensor& total,
+                           SOFTMAX_EXT_LOSS_OPTIONS) {
+  return loss_backward(grad_loss, grad_lse.value_or(at::Tensor()), {input, target, weight},
+                       {{}, lse, kept, total},
+                       {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
+}
+
+at::Tensor backward_composed(const at::Tensor& grad_loss, const Maybe& grad_lse,
+                             const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
+                             const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                             SOFTMAX_EXT_LOSS_OPTIONS) {
+  return composed_loss_gradient(
+      grad_loss, grad_lse.value_or(at::Tensor()), {input, target, weight},
+      {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
+}
+
+at::Tensor backward_meta(const at::Tensor&, const Maybe&, const at::Tensor& input,
+                         const at::Tensor& target, const Maybe& weight, const at::Tensor&,
+                         const at::Tensor&, const at::Tensor&, SOFTMAX_EXT_LOSS_OPTIONS) {
+  check_loss({input, target, weight},
+             {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
+  return at::empty_symint(input.sym_sizes(), input.options());
+}
+
+}  // namespace
+
+LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options, bool wants_lse) {
+  SOFTMAX_EXT_RECORD(kForward, tensors.input, tensors.target);
+  check_weight(tensors.weight);
+  LossResults results;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    results = loss_forward(tensors, options, wants_lse);
+  }
+  if (torch::autograd::compute_requires_grad(tensors.input)) {
+    record(results, tensors, options, wants_lse);
+  }
+  return results;
+}
+
+void add_loss_node_type() { NodeType<CrossEntropyGradient>::add(); }
+
+TORCH_LIBRARY_FRAGMENT(softmax_ext, library) {
+  const auto define = [&](const char* schema) {
+    library.def(torch::schema(schema, c10::AliasAnalysisKind::FROM_SCHEMA),
+                {at::Tag::pt2_compliant_tag});
+  };
+  define(kForwardSchema);
+  library.impl(kForward, torch::dispatch(c10::DispatchKey::CPU, forward_kernel));
+  library.impl(kForward, torch::dispatch(c10::DispatchKey::Meta, forward_meta));
+  library.impl(kForward, torch::dispatch(c10::DispatchKey::Autograd, forward_autograd));
+  define(kBackwardSchema);
+  library.impl(kBackward, torch::dispatch(c10::DispatchKey::CPU, backward_kernel));
+  library.impl(kBackward, torch::dispatch(c10::DispatchKey::Meta, backward_meta));
+  library.impl(kBackward, torch::dispatch(c10::DispatchKey::FuncTorchBatched, backward_composed));
+  library.impl(kBackward, torch::dispatch(c10::DispatchKey::Batched, backward_composed));
+}
+
+}  // namespace softmax_ext

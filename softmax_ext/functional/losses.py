@@ -1,0 +1,285 @@
+"""Cross-entropy in one pass over the logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.nn._reduction import get_enum, legacy_get_string
+from torch.overrides import handle_torch_function, has_torch_function
+from typing_extensions import Literal
+
+from softmax_ext._loader import load
+
+_C = load()
+
+__all__ = ["cross_entropy"]
+
+_INDICES = (torch.int64, torch.int32, torch.uint8)
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class _Options(NamedTuple):
+    """What the operators take behind the tensors."""
+
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    factor: float
+    softcap: float
+
+
+def _number(name: str, argument: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        kind = type(value).__name__
+        raise TypeError(f"{name}(): argument '{argument}' must be float, not {kind}")
+    return float(value)
+
+
+def _factor(name: str, temperature: float | None) -> float:
+    if temperature is None:
+        return 1.0
+    temperature = _number(name, "temperature", temperature)
+    if not temperature > 0 or math.isinf(temperature):
+        raise ValueError(
+            f"{name}(): expected argument 'temperature' to be above 0 and finite, "
+            f"but got {temperature}"
+        )
+    return 1.0 / temperature
+
+
+def _softcap(name: str, softcap: float | None) -> float:
+    if softcap is None:
+        return 0.0
+    softcap = _number(name, "softcap", softcap)
+    if not softcap > 0 or math.isinf(softcap):
+        raise ValueError(
+            f"{name}(): expected argument 'softcap' to be above 0 and finite, but got {softcap}"
+        )
+    return softcap
+
+
+def _is_for_kernels(input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> bool:
+    """Whether these are class indices as the kernels take them, by dtypes and shapes.
+
+    What else there is, torch's function computes or refuses.
+    """
+    dim = 1 if input.dim() > 1 else 0
+    return (
+        input.dtype in _FLOATING
+        and target.dtype in _INDICES
+        and input.dim() > 0
+        and input.size(dim) > 0
+        and target.shape == input.shape[:dim] + input.shape[dim + 1 :]
+        and 0.0 <= options.label_smoothing <= 1.0
+        and (
+            weight is None
+            or (
+                weight.dtype == input.dtype
+                and weight.shape == (input.size(dim),)
+                and not weight.requires_grad
+            )
+        )
+    )
+
+
+def _composed(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: _Options, wants_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss and lse by torch's functions, with what torch has of devices, transforms and errors."""
+    dim = 1 if input.dim() > 1 else 0
+    z = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    if weight is not None and weight.dtype == input.dtype:
+        weight = weight.to(z.dtype)
+    if options.factor != 1.0:
+        z = z * options.factor
+    if options.softcap:
+        z = options.softcap * torch.tanh(z / options.softcap)
+    reduction = ("none", "mean", "sum")[options.reduction]
+    loss = F.cross_entropy(
+        z,
+        target,
+        weight,
+        ignore_index=options.ignore_index,
+        reduction=reduction,
+        label_smoothing=options.label_smoothing,
+    )
+    lse = torch.logsumexp(z, dim) if wants_lse or options.z_loss else None
+    if options.z_loss and lse is not None:
+        if target.is_floating_point():
+            counts = torch.ones_like(lse)
+        else:
+            is_counted = target != options.ignore_index
+            counts = is_counted.to(lse.dtype)
+            if weight is not None:
+                counts = counts * weight[torch.where(is_counted, target, 0).long()]
+        of_rows = options.z_loss * torch.where(counts != 0, lse, 0.0).square() * counts
+        if reduction == "none":
+            loss = loss + of_rows
+        else:
+            loss = loss + of_rows.sum() / (counts.sum() if reduction == "mean" else 1)
+    if not torch.is_autocast_enabled(input.device.type):
+        loss = loss.to(input.dtype)
+    return loss, lse if wants_lse else None
+
+
+def _loss_and_lse(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: _Options, wants_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    for_kernels = _is_for_kernels(input, target, weight, options)
+    if target.dtype == torch.int32:
+        target = target.long()
+    if not for_kernels:
+        return _composed(input, target, weight, options, wants_lse)
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        # As torch's: in float32.
+        with torch.autocast(device, enabled=False):
+            if input.dtype in (torch.float16, torch.bfloat16):
+                input = input.float()
+                weight = None if weight is None else weight.float()
+            return _loss_and_lse(input, target, weight, options, wants_lse)
+    target = target.long()
+    if is_dynamo_compiling():
+        if device == "cpu":
+            operator = torch.ops.softmax_ext.cross_entropy
+            loss, lse, _, _ = operator(input, target, weight, *options, wants_lse)
+            return loss, lse if wants_lse else None
+    else:
+        result = _C.cross_entropy(input, target, weight, *options, wants_lse)
+        if result is not None:
+            return result if wants_lse else (result, None)  # type: ignore[return-value]
+    return _composed(input, target, weight, options, wants_lse)
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    temperature: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    temperature: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Cross-entropy of logits and targets, with torch's arguments, values, gradients and errors.
+
+    On the CPU, class indices are computed by kernels: forward reads each logit once, backward reads
+    it once and writes its gradient, and nothing of the logits' size is kept between them. Sums are in
+    float32 (float64 for float64), and a loss of 16 bits is rounded once. The result has the same bits
+    for any number of threads. Rows with the target `ignore_index` are not read; their gradient is 0,
+    whatever they hold. Class probabilities, other devices than the CPU, and transforms of torch.func
+    are composed of torch's functions.
+
+    Args:
+        input: logits of the shape (C), (N, C) or (N, C, d1, ...), float16, bfloat16, float32 or
+            float64. The classes need not be side by side, and slices are read where they lie.
+        target: class indices (int64, int32 or uint8) of the input's shape without C, or class
+            probabilities of the input's shape and a floating dtype.
+        weight: of the shape (C) and the input's dtype: a factor of each class.
+        size_average, reduce: deprecated by torch, see `reduction`.
+        ignore_index: a target that leaves its row out.
+        reduction: ``"none"``: a loss a row; ``"mean"``: their sum, divided by the sum of the weights
+            of the targets (of probabilities: by the number of rows); ``"sum"``.
+        label_smoothing: the share, in [0, 1], of the targets that is spread over all classes.
+        z_loss: adds z_loss * logsumexp(z)**2 to the loss of each row that counts, with the weight of
+            its target.
+        softcap: the logits become softcap * tanh(logits / softcap).
+        temperature: the logits are divided by it first.
+        return_lse: also gives the logsumexp of each row, which has a gradient of its own.
+
+    Returns:
+        The loss, of the input's dtype (float32 under autocast); with `return_lse` the tuple of it and
+        the logsumexp of each row, of the target's shape for indices, as float32 (float64 for
+        float64).
+
+    Raises:
+        ValueError: shapes do not go together; `reduction` is none of the three; `softcap` or
+            `temperature` is not above 0.
+        IndexError: a target is neither `ignore_index` nor in [0, C).
+        TypeError: an argument is of the wrong type.
+        RuntimeError: what else torch.nn.functional.cross_entropy refuses, with its message.
+
+    Source: torch.nn.functional.cross_entropy; z_loss: Chowdhery et al., "PaLM", arXiv 2204.02311;
+    softcap: Gemma Team, "Gemma 2", arXiv 2408.00118.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> cross_entropy(logits, torch.tensor([0, 2]))
+        tensor(0.7531)
+        >>> cross_entropy(logits, torch.tensor([0, -100]), reduction="none", return_lse=True)
+        (tensor([0.4076, 0.0000]), tensor([2.4076, 1.0986]))
+    """
+    tensors = (input, target, weight)
+    if has_torch_function(tensors):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            cross_entropy,
+            tensors,
+            input,
+            target,
+            weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            temperature=temperature,
+            return_lse=return_lse,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = legacy_get_string(size_average, reduce)
+    name = "cross_entropy"
+    options = _Options(
+        get_enum(reduction),
+        ignore_index,
+        label_smoothing,
+        0.0 if z_loss == 0.0 else _number(name, "z_loss", z_loss),
+        _factor(name, temperature),
+        _softcap(name, softcap),
+    )
+    loss, lse = _loss_and_lse(input, target, weight, options, return_lse)
+    return (loss, lse) if lse is not None else loss
