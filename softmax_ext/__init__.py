@@ -24,11 +24,12 @@ from softmax_ext.functional import (
     softmin_,
 )
 from softmax_ext.memory import MemoryStats, empty_cache, memory_stats
-from softmax_ext.modules import LogSoftmax, Softmax, Softmax2d, Softmin
+from softmax_ext.modules import CrossEntropyLoss, LogSoftmax, Softmax, Softmax2d, Softmin
 from softmax_ext.switch import disable, enable, enabled, is_enabled
 
 __all__ = [
     "BuildInfo",
+    "CrossEntropyLoss",
     "Explanation",
     "LogSoftmax",
     "MemoryStats",

@@ -13,11 +13,51 @@
 namespace softmax_ext::cpu {
 namespace {
 
-// What is summed of the scores of a row, lane by lane, or of a row in each lane.
+// The sum of exp(z - max): what the largest elements add, 1 each, and all others. Where a row is sure of one
+// class, the others are what its loss and gradient are made of, and beside a 1 they would be lost.
+template <class S>
+struct ExpSum {
+  S ones, others;
+};
+
+template <class V>
+SOFTMAX_EXT_INLINE ExpSum<V> operator+(ExpSum<V> a, ExpSum<V> b) {
+  return {a.ones + b.ones, a.others + b.others};
+}
+
+// Of z - max.
+template <class V>
+SOFTMAX_EXT_INLINE ExpSum<V> exp_sum_of(V below_max) {
+  const typename V::Raw zero{}, one = V(1).raw;
+  const V e = exp_of_nonpositive(below_max);
+  const auto is_max = below_max.raw == zero;
+  return {V(is_max ? one : zero), V(is_max ? zero : e.raw)};
+}
+
+// The sum for a larger max.
+template <class V>
+SOFTMAX_EXT_INLINE ExpSum<ExactSum<V>> rescaled(ExpSum<ExactSum<V>> sum, V old_max, V max) {
+  const typename V::Raw zero{};
+  const auto is_same = old_max.raw == max.raw;
+  const V ones = sum.ones.sum;
+  sum.others.add(V(is_same ? zero : ones.raw));
+  sum.others.scale(exp_of_nonpositive(old_max - shift_of(max)));
+  return {V(is_same ? ones.raw : zero), sum.others};
+}
+
+// log(ones + others) and what it is rounded off.
+template <class V>
+SOFTMAX_EXT_INLINE V log_of(V ones, ExactSum<V> others, V* rest) {
+  V rest_of_sum;
+  const V sum = sum_of(ones, others.sum, &rest_of_sum);
+  return log_of(sum, zero_if_nan(rest_of_sum + others.rest), rest);
+}
+
+// What is summed of the scores of a row, lane by lane.
 template <class V>
 struct LossSums {
   static constexpr int kSize = V::kSize;
-  V exp;     // of exp(z - shift)
+  ExpSum<V> exp;
   V score;   // of w (z - shift)
   V weight;  // of w
 
@@ -28,14 +68,19 @@ struct LossSums {
 
 // What a chunk of a long row adds to it.
 struct LossState {
-  double max, sum;
+  double max;
+  ExpSum<double> exp;
   double score;  // of w z
 };
 
 SOFTMAX_EXT_INLINE LossState combine(LossState a, LossState b) {
-  const OnlineState<double> state =
-      softmax_ext::combine(OnlineState<double>{a.max, a.sum}, OnlineState<double>{b.max, b.sum});
-  return {state.max, state.sum, a.score + b.score};
+  const double max = softmax_ext::max_of(a.max, b.max);
+  const auto rescaled = [=](const LossState& state) SOFTMAX_EXT_LAMBDA -> ExpSum<double> {
+    if (state.max == max) return state.exp;
+    return {0.0, (state.exp.ones + state.exp.others) * exp_of_difference(state.max, max)};
+  };
+  const ExpSum<double> x = rescaled(a), y = rescaled(b);
+  return {max, {x.ones + y.ones, x.others + y.others}, a.score + b.score};
 }
 
 // The sums of n scores from z on, which are those of classes from `first` on.
@@ -43,23 +88,28 @@ template <bool kGeneral, class E, class A = compute_t<E>>
 SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, const E* z, int64_t first, int64_t n,
                                             A max) {
   using V = Vec<A>;
-  const V zero(A(0));
+  const V shift = shift_of(V(max)), zero(A(0));
+  const LossSums<V> none{{zero, zero}, zero, zero};
   if constexpr (kGeneral) {
     if (loss.smoothing != 0) {
-      const V shift = shift_of(V(max));
       const A fill = shift.raw[0];
       return fold(
-          n, LossSums<V>{zero, zero, zero},
+          n, none,
           [=](LossSums<V> sums, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-            const V e = exp_of_nonpositive(load(z + i, lanes, kLowest<A>) - shift);
             const V w = weights_of<A>(loss, first + i, lanes);
-            return sums + LossSums<V>{e, w * (load(z + i, lanes, fill) - shift), w};
+            return sums + LossSums<V>{exp_sum_of(load(z + i, lanes, kLowest<A>) - shift),
+                                      w * (load(z + i, lanes, fill) - shift), w};
           },
           Add{});
     }
   }
-  A* const nowhere = nullptr;
-  return {lane_sum_of_exp<false>(z, nowhere, n, max), zero, zero};
+  return fold(
+      n, none,
+      [=](LossSums<V> sums, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+        sums.exp = sums.exp + exp_sum_of(load(z + i, lanes, kLowest<A>) - shift);
+        return sums;
+      },
+      Add{});
 }
 
 // Stores what is known of `count` rows from `row` on, `next` apart, each in its lane: log_sum is that of
@@ -67,13 +117,15 @@ SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, const E* z, int64_
 // sum(w (z - shift)).
 template <bool kGeneral, class A>
 SOFTMAX_EXT_INLINE void store_losses(const LossForwardArgs& args, int64_t row, int64_t next,
-                                     int64_t count, const Targets<A>& targets, Vec<A> shift,
+                                     int64_t count, const Targets<A>& targets, Vec<A> max,
                                      Vec<A> log_sum, Vec<A> log_rest, Vec<A> of_target,
                                      Vec<A> score) {
   using V = Vec<A>;
   const Loss& of = args.loss;
+  const V shift = shift_of(max), lowest(kLowest<A>);
   V rest;
-  const V lse = sum_of(shift, log_sum, &rest);
+  V lse = sum_of(shift, log_sum, &rest);
+  lse = max.raw == lowest.raw ? max.raw : lse.raw;
   rest = zero_if_nan(rest + log_rest);
   const V log_p = (of_target - lse) - rest;
   V loss = -log_p, smooth(A(0));
@@ -146,8 +198,8 @@ void loss_of_short_rows(const LossForwardArgs& args, const Few<const T>& x,
       return x[r];
     }
   };
-  V lanes[V::kSize];
-  alignas(64) A maxes[V::kSize] = {}, scores[V::kSize] = {};
+  V lanes[V::kSize], ones_of_lanes[V::kSize];
+  alignas(64) A maxes[V::kSize] = {}, ones[V::kSize] = {}, scores[V::kSize] = {};
   for (int64_t r = 0; r < count; ++r) {
     if constexpr (kGeneral) {
       A* const z = scratch + r * apart;
@@ -161,17 +213,18 @@ void loss_of_short_rows(const LossForwardArgs& args, const Few<const T>& x,
   max_over_lanes(lanes, count, maxes);
   for (int64_t r = 0; r < count; ++r) {
     const auto sums = sums_of<kGeneral>(args.loss, scores_of(r), 0, dim, maxes[r]);
-    lanes[r] = sums.exp;
+    lanes[r] = sums.exp.others;
+    ones_of_lanes[r] = sums.exp.ones;
     if (kGeneral && args.loss.smoothing != 0) scores[r] = sum_over_lanes(sums.score);
   }
-  const ExactSum<V> sum = exact_sum_over_lanes(lanes, count);
+  sum_over_lanes(ones_of_lanes, count, ones);
   V log_rest;
-  const V log_sum = log_of(sum.sum, sum.rest, &log_rest);
+  const V log_sum = log_of(load(ones, All{}, A(0)), exact_sum_over_lanes(lanes, count), &log_rest);
   const Targets<A> targets(args.loss, target.first, target.next, count);
   const V of_target = scores_of_targets<kGeneral, T>(
       args.loss, targets, count, [&](int64_t r) SOFTMAX_EXT_LAMBDA { return x[r]; });
-  store_losses<kGeneral>(args, row, target.next, count, targets, shift_of(load(maxes, All{}, A(0))),
-                         log_sum, log_rest, of_target, load(scores, All{}, A(0)));
+  store_losses<kGeneral>(args, row, target.next, count, targets, load(maxes, All{}, A(0)), log_sum,
+                         log_rest, of_target, load(scores, All{}, A(0)));
 }
 
 template <bool kGeneral, class T>
@@ -201,7 +254,8 @@ void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
           const A max = max_over_lanes(lane_max(z, n));
           const auto sums = sums_of<kGeneral>(args.loss, z, i, n, max);
           const double shift = shift_by(static_cast<double>(max));
-          return LossState{max, exact_sum_over_lanes(sums.exp),
+          return LossState{max,
+                           {sum_over_lanes(sums.exp.ones), exact_sum_over_lanes(sums.exp.others)},
                            sum_over_lanes(sums.score) + shift * sum_over_lanes(sums.weight)};
         };
         if constexpr (kGeneral) {
@@ -222,11 +276,13 @@ void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
         const Targets<A> targets(args.loss, target, 1, 1);
         const V of_target = scores_of_targets<kGeneral, T>(
             args.loss, targets, 1, [&](int64_t) SOFTMAX_EXT_LAMBDA { return input[row]; });
-        const A sum = static_cast<A>(of_row.sum);
+        const A others = static_cast<A>(of_row.exp.others);
+        const A rest_of_others = static_cast<A>(of_row.exp.others - others);
         V log_rest;
-        const V log_sum = log_of(V(sum), V(static_cast<A>(of_row.sum - sum)), &log_rest);
+        const V log_sum = log_of(V(static_cast<A>(of_row.exp.ones)),
+                                 ExactSum<V>(V(others), V(rest_of_others)), &log_rest);
         const double shift = shift_by(of_row.max);
-        store_losses<kGeneral>(args, row, 1, 1, targets, V(static_cast<A>(shift)), log_sum,
+        store_losses<kGeneral>(args, row, 1, 1, targets, V(static_cast<A>(of_row.max)), log_sum,
                                log_rest, of_target,
                                V(static_cast<A>(of_row.score - shift * args.loss.weight_sum)));
       });
@@ -244,7 +300,7 @@ void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
   const bool is_smooth = kGeneral && args.loss.smoothing != 0;
   struct Columns {
     V max{kLowest<A>}, of_target{A(0)}, score{A(0)};
-    ExactSum<V> sum{V(A(0)), V(A(0))};
+    ExpSum<ExactSum<V>> exp{V(A(0)), V(A(0))};
   };
   for_each_tile<A>(args.shape, threads, [&](int64_t slice, int64_t column, int64_t width) {
     const T* const tile = input[slice] + column;
@@ -276,16 +332,18 @@ void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
         const Targets<A> targets(args.loss, target + v * kSize, 1,
                                  std::min<int64_t>(kSize, width - v * kSize));
         const V shift = shift_of(maxes[v]);
-        V sum(A(0)), of_target = state.of_target;
+        ExpSum<V> sum{V(A(0)), V(A(0))};
+        V of_target = state.of_target;
         if (is_smooth) state.score = state.score + so_far * (shift_of(state.max) - shift);
         for (int64_t d = begin; d < end; ++d) {
           const V z = load(scores + (d - begin) * kTile<A> + v * kSize, All{}, A(0));
           of_target = targets.if_is(d, z, of_target);
-          sum = sum + exp_of_nonpositive(z - shift);
+          sum = sum + exp_sum_of(z - shift);
           if (is_smooth) state.score = state.score + V(weight_of<A>(args.loss, d)) * (z - shift);
         }
-        state.sum.scale(exp_of_nonpositive(state.max - shift));
-        state.sum.add(sum);
+        state.exp = rescaled(state.exp, state.max, maxes[v]);
+        state.exp.ones.add(sum.ones);
+        state.exp.others.add(sum.others);
         state.max = maxes[v];
         state.of_target = of_target;
       }
@@ -299,9 +357,9 @@ void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
       const int64_t c = v * kSize, count = std::min<int64_t>(kSize, width - c);
       const Columns& state = columns[v];
       V log_rest;
-      const V log_sum = log_of(state.sum.sum, state.sum.rest, &log_rest);
+      const V log_sum = log_of(state.exp.ones.sum, state.exp.others, &log_rest);
       store_losses<kGeneral>(args, row + c, 1, count, Targets<A>(args.loss, target + c, 1, count),
-                             shift_of(state.max), log_sum, log_rest, state.of_target, state.score);
+                             state.max, log_sum, log_rest, state.of_target, state.score);
     }
   });
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn._reduction import get_enum, legacy_get_string
 from torch.overrides import handle_torch_function, has_torch_function
-from typing_extensions import Literal
 
 from softmax_ext._loader import load
 
@@ -64,7 +63,9 @@ def _softcap(name: str, softcap: float | None) -> float:
     return softcap
 
 
-def _is_for_kernels(input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> bool:
+def _is_for_kernels(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: _Options
+) -> bool:
     """Whether these are class indices as the kernels take them, by dtypes and shapes.
 
     What else there is, torch's function computes or refuses.
@@ -153,7 +154,7 @@ def _loss_and_lse(
     else:
         result = _C.cross_entropy(input, target, weight, *options, wants_lse)
         if result is not None:
-            return result if wants_lse else (result, None)  # type: ignore[return-value]
+            return result if wants_lse else (result, None)
     return _composed(input, target, weight, options, wants_lse)
 
 
@@ -207,11 +208,11 @@ def cross_entropy(
     r"""Cross-entropy of logits and targets, with torch's arguments, values, gradients and errors.
 
     On the CPU, class indices are computed by kernels: forward reads each logit once, backward reads
-    it once and writes its gradient, and nothing of the logits' size is kept between them. Sums are in
-    float32 (float64 for float64), and a loss of 16 bits is rounded once. The result has the same bits
-    for any number of threads. Rows with the target `ignore_index` are not read; their gradient is 0,
-    whatever they hold. Class probabilities, other devices than the CPU, and transforms of torch.func
-    are composed of torch's functions.
+    it once and writes its gradient, and nothing of the logits' size is kept between them. Sums are
+    in float32 (float64 for float64), and a loss of 16 bits is rounded once. The result has the same
+    bits for any number of threads. Rows with the target `ignore_index` are not read; their gradient
+    is 0, whatever they hold. Class probabilities, other devices than the CPU, and transforms of
+    torch.func are composed of torch's functions.
 
     Args:
         input: logits of the shape (C), (N, C) or (N, C, d1, ...), float16, bfloat16, float32 or
@@ -221,18 +222,18 @@ def cross_entropy(
         weight: of the shape (C) and the input's dtype: a factor of each class.
         size_average, reduce: deprecated by torch, see `reduction`.
         ignore_index: a target that leaves its row out.
-        reduction: ``"none"``: a loss a row; ``"mean"``: their sum, divided by the sum of the weights
-            of the targets (of probabilities: by the number of rows); ``"sum"``.
+        reduction: ``"none"``: a loss a row; ``"sum"``; ``"mean"``: their sum, divided by the sum of
+            the weights of the targets (of probabilities: by the number of rows).
         label_smoothing: the share, in [0, 1], of the targets that is spread over all classes.
-        z_loss: adds z_loss * logsumexp(z)**2 to the loss of each row that counts, with the weight of
-            its target.
+        z_loss: adds z_loss * logsumexp(z)**2 to the loss of each row that counts, with the weight
+            of its target.
         softcap: the logits become softcap * tanh(logits / softcap).
         temperature: the logits are divided by it first.
         return_lse: also gives the logsumexp of each row, which has a gradient of its own.
 
     Returns:
-        The loss, of the input's dtype (float32 under autocast); with `return_lse` the tuple of it and
-        the logsumexp of each row, of the target's shape for indices, as float32 (float64 for
+        The loss, of the input's dtype (float32 under autocast); with `return_lse` the tuple of it
+        and the logsumexp of each row, of the input's shape without C, as float32 (float64 for
         float64).
 
     Raises:
@@ -254,8 +255,8 @@ def cross_entropy(
     """
     tensors = (input, target, weight)
     if has_torch_function(tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
-            cross_entropy,
+        return handle_torch_function(
+            cross_entropy,  # type: ignore[arg-type]
             tensors,
             input,
             target,
