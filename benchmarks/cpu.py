@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import softmax_ext
-from benchmarks import scores_cpu_cases, segments_cpu_cases
+from benchmarks import losses_cpu_cases, scores_cpu_cases, segments_cpu_cases
 from benchmarks.common import (
     DTYPES,
     OPS,
@@ -44,7 +44,7 @@ from benchmarks.scores_cpu_cases import FRESH, ScoresCase
 from benchmarks.softmax_cpu_cases import LAYOUTS, MODES, SETS, Case
 
 OPTIONAL = ("compile", "onnxruntime")
-PEERS = ("torch", "contiguous", *OPTIONAL, *segments_cpu_cases.PEERS)
+PEERS = ("torch", "contiguous", *OPTIONAL, *segments_cpu_cases.PEERS, "plain")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ def contenders(case: Case, peers: Iterable[str]) -> dict[str, Run]:
         return case.runs()
     if isinstance(case, segments_cpu_cases.SegmentCase):
         return segments_cpu_cases.contenders(case)
+    if isinstance(case, losses_cpu_cases.LossCase):
+        return losses_cpu_cases.contenders(case)
     shape, dim, mode, dtype = case.shape, case.dim, case.mode, DTYPES[case.dtype]
     torch.manual_seed(0)
     strided, grad = (in_dtype(LAYOUTS[case.layout](shape), dtype) for _ in range(2))
@@ -200,15 +202,17 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks cpu", description=__doc__)
     threads = sorted({1, torch.get_num_threads()})
     parser.add_argument("--threads", type=int, nargs="+", default=threads)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: all; of scores two")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, help="default: all; of scores and losses two"
+    )
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--modes", nargs="+", choices=MODES)
     parser.add_argument(
         "--set",
-        choices=[*SETS, "scores", "segments"],
+        choices=[*SETS, "scores", "segments", "losses"],
         default="shapes",
         help="columns: inner 2 to 64; scores: with arguments, in the modes forward and both; "
-        "segments: segment_softmax, without `out`",
+        "segments: segment_softmax, without `out`; losses: cross_entropy, as scores",
     )
     parser.add_argument("--shapes", nargs="+", help="only these, as 4096x16", default=[])
     parser.add_argument("--peers", nargs="+", choices=OPTIONAL, default=[], help="beside torch")
@@ -219,13 +223,13 @@ def arguments() -> argparse.Namespace:
         "--at-least", type=float, help="fail if a speed-up over torch (segments: any) is below this"
     )
     options = parser.parse_args()
-    of_scores = options.set == "scores"
+    of_scores = options.set in ("scores", "losses")
     options.dtypes = options.dtypes or (["float32", "bfloat16"] if of_scores else list(DTYPES))
     options.modes = options.modes or (
         ["forward", "both"] if of_scores else ["forward", "out", "backward"]
     )
     if of_scores and not set(options.modes) <= {"forward", "both"}:
-        parser.error("--set scores has the modes forward and both")
+        parser.error(f"--set {options.set} has the modes forward and both")
     return options
 
 
@@ -351,7 +355,7 @@ def keep_freed_memory(with_large: bool) -> None:
 
 def main() -> int:
     options = arguments()
-    if options.set != "shapes":
+    if options.set not in ("shapes", "losses"):
         keep_freed_memory(with_large=options.set in ("scores", "segments"))
     for peer in options.peers:
         if peer == "onnxruntime" and not all(
@@ -361,6 +365,8 @@ def main() -> int:
             return 2
     if options.set == "scores":
         cases = scores_cpu_cases.cases(options.threads, options.dtypes, options.modes)
+    elif options.set == "losses":
+        cases = losses_cpu_cases.cases(options.threads, options.dtypes, options.modes)
     elif options.set == "segments":
         cases = segments_cpu_cases.cases(
             options.threads, options.dtypes, options.ops, options.modes
@@ -395,7 +401,7 @@ def main() -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         head = {"machine": machine(), "summary": list(summary(results))}
         options.json.write_text(as_json(head, "results", map(asdict, results)))
-        if importlib.util.find_spec("matplotlib") and options.set != "segments":
+        if importlib.util.find_spec("matplotlib") and options.set not in ("segments", "losses"):
             plot(results, options.json.with_suffix(".png"))
     least = min(
         result.speedup[peer]

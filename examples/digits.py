@@ -1,8 +1,8 @@
-"""Handwritten digits, learned twice: with torch's softmax and log_softmax, then with softmax_ext's.
+"""Handwritten digits, learned twice: by torch's softmax and cross-entropy, then by softmax_ext's.
 
 The classifier reads an image row by row, as eight tokens, through one layer of attention (softmax)
-and learns by cross entropy (log_softmax). Both trainings start from one seed and see the same
-batches, so both must go the same way: if they do not, the program says so and exits with status 1.
+and learns by cross-entropy. Both trainings start from one seed and see the same batches, so both
+must go the same way: if they do not, the program says so and exits with status 1.
 Then it times both implementations, turn and turn about, and draws all of it as a PNG.
 """
 
@@ -44,10 +44,18 @@ class Implementation(NamedTuple):
     name: str
     softmax: Callable[..., Tensor]
     log_softmax: Callable[..., Tensor]
+    cross_entropy: type[nn.CrossEntropyLoss]
 
 
-TORCH = Implementation("torch", torch.nn.functional.softmax, torch.nn.functional.log_softmax)
-OURS = Implementation("softmax_ext", softmax_ext.softmax, softmax_ext.log_softmax)
+TORCH = Implementation(
+    "torch",
+    torch.nn.functional.softmax,
+    torch.nn.functional.log_softmax,
+    nn.CrossEntropyLoss,
+)
+OURS = Implementation(
+    "softmax_ext", softmax_ext.softmax, softmax_ext.log_softmax, softmax_ext.CrossEntropyLoss
+)
 
 
 class Digits(NamedTuple):
@@ -118,6 +126,8 @@ def train(implementation: Implementation, digits: Digits, epochs: int, seed: int
     torch.manual_seed(seed)
     device = digits.train_x.device
     model = RowReader(implementation).to(device)
+    cross_entropy = implementation.cross_entropy()
+    cross_entropy = implementation.cross_entropy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     losses: list[float] = []
     accuracies: list[float] = []
@@ -127,8 +137,7 @@ def train(implementation: Implementation, digits: Digits, epochs: int, seed: int
         total = torch.zeros((), device=device)
         for batch in torch.randperm(len(digits.train_x)).to(device).split(BATCH):
             optimizer.zero_grad()
-            log_probabilities = implementation.log_softmax(model(digits.train_x[batch]), dim=-1)
-            loss = nn.functional.nll_loss(log_probabilities, digits.train_y[batch])
+            loss = cross_entropy(model(digits.train_x[batch]), digits.train_y[batch])
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(batch)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
@@ -39,6 +40,8 @@ ENTRIES = (
     "scores",
     "scores in place",
     "scores' backward operator",
+    "cross-entropy",
+    "cross-entropy's backward operator",
 )
 
 
@@ -159,6 +162,43 @@ def run(entry: str, op: str, tensors: list[torch.Tensor], dim: int, dtype: Any) 
             ),
             lambda: backward_by_torch(to, -1),
         )
+    if entry.startswith("cross-entropy"):
+        options = (-100, 0.1, 0.0, 1.0, 0.0)
+
+        def of_rows(tensor: torch.Tensor) -> torch.Tensor:
+            """Of the shape that it leaves without the classes."""
+            classes = min(1, tensor.dim() - 1)
+            if classes < 0 or tensor.size(classes):
+                return tensor.select(classes, 0) if tensor.dim() else tensor
+            return tensor.new_zeros(tensor.shape[:classes] + tensor.shape[classes + 1 :])
+
+        def target() -> torch.Tensor:
+            if y.dtype != torch.int64 and not is_whole(y):
+                raise RuntimeError  # torch's own cast would read what is not there
+            return of_rows(y).long()
+
+        def loss_by_torch(x: torch.Tensor, reduction: str) -> torch.Tensor:
+            kwargs = {"reduction": reduction, "label_smoothing": 0.1}
+            return F.cross_entropy(x.double(), target(), **kwargs)
+
+        def backward() -> Any:
+            right = torch.zeros(of_rows(x).shape, dtype=torch.int64)
+            _, *kept = ops.cross_entropy(x, right, None, 0, *options, False)
+            grad = of_rows(y).to(x.dtype) if is_whole(y) else of_rows(y)
+            return ops.cross_entropy_backward(grad, None, x, right, None, *kept, 0, *options)
+
+        def backward_of_torchs_loss() -> Any:
+            leaf = x.detach().double().requires_grad_()
+            right = torch.zeros(of_rows(x).shape, dtype=torch.int64)
+            loss = F.cross_entropy(leaf, right, reduction="none", label_smoothing=0.1)
+            return torch.autograd.grad(loss, leaf, of_rows(y).double())[0].to(x.dtype)
+
+        if entry == "cross-entropy":
+            return (
+                lambda: ops.cross_entropy(x, target(), None, 1, *options, False)[0],
+                lambda: loss_by_torch(x, "mean").to(x.dtype),
+            )
+        return backward, backward_of_torchs_loss
     if entry == "function":
         return lambda: OURS[op](x, dim, dtype=dtype), lambda: TORCH[op](x, dim, dtype=dtype)
     if entry == "out":

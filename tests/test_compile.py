@@ -392,7 +392,8 @@ def test_opcheck(
 
 
 def test_every_registered_operator_is_checked() -> None:
-    """Those of scores by test_scores_transforms.py, of segments by test_segments_backward.py."""
+    """Those of scores by test_scores_transforms.py, of segments by test_segments_backward.py, of
+    losses by test_losses.py."""
     names = {
         schema.name
         for schema in torch._C._jit_get_all_schemas()
@@ -401,7 +402,9 @@ def test_every_registered_operator_is_checked() -> None:
     of_softmax = {f"{op}{end}" for op in OPS for end in ("", "_backward")}
     of_scores = {f"score_softmax{end}" for end in ("", "_backward", "_by_torch")}
     of_segments = {f"segment_{op}{end}" for op in (*OPS, "logsumexp") for end in ("", "_backward")}
-    assert names == {f"softmax_ext::{name}" for name in of_softmax | of_scores | of_segments}
+    of_losses = {f"cross_entropy{end}" for end in ("", "_backward")}
+    of_all = of_softmax | of_scores | of_segments | of_losses
+    assert names == {f"softmax_ext::{name}" for name in of_all}
 
 
 @pytest.mark.parametrize("op", OPS)

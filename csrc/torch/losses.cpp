@@ -230,28 +230,38 @@ LossResults loss_forward(const LossTensors& tensors, const LossOptions& options,
   return results;
 }
 
-at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
+void check_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
                          const LossTensors& tensors, const LossResults& results,
                          const LossOptions& options) {
   check_loss(tensors, options);
   const at::Tensor& input = tensors.input;
   const at::ScalarType wide = at::toOpMathType(input.scalar_type());
-  const bool is_reduced = options.reduction != at::Reduction::None;
   const auto check = [&](const char* argument, const at::Tensor& tensor, at::ScalarType dtype,
-                         at::IntArrayRef sizes) {
+                         c10::SymIntArrayRef sizes) {
     TORCH_CHECK(tensor.scalar_type() == dtype, kFunction, "_backward(): expected scalar type ",
                 dtype, " but found ", tensor.scalar_type(), " for argument '", argument, "'");
-    TORCH_CHECK(tensor.sizes() == sizes, kFunction, "_backward(): Expected '", argument,
-                "' to have the size ", sizes, ", but got ", tensor.sizes());
+    TORCH_SYM_CHECK(sym_equals(tensor.sym_sizes(), sizes), kFunction, "_backward(): Expected '",
+                    argument, "' to have the size ", sizes, ", but got ", tensor.sym_sizes());
     check_device(argument, tensor, input);
   };
-  const at::IntArrayRef of_rows = tensors.target.sizes();
-  check("grad_loss", grad_loss, input.scalar_type(), is_reduced ? at::IntArrayRef() : of_rows);
+  const c10::SymIntArrayRef none, of_rows = tensors.target.sym_sizes();
+  c10::SymDimVector two(of_rows.begin(), of_rows.end());
+  two.insert(two.begin(), 2);
+  check("grad_loss", grad_loss, input.scalar_type(),
+        options.reduction == at::Reduction::None ? of_rows : none);
   check("lse", results.lse, wide, of_rows);
-  check("kept", results.kept, wide, two_of(of_rows));
-  check("total", results.total, at::kDouble, {});
+  check("kept", results.kept, wide, two);
+  check("total", results.total, at::kDouble, none);
   if (grad_lse.defined()) check("grad_lse", grad_lse, wide, of_rows);
+}
 
+at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
+                         const LossTensors& tensors, const LossResults& results,
+                         const LossOptions& options) {
+  check_loss_gradient(grad_loss, grad_lse, tensors, results, options);
+  const at::Tensor& input = tensors.input;
+  const at::ScalarType wide = at::toOpMathType(input.scalar_type());
+  const bool is_reduced = options.reduction != at::Reduction::None;
   const Rows rows(input);
   const Shape shape = to_shape(rows.tensor, rows.dim);
   const Classes classes(tensors, options, shape.dim);

@@ -34,6 +34,11 @@ struct LossResults {
 // may be symbolic.
 void check_loss(const LossTensors& tensors, const LossOptions& options);
 
+// The same of a gradient's call.
+void check_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
+                         const LossTensors& tensors, const LossResults& results,
+                         const LossOptions& options);
+
 // By the kernels; each checks all that they rely on, also that targets are in range.
 LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, bool wants_lse);
 at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse,

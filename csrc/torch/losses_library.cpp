@@ -188,11 +188,13 @@ at::Tensor backward_composed(const at::Tensor& grad_loss, const Maybe& grad_lse,
       {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
 }
 
-at::Tensor backward_meta(const at::Tensor&, const Maybe&, const at::Tensor& input,
-                         const at::Tensor& target, const Maybe& weight, const at::Tensor&,
-                         const at::Tensor&, const at::Tensor&, SOFTMAX_EXT_LOSS_OPTIONS) {
-  check_loss({input, target, weight},
-             {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
+at::Tensor backward_meta(const at::Tensor& grad_loss, const Maybe& grad_lse,
+                         const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
+                         const at::Tensor& lse, const at::Tensor& kept, const at::Tensor& total,
+                         SOFTMAX_EXT_LOSS_OPTIONS) {
+  check_loss_gradient(grad_loss, grad_lse.value_or(at::Tensor()), {input, target, weight},
+                      {{}, lse, kept, total},
+                      {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
   return at::empty_symint(input.sym_sizes(), input.options());
 }
 
