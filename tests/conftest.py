@@ -39,8 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--simt-lanes",
-        default="o2",
-        help="builds of the host executor to run the CUDA kernels in: o2,asan,tsan,debug",
+        default="o1",
+        help="builds of the host executor to run the CUDA kernels in: o1,asan,tsan,debug",
     )
     parser.addoption(
         "--simt-seed",

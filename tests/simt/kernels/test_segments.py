@@ -127,7 +127,7 @@ def test_bits_of_a_segment(
     """They depend on its length, values and dtype alone: not on the columns beside it, on the other
     segments, which change what a warp takes, on where it lies, and on the device."""
     if segments.lane in SANITIZERS:
-        pytest.skip("sanitizers: a test of values, run in the o2 lane")
+        pytest.skip("sanitizers: a test of values, run in the o1 lane")
     width = VECTOR_BYTES // dtype.itemsize
     order = segments.orders[-1:]
     for length in (1, 3, 8, 31, 70, CHUNK, 257, 1024, 1025, 5000):
@@ -228,7 +228,7 @@ def test_infinities_and_nan(
 ) -> None:
     """Segment by segment as torch's function of a row."""
     if segments.lane in SANITIZERS:
-        pytest.skip("sanitizers: a test of values, run in the o2 lane")
+        pytest.skip("sanitizers: a test of values, run in the o1 lane")
     inf, nan = math.inf, math.nan
     rows = [
         [-inf],
