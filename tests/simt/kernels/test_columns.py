@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from host import Host
+from host import Host, Instance
 from kernel_cases import (
     CLUSTER,
     COLUMN_SCHEDULES,
@@ -36,7 +36,8 @@ from tolerances import assert_close_to_reference, assert_gradient_close, referen
 DIMS = [1, 2, 31, 32, 33, 64, 65, 97, 512, 513, 1000, 1024, 1025, 4097, 8192, 8193, 20000]
 
 
-Column = tuple[int, str, str, int, int]  # dim, schedule, device, inner size, elements off
+# Dim, schedule, device, inner size, elements off, the kernel.
+Column = tuple[int, str, str, int, int, object]
 
 
 def ways_of_columns(host: Host, types: Types, dims: list[int]) -> Iterator[Column]:
@@ -46,18 +47,20 @@ def ways_of_columns(host: Host, types: Types, dims: list[int]) -> Iterator[Colum
         for device in ("H100", "A100") if dim < 4000 else ("H100", OLD):
             if dim > 4000 and inner > types.width and device != "H100":
                 continue
-            how = {"schedule": schedule, "device": device}
-            shape = (2, dim, inner)
-            if host.plan(types.direction, shape, types.load, types.store, **how).blocks > 0:
-                for offset in (0, 1) if inner <= types.width else (0,):
-                    yield dim, schedule, device, inner, offset
+            for offset in (0, 1) if inner <= types.width else (0,):
+                how = {"schedule": schedule, "device": device}
+                how["load_offset"] = offset * types.load.itemsize
+                shape = (2, dim, inner)
+                plan = host.plan(types.direction, shape, types.load, types.store, **how)
+                if plan.blocks > 0:
+                    yield dim, schedule, device, inner, offset, Instance.of_plan(plan)
 
 
 @ops
 @all_types(NATIVE)
 def test_bits_of_a_column_depend_on_dim_alone(host: Host, types: Types, op: str) -> None:
     """Not on the inner size, on the schedule and the device, on how many blocks share it, on what
-    lies beside it, nor on alignment: of these every two together."""
+    lies beside it, nor on alignment: of these and the kernels every two together."""
     # Of long columns test_long_columns is enough under sanitizers.
     dims = DIMS if host.lane not in SANITIZERS else DIMS[: DIMS.index(1025)]
     ways = all_pairs(list(ways_of_columns(host, types, dims)))
@@ -68,7 +71,7 @@ def test_bits_of_a_column_depend_on_dim_alone(host: Host, types: Types, op: str)
         )
         given = [torch.cat([x, x.flip(0)], 2) for x in sensitive_inputs(types, op, 2, dim)]
         results = {}
-        for _, schedule, device, inner, offset in (way for way in ways if way[0] == dim):
+        for _, schedule, device, inner, offset, _ in (way for way in ways if way[0] == dim):
             wide = [torch.randn(2, dim, inner).to(types.load) for _ in given]
             for x, y in zip(wide, given, strict=True):
                 x[:, :, -2:] = y
