@@ -39,8 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption(
         "--simt-lanes",
-        default="o2",
-        help="builds of the host executor to run the CUDA kernels in: o2,asan,tsan,debug",
+        default="o1",
+        help="builds of the host executor to run the CUDA kernels in: o1,asan,tsan,debug",
     )
     parser.addoption(
         "--simt-seed",
@@ -119,6 +119,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     why = {item: why_not(item) for item in items}
     items[:] = [item for item in items if why[item] is None]
+    # What else is built for the host executor would wait for the kernels, which come first.
+    items.sort(key=lambda item: item.path.parent.name == "simt")
     summaries = config.stash.setdefault(SUMMARIES, [])
     for reason, number in Counter(filter(None, why.values())).items():
         summaries.append((f"not run: {number} tests {reason}", ""))

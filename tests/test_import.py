@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_threads_and_isa import run
 from torch.profiler import ProfilerActivity, profile
 
 import softmax_ext
 from softmax_ext import _loader
+from softmax_ext._in_graph import in_graph
+from softmax_ext.functional import scores
 
 FITTING = {"version": "1.0", "torch": "2.13.0+cpu", "cuda": None, "architectures": None}
 
@@ -155,6 +158,21 @@ def test_what_the_library_refuses_itself_is_no_fault_of_the_build(package_copy):
     (package_copy / "_C.py").write_text("raise ImportError('NAME is \"x\"; it can be: y')")
     result = import_copy(package_copy.parent)
     assert result.stderr.endswith('ImportError: NAME is "x"; it can be: y\n')
+
+
+def test_it_does_not_import_dynamo():
+    """Which takes longer than torch."""
+    process = run("import softmax_ext, sys; sys.exit('torch._dynamo' in sys.modules)")
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("function", [scores._above_0, in_graph(lambda x: x)])
+def test_dynamo_knows_what_to_have_in_a_graph(function):
+    import torch._dynamo
+
+    assert torch._dynamo.trace_rules.is_callable_allowed(function)
+    later = in_graph(lambda x: x)
+    assert torch._dynamo.trace_rules.is_callable_allowed(later)
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "softmin"])

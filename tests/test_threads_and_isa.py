@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -138,31 +139,44 @@ def test_instruction_set(isa: str, tmp_path: Path) -> None:
             raise AssertionError(f"{where}: {error}") from error
 
 
-IMPORT = "import softmax_ext; print(softmax_ext.build_info().cpu_isa)"
+IMPORTS = """
+import json, os, sys, torch
+for os.environ[sys.argv[1]] in sys.argv[2:]:
+    if os.fork() == 0:
+        try:
+            import softmax_ext
+            print(json.dumps(softmax_ext.build_info().cpu_isa), flush=True)
+        except ImportError as error:
+            print(json.dumps(f"ImportError: {error}"), flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
 
-@pytest.mark.parametrize("isa", ["sse9", "AVX2 ", "", "none"])
-def test_unknown_instruction_set(isa: str) -> None:
-    process = run(IMPORT, **{VARIABLE: isa})
-    if isa == "":  # empty counts as not set
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.strip() in softmax_ext.build_info().cpu_isas
-        return
-    assert process.returncode != 0
-    assert VARIABLE in process.stderr
-    assert isa in process.stderr
-    assert "pip install" not in process.stderr  # a build is not what it lacks
+def imports(variable: str, values: Iterable[str]) -> dict[str, str]:
+    """What the import ends with for each value of an environment variable: the error, or the
+    instruction set that is used. In children of one process that has imported torch."""
+    values = list(values)
+    process = run(IMPORTS, variable, *values)
+    assert process.stderr == ""
+    assert "pip install" not in process.stdout  # a build is not what it lacks
+    return dict(zip(values, map(json.loads, process.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_instruction_set_that_this_cpu_lacks(isa: str) -> None:
-    if isa in softmax_ext.build_info().cpu_isas:
-        pytest.skip(f"this CPU has {isa}")
-    process = run(IMPORT, **{VARIABLE: isa})
-    assert process.returncode != 0
-    assert VARIABLE in process.stderr
-    assert isa in process.stderr
-    assert "pip install" not in process.stderr  # a build is not what it lacks
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_instruction_sets_by_name() -> None:
+    """One that is unknown, or that this CPU or the build lacks, is an error that names it; an empty
+    name counts as none, and the fastest that is usable is the default."""
+    usable = softmax_ext.build_info().cpu_isas
+    ends = imports(VARIABLE, ["sse9", "AVX2 ", "none", "", *ISAS])
+    assert ends.pop("") == max(usable, key=ISAS.index)
+    for name, end in ends.items():
+        if name in usable:
+            assert end == name
+        else:
+            assert end.startswith("ImportError: ")
+            assert VARIABLE in end
+            assert name in end
 
 
 def test_build_info() -> None:
@@ -180,12 +194,6 @@ def test_build_info() -> None:
     assert info.version == softmax_ext.__version__
     release = info.torch.split("+")[0].split(".")[:2]
     assert release == torch.__version__.split("+")[0].split(".")[:2]
-
-
-def test_default_is_the_fastest_usable() -> None:
-    usable = softmax_ext.build_info().cpu_isas
-    process = run(IMPORT, **{VARIABLE: ""})
-    assert process.stdout.strip() == max(usable, key=ISAS.index)
 
 
 FORK = """

@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 from typing_extensions import Unpack
 
+from softmax_ext._in_graph import in_graph
 from softmax_ext._loader import load
 
 _C = load()
@@ -214,7 +215,7 @@ def _inverse(name: str, temperature: Any, rows: _Rows) -> tuple[Tensor | None, f
     return rows.to_last(checked.double().reciprocal()), 1.0
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@in_graph
 def _above_0(tensor: Tensor, message: str) -> Tensor:
     """The tensor itself. Values that cannot be read at no cost, those of a graph or of another
     device, are asserted where they are computed."""
@@ -376,7 +377,7 @@ def is_of_kernels(input: Tensor) -> bool:
     )
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+@in_graph
 def _by_torch(*arguments: Any) -> Tensor:
     """Such that a program that is exported has the operators of torch that it is composed of."""
     composed = torch.ops.softmax_ext.score_softmax_by_torch.default
@@ -388,7 +389,7 @@ def _by_torch(*arguments: Any) -> Tensor:
 def _computed(name: str, input: Tensor, dtype: torch.dtype | None, arguments: _Arguments) -> Tensor:
     call = (OPS[name], input, dtype, *arguments)
     if torch.compiler._is_exporting_flag:
-        return _by_torch(*call)  # type: ignore[no-any-return]
+        return _by_torch(*call)
     if is_dynamo_compiling():
         operators = torch.ops.softmax_ext
         of_kernels = is_of_kernels(input)

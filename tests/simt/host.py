@@ -373,7 +373,7 @@ def main() -> None:
     parser.add_argument("shape", help="outer x dim x inner: 8x4097x1")
     parser.add_argument("--store", help="the dtype of what is written, if another")
     parser.add_argument("--device", choices=DEVICES, default="H100")
-    parser.add_argument("--lane", choices=LANES, default="o2")
+    parser.add_argument("--lane", choices=LANES, default="o1")
     parser.add_argument("--seed", type=int, default=0, help="of the values and the thread orders")
     options = parser.parse_args()
     torch.manual_seed(options.seed)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "build" / "simt"
 
 LANES = {
-    "o2": ["-O2", "-g1", "--coverage"],
+    "o1": ["-O1", "-g1", "--coverage"],
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-g1", "-fsanitize=thread"],
     "debug": ["-O0", "-g3"],

@@ -39,7 +39,7 @@ def program(lane: str) -> Path:
 
 @functools.cache
 def counts() -> tempfile.TemporaryDirectory[str]:
-    """Where the o2 lane's counts of lines go, which nobody reads."""
+    """Where the o1 lane's counts of lines go, which nobody reads."""
     return tempfile.TemporaryDirectory()
 
 
@@ -78,7 +78,7 @@ LAUNCHES += ["launch_cluster_unasked"]
 TOYS = re.findall(r"^    \{\"(\w+)\", \w+", SOURCE.read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("lane", ["o2", "asan", "tsan", "ucontext"], indirect=True)
+@pytest.mark.parametrize("lane", ["o1", "asan", "tsan", "ucontext"], indirect=True)
 @pytest.mark.parametrize("toy", TOYS)
 def test_correct_kernels_are_right_in_every_order(toy: str, lane: str) -> None:
     seeds, resident = ([0], [1]) if toy in LAUNCHES else ([0, 1, 2], [1, 3])
@@ -96,7 +96,7 @@ def test_correct_kernels_are_right_in_every_order(toy: str, lane: str) -> None:
 
 
 def test_all_toys_are_known() -> None:
-    listed = run("o2").stdout.split("\n")
+    listed = run("o1").stdout.split("\n")
     assert {line.split()[0] for line in listed if line} == set(TOYS) and len(TOYS) > 40
 
 
@@ -133,7 +133,7 @@ SEEDS = (0, 1, 2, 3)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("toy", WRONG)
 def test_defects_give_wrong_results(toy: str, order: str) -> None:
-    found = results("o2", toy, "planted", order=order, seed=",".join(map(str, SEEDS)))
+    found = results("o1", toy, "planted", order=order, seed=",".join(map(str, SEEDS)))
     assert found == ["wrong" if order in WRONG[toy] else "right"] * len(SEEDS)
 
 
@@ -143,12 +143,12 @@ def test_defects_give_wrong_results(toy: str, order: str) -> None:
     ("order", "wrong"), [("forward", 0), ("reverse", len(SEEDS)), ("random", 1), ("greedy", 1)]
 )
 def test_missing_barrier_after_a_broadcast(order: str, wrong: int) -> None:
-    found = results("o2", "broadcast", "planted", order=order, seed=",".join(map(str, SEEDS)))
+    found = results("o1", "broadcast", "planted", order=order, seed=",".join(map(str, SEEDS)))
     assert len(found) == len(SEEDS)
     assert found.count("wrong") >= wrong if wrong else "wrong" not in found
 
 
-@pytest.mark.parametrize("lane", ["o2", "asan", "tsan", "ucontext"], indirect=True)
+@pytest.mark.parametrize("lane", ["o1", "asan", "tsan", "ucontext"], indirect=True)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("toy", ["static_poison", "dynamic_poison"])
 def test_unwritten_shared_memory_is_nan_in_every_block(toy: str, order: str, lane: str) -> None:
@@ -470,7 +470,7 @@ def cases(*tables: tuple[str, tuple[str, ...], list[Report]]) -> list[object]:
 @pytest.mark.parametrize(
     ("lane", "report", "order"),
     cases(
-        ("o2", ORDERS, REPORTS + LAUNCHES_OUT_OF_RANGE),
+        ("o1", ORDERS, REPORTS + LAUNCHES_OUT_OF_RANGE),
         ("asan", ("forward",), REPORTS + LAUNCHES_OUT_OF_RANGE),
         ("asan", ORDERS, MEMORY_ERRORS),
         ("tsan", ("forward",), REPORTS + LAUNCHES_OUT_OF_RANGE),
@@ -484,7 +484,7 @@ def test_defects_are_reported(lane: str, report: Report, order: str) -> None:
 
 def test_each_planted_defect_has_its_test() -> None:
     tested = {report.toy for report in REPORTS + LAUNCHES_OUT_OF_RANGE + MEMORY_ERRORS + RACES}
-    planted = re.findall(r"^(\w+) planted$", run("o2").stdout, re.MULTILINE)
+    planted = re.findall(r"^(\w+) planted$", run("o1").stdout, re.MULTILINE)
     assert set(planted) == tested | WRONG.keys()
 
 
@@ -534,7 +534,7 @@ def nearest_even(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def test_half_types_convert_as_cuda_does(dtype: torch.dtype) -> None:
     given = hard_to_round(dtype)
     output = subprocess.run(
-        [str(program("o2")), "convert", str(dtype).removeprefix("torch.")],
+        [str(program("o1")), "convert", str(dtype).removeprefix("torch.")],
         input=given.numpy().tobytes(),
         capture_output=True,
         check=True,

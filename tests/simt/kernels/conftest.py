@@ -1,7 +1,7 @@
 """Every schedule of the CUDA kernels, forward and backward, run on the host executor.
 
 `host` is the executor as built in one lane. It takes each case through the project's own plan and
-launchers, for the device that the case names, and in the o2 lane in four thread orders that have to
+launchers, for the device that the case names, and in the o1 lane in four thread orders that have to
 give the same bits. Most tests name the schedule that is to run, and all say what its plan is, so
 that a change of the plan cannot take a kernel out of their reach; test_what_ran.py looks back at
 what all of them together have run.
@@ -13,7 +13,7 @@ import pytest
 from kernel_cases import SANITIZERS, Types, has_the_accesses_of_another
 
 FOLDER = Path(__file__).parent
-# What these tests show is in the values, which are those of the o2 lane.
+# What these tests show is in the values, which are those of the o1 lane.
 OF_VALUES = (
     "test_bits_do_not_depend_on_how_a_row_is_run",
     "test_bits_of_long_rows",
@@ -52,7 +52,7 @@ def only_what_moves_memory_under_sanitizers(request: pytest.FixtureRequest) -> N
     name = request.node.originalname
     casts = name in OF_CASTS and types.load != types.store
     if name in OF_VALUES and not casts:
-        pytest.skip("sanitizers: a test of values, run in the o2 lane")
+        pytest.skip("sanitizers: a test of values, run in the o1 lane")
     way = parameters.get("way")
     if (
         request.getfixturevalue("host").lane == "tsan"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from host import Host
+from host import Host, Instance
 from kernel_cases import (
     BLOCK_CHUNKS,
     CLUSTER,
@@ -28,6 +28,7 @@ from kernel_cases import (
     sensitive_inputs,
     takes_no,
 )
+from pairwise import all_pairs
 from plans import DEVICES
 from special_rows import ROWS
 from tolerances import assert_close_to_reference, assert_gradient_close, reference
@@ -81,6 +82,9 @@ def places(types: Types, dim: int) -> Iterator[tuple[str, str, Place]]:
         yield "warp", NEW, Place(outer=outer, row=(outer - 1, 0))
 
 
+Row = tuple[int, str, str, Place, object]  # dim, schedule, device, where it lies, the kernel
+
+
 def sizes(types: Types) -> list[int]:
     """Of a row: around a vector, a vector of each lane, a chunk, some of them, and 32 chunks, whose
     states are one for each lane."""
@@ -92,34 +96,44 @@ def sizes(types: Types) -> list[int]:
     return [*of_vectors, *of_warps, *of_chunks, *of_blocks]
 
 
+def ways_of_rows(host: Host, types: Types, dims: list[int]) -> Iterator[Row]:
+    for dim in dims:
+        for schedule, device, place in places(types, dim):
+            how = {"schedule": schedule, "device": device, **place.how(types)}
+            shape = (place.outer, dim, place.inner)
+            plan = host.plan(types.direction, shape, types.load, types.store, **how)
+            if plan.blocks == 0:
+                assert takes_no(schedule, device, types, dim), (dim, schedule, device, place)
+            else:
+                yield dim, schedule, device, place, Instance.of_plan(plan)
+
+
 @ops
 @all_types(NATIVE)
 def test_bits_do_not_depend_on_how_a_row_is_run(host: Host, types: Types, op: str) -> None:
-    """Whatever the schedule, the device, the batch and the alignment: the same."""
-    for dim in sizes(types):
-        same_bits_everywhere(host, types, op, dim)
+    """Whatever the schedule, the device, the batch and the alignment: the same. Of these, the
+    sizes and the kernels every two together."""
+    dims = sizes(types)
+    ways = all_pairs(list(ways_of_rows(host, types, dims)))
+    for dim in dims:
+        same_bits(host, types, op, [way for way in ways if way[0] == dim])
 
 
-def same_bits_everywhere(host: Host, types: Types, op: str, dim: int) -> None:
-    chunks = types.chunks(dim)
+def same_bits(host: Host, types: Types, op: str, ways: list[Row]) -> None:
+    """Of rows of one size."""
+    dim = ways[0][0]
     inputs = sensitive_inputs(types, op, 1, dim)
     results = {}
-    schedules = set()
-    for schedule, device, place in places(types, dim):
+    for _, schedule, device, place, _ in ways:
         how = {"schedule": schedule, "device": device, **place.how(types)}
-        if chunks > 1 and schedule in ("packed", "warp"):
-            continue
         given = [place.around(x.flatten()) for x in inputs]
         result = launch(host, types, op, given, orders=host.orders[:1], **how)
-        if result.plan.blocks == 0:
-            assert takes_no(schedule, device, types, dim), (dim, schedule, device, place)
-            continue
+        assert result.plan.schedule == schedule
         name = f"{schedule}, {device}, {place}, of {dim}"
         results[name] = result.tensor[place.row[0], :, place.row[1]]
-        schedules.add(schedule)
     assert_same_bits(results)
     expected = {schedule for schedule in ROW_SCHEDULES if not takes_no(schedule, NEW, types, dim)}
-    assert schedules == expected
+    assert {schedule for _, schedule, *_ in ways} == expected
     one = next(iter(results.values())).view(1, dim, 1)
     if types.direction == "forward":
         assert_close_to_reference(one, op, inputs[0], 1, types.store)
@@ -133,7 +147,7 @@ def same_bits_everywhere(host: Host, types: Types, op: str, dim: int) -> None:
 def test_bits_of_long_rows(host: Host, chunks: int, types: Types, op: str) -> None:
     """Several chunks a lane; several a warp of a cluster; more than but the grid takes.
     float64 has the shortest chunks."""
-    same_bits_everywhere(host, types, op, chunks * types.chunk - 1)
+    same_bits(host, types, op, list(ways_of_rows(host, types, [chunks * types.chunk - 1])))
 
 
 @ops

@@ -1,10 +1,11 @@
 """The columns schedule, and the bits of columns in it and in slabs."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
-from host import Host
+from host import Host, Instance
 from kernel_cases import (
     CLUSTER,
     COLUMN_SCHEDULES,
@@ -25,6 +26,7 @@ from kernel_cases import (
     sensitive_inputs,
     steps_of,
 )
+from pairwise import all_pairs
 from plans import DEVICES
 from special_rows import INF, ROWS
 from tolerances import assert_close_to_reference, assert_gradient_close, reference
@@ -34,36 +36,52 @@ from tolerances import assert_close_to_reference, assert_gradient_close, referen
 DIMS = [1, 2, 31, 32, 33, 64, 65, 97, 512, 513, 1000, 1024, 1025, 4097, 8192, 8193, 20000]
 
 
+# Dim, schedule, device, inner size, elements off, the kernel.
+Column = tuple[int, str, str, int, int, object]
+
+
+def ways_of_columns(host: Host, types: Types, dims: list[int]) -> Iterator[Column]:
+    """All that there are; of long columns beside many others only those of clusters."""
+    inners = {2, 3, max(2, types.width // 2), types.width, 2 * types.width, 33}
+    for dim, schedule, inner in itertools.product(dims, COLUMN_SCHEDULES, sorted(inners)):
+        for device in ("H100", "A100") if dim < 4000 else ("H100", OLD):
+            if dim > 4000 and inner > types.width and device != "H100":
+                continue
+            for offset in (0, 1) if inner <= types.width else (0,):
+                how = {"schedule": schedule, "device": device}
+                how["load_offset"] = offset * types.load.itemsize
+                shape = (2, dim, inner)
+                plan = host.plan(types.direction, shape, types.load, types.store, **how)
+                if plan.blocks > 0:
+                    yield dim, schedule, device, inner, offset, Instance.of_plan(plan)
+
+
 @ops
 @all_types(NATIVE)
 def test_bits_of_a_column_depend_on_dim_alone(host: Host, types: Types, op: str) -> None:
     """Not on the inner size, on the schedule and the device, on how many blocks share it, on what
-    lies beside it, nor on alignment."""
+    lies beside it, nor on alignment: of these and the kernels every two together."""
     # Of long columns test_long_columns is enough under sanitizers.
-    for dim in DIMS if host.lane not in SANITIZERS else DIMS[: DIMS.index(1025)]:
+    dims = DIMS if host.lane not in SANITIZERS else DIMS[: DIMS.index(1025)]
+    ways = all_pairs(list(ways_of_columns(host, types, dims)))
+    for dim in dims:
+        packed = parts_of(dim) <= LIMITS["PackedParts"] * WARP
+        assert {schedule for of, schedule, *_ in ways if of == dim} == (
+            {"packed", "columns"} if packed else {"columns"}
+        )
         given = [torch.cat([x, x.flip(0)], 2) for x in sensitive_inputs(types, op, 2, dim)]
         results = {}
-        holds = set()
-        inners = (2, 3, types.width // 2, types.width, 2 * types.width, 33)
-        devices = ("H100", "A100") if dim < 4000 else ("H100", OLD)
-        for schedule, device, inner in itertools.product(COLUMN_SCHEDULES, devices, set(inners)):
-            if inner < 2 or (dim > 4000 and inner > types.width and device != "H100"):
-                continue
-            for offset in (0, 1) if inner <= types.width else (0,):
-                wide = [torch.randn(2, dim, inner).to(types.load) for _ in given]
-                for x, y in zip(wide, given, strict=True):
-                    x[:, :, -2:] = y
-                bytes = offset * types.load.itemsize
-                how = {"schedule": schedule, "device": device, "load_offset": bytes}
-                result = launch(host, types, op, wide, orders=host.orders[-1:], **how)
-                if result.plan.blocks > 0:
-                    name = f"{schedule}, {device}, {inner} columns, offset {offset}, of {dim}"
-                    results[name] = result.tensor[:, :, -2:]
-                    holds.add((schedule, result.plan.hold, result.plan.team > 1))
+        for _, schedule, device, inner, offset, _ in (way for way in ways if way[0] == dim):
+            wide = [torch.randn(2, dim, inner).to(types.load) for _ in given]
+            for x, y in zip(wide, given, strict=True):
+                x[:, :, -2:] = y
+            bytes = offset * types.load.itemsize
+            how = {"schedule": schedule, "device": device, "load_offset": bytes}
+            result = launch(host, types, op, wide, orders=host.orders[-1:], **how)
+            assert result.plan.schedule == schedule
+            name = f"{schedule}, {device}, {inner} columns, offset {offset}, of {dim}"
+            results[name] = result.tensor[:, :, -2:]
         assert_same_bits(results)
-        assert {schedule for schedule, _, _ in holds} == (
-            {"packed", "columns"} if parts_of(dim) <= LIMITS["PackedParts"] * WARP else {"columns"}
-        )
         one = next(iter(results.values()))
         if types.direction == "forward":
             assert_close_to_reference(one, op, given[0], 1, types.store)

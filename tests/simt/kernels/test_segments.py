@@ -8,6 +8,7 @@ import pytest
 import torch
 from host import Host
 from kernel_cases import SANITIZERS, VECTOR_BYTES, assert_same_bits
+from pairwise import all_pairs
 from segment_reference import assert_close, assert_gradient_close, by_loop, pointers
 from segments_host import Result, SegmentsHost
 from tolerances import FLOATING
@@ -125,21 +126,27 @@ def test_bits_of_a_segment(
     segments: SegmentsHost, op: str, direction: str, dtype: torch.dtype
 ) -> None:
     """They depend on its length, values and dtype alone: not on the columns beside it, on the other
-    segments, which change what a warp takes, on where it lies, and on the device."""
+    segments, which change what a warp takes, on where it lies, and on the device: of these every
+    two together."""
     if segments.lane in SANITIZERS:
-        pytest.skip("sanitizers: a test of values, run in the o2 lane")
+        pytest.skip("sanitizers: a test of values, run in the o1 lane")
     width = VECTOR_BYTES // dtype.itemsize
     order = segments.orders[-1:]
-    for length in (1, 3, 8, 31, 70, CHUNK, 257, 1024, 1025, 5000):
+    ways = [
+        (length, heads, beside, device)
+        for length, heads, beside, device in itertools.product(
+            (1, 3, 8, 31, 70, CHUNK, 257, 1024, 1025, 5000),
+            (1, 3, width, 8 * width),
+            ("none", "empty", "longer"),
+            ("4 SMs, 9.0", "H100"),
+        )
+        if length <= 1000 or (heads <= width and device != "H100")
+    ]
+    for length, of_length in itertools.groupby(all_pairs(ways), lambda way: way[0]):
         x = values(1, length, 1, dtype=dtype)
         results = {}
-        for heads, others, device in itertools.product(
-            (1, 3, width, 8 * width),
-            ([], [0] * length, [3 * length]),
-            ("4 SMs, 9.0", "H100"),
-        ):
-            if length > 1000 and (heads > width or device == "H100"):
-                continue
+        for _, heads, beside, device in of_length:
+            others = {"none": [], "empty": [0] * length, "longer": [3 * length]}[beside]
             ptr = pointers([2, length, *others])
             wide = torch.zeros(1, int(ptr[-1]), heads, dtype=dtype)
             wide[:, 2 : 2 + length, -1:] = x
@@ -157,7 +164,7 @@ def test_bits_of_a_segment(
                 actual = segments.backward(op, *each, wide, ptr, **how)
             of_segment = direction == "forward" and op == "logsumexp"
             at = slice(1, 2) if of_segment else slice(2, 2 + length)
-            name = f"{length} rows, {heads} heads, along={actual.along}, {len(others)} others"
+            name = f"{length} rows, {heads} heads, along={actual.along}, others: {beside}"
             results[f"{name}, {device}"] = actual.tensor[:, at, -1:].clone()
         assert_same_bits(results)
 
@@ -228,7 +235,7 @@ def test_infinities_and_nan(
 ) -> None:
     """Segment by segment as torch's function of a row."""
     if segments.lane in SANITIZERS:
-        pytest.skip("sanitizers: a test of values, run in the o2 lane")
+        pytest.skip("sanitizers: a test of values, run in the o1 lane")
     inf, nan = math.inf, math.nan
     rows = [
         [-inf],
