@@ -5,7 +5,7 @@
 //   split rows   fewer long rows than threads: the chunks of a row are shared out.
 //   columns      inner sizes above 1: tiles of neighbouring columns, in blocks along dim.
 //
-// A general call makes scores of the elements first, in a buffer (of columns: as it goes).
+// A general call makes scores of the elements of a row first, in a buffer.
 #include "columns.h"
 #include "dispatch.h"
 #include "losses.h"
@@ -309,44 +309,41 @@ void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
     if (!is_read(args, target, 1, width)) return store_ignored(args, row, 1, width);
     const int64_t vectors = ceil_div(width, kSize);
     Columns columns[kVectors];
-    // The scores of a block, side by side: steps can be apart by what caches take for one place.
-    alignas(64) A scratch[kBlock * kTile<A>];
-    A* const scores = scratch;
     double weight = 0;  // of the steps so far
     for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
-      V maxes[kVectors];
-      for (int64_t v = 0; v < vectors; ++v) maxes[v] = columns[v].max;
-      for (int64_t d = begin; d < end; ++d) {
-        const T* const x = tile + d * step;
-        A* const z = scores + (d - begin) * kTile<A>;
-        for_each_vector<kSize>(width, [=, &maxes](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-          if (d + 1 < dim) __builtin_prefetch(x + step + c);
-          const V score = score_of(load(x + c, lanes, A(0)));
-          store(z + c, All{}, score);
-          maxes[c / kSize] = max_of(score, maxes[c / kSize]);
-        });
-      }
       const V so_far(static_cast<A>(weight));
-      for (int64_t v = 0; v < vectors; ++v) {
-        Columns& state = columns[v];
-        const Targets<A> targets(args.loss, target + v * kSize, 1,
-                                 std::min<int64_t>(kSize, width - v * kSize));
-        const V shift = shift_of(maxes[v]);
-        ExpSum<V> sum{V(A(0)), V(A(0))};
-        V of_target = state.of_target;
-        if (is_smooth) state.score = state.score + so_far * (shift_of(state.max) - shift);
-        for (int64_t d = begin; d < end; ++d) {
-          const V z = load(scores + (d - begin) * kTile<A> + v * kSize, All{}, A(0));
-          of_target = targets.if_is(d, z, of_target);
-          sum = sum + exp_sum_of(z - shift);
-          if (is_smooth) state.score = state.score + V(weight_of<A>(args.loss, d)) * (z - shift);
+      const T* const x = tile + begin * step;
+      // A register of columns: all of its steps, of which it has several, are read before any is used.
+      const auto add = [=, &columns](int64_t c, auto lanes, auto steps) SOFTMAX_EXT_LAMBDA {
+        Columns& state = columns[c / kSize];
+        const Targets<A> targets(args.loss, target + c, 1, std::min<int64_t>(kSize, width - c));
+        V z[kBlock], max = state.max;
+        for (int k = 0; k < steps; ++k) {
+          z[k] = score_of(load(x + k * step + c, lanes, A(0)));
+          max = max_of(z[k], max);
         }
-        state.exp = rescaled(state.exp, state.max, maxes[v]);
+        const V shift = shift_of(max);
+        ExpSum<V> sum{V(A(0)), V(A(0))};
+        if (is_smooth) state.score = state.score + so_far * (shift_of(state.max) - shift);
+        for (int k = 0; k < steps; ++k) {
+          state.of_target = targets.if_is(begin + k, z[k], state.of_target);
+          sum = sum + exp_sum_of(z[k] - shift);
+          if (is_smooth) {
+            state.score = state.score + V(weight_of<A>(args.loss, begin + k)) * (z[k] - shift);
+          }
+        }
+        state.exp = rescaled(state.exp, state.max, max);
         state.exp.ones.add(sum.ones);
         state.exp.others.add(sum.others);
-        state.max = maxes[v];
-        state.of_target = of_target;
-      }
+        state.max = max;
+      };
+      for_each_vector<kSize>(width, [=](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+        if (end - begin == kBlock) {
+          add(c, lanes, std::integral_constant<int, kBlock>{});
+        } else {
+          add(c, lanes, static_cast<int>(end - begin));
+        }
+      });
       if (is_smooth) {
         for (int64_t d = begin; d < end; ++d) {
           weight += static_cast<double>(weight_of<A>(args.loss, d));
