@@ -69,6 +69,7 @@ void softmax_out(const at::Tensor& input, int64_t dim, std::optional<at::ScalarT
                  at::Tensor& out) {
   if (!kernels_take(input) || !kernels_take(out)) {
     if (kernels_take(input)) check_storage(name(op), "input", input);
+    if (kernels_take(out)) check_storage(name(op), "out", out);
     op == Op::kSoftmax ? at::softmax_out(out, input, dim, dtype)
                        : at::log_softmax_out(out, input, dim, dtype);
     return;
