@@ -181,6 +181,21 @@ def test_forward_and_backward_of_ignored_rows(
     assert softmax_ext.cross_entropy(x, nothing, reduction="sum") == 0
 
 
+@pytest.mark.parametrize("shape", [(6, 5), (6, 9000), (6, 5, 20)], ids=str)
+def test_backward_where_a_class_is_ignored(shape: tuple[int, ...], device: str) -> None:
+    """lse of a row that is ignored has the gradient of any."""
+    x, target, _ = case(shape, torch.float32, device)
+    target[::2], target[1::2] = 3, 4
+    kwargs: dict[str, Any] = {"ignore_index": 3, "label_smoothing": 0.1}
+    loss, lse = softmax_ext.cross_entropy(x, target, return_lse=True, **kwargs)
+    (loss + lse.sum()).backward()
+    x64, expected, expected_lse = reference(x, target, None, **kwargs)
+    (expected + expected_lse.sum()).backward()
+    assert x.grad is not None
+    assert x64.grad is not None
+    assert_close(x.grad, x64.grad, 16, 1e-7)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["target", "other", "all"])
 def test_forward_of_special_values(value: float, where: str, device: str) -> None:

@@ -63,7 +63,8 @@ inline bool is_ignored(const LossBackwardArgs& args, int64_t target) {
   return target == args.loss.ignore_index && args.grad_lse == nullptr;
 }
 
-// The gradients of the n elements from `first` on of a row, which is one in all lanes.
+// The gradients of the n elements from `first` on of a row, which is one in all lanes. A target that is ignored
+// is no class, also where ignore_index is one.
 template <bool kGeneral, Write write, class T, class A = compute_t<T>>
 SOFTMAX_EXT_INLINE void store_loss_gradient(const LossBackwardArgs& args, const T* x, T* y,
                                             int64_t first, int64_t n, int64_t target,
@@ -72,6 +73,7 @@ SOFTMAX_EXT_INLINE void store_loss_gradient(const LossBackwardArgs& args, const 
   const ScoreOf<kGeneral, V> score_of(args.loss);
   const A of_target = score_of.gradient(row.of_target, row.score).raw[0];
   const bool is_smooth = kGeneral && args.loss.smoothing != 0;
+  if (target == args.loss.ignore_index) target = -1;
   x += first;
   store_each<write, T>(y + first, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
     const V z = score_of(load(x + i, lanes, A(0)));

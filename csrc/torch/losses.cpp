@@ -11,6 +11,7 @@
 
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <utility>
 #include <vector>
 
@@ -73,6 +74,9 @@ struct Classes {
 
   Classes(const LossTensors& tensors, const LossOptions& options, int64_t count)
       : target(tensors.target.contiguous()), loss{} {
+    TORCH_CHECK_NOT_IMPLEMENTED(count <= INT32_MAX, kFunction,
+                                "(): not implemented for more than 2**31 - 1 classes, but got ",
+                                count);
     const int64_t* const targets = target.const_data_ptr<int64_t>();
     double weight_sum = static_cast<double>(count);
     if (tensors.weight) {
