@@ -33,6 +33,10 @@ class _AfterDynamo(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        # As if it had been found without this.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         module.allow_in_graph(_functions)
 
