@@ -1,9 +1,11 @@
 // Rows of cross-entropy, a few at a time: up to a register of them, each in its lane, beside the loops over
-// their elements. With inner 1 those are rows side by side, else columns.
+// their elements. With inner 1 those are rows side by side, else columns. And their gradients, which a
+// forward call may make as well.
 #pragma once
 
 #include <algorithm>
 
+#include "columns.h"
 #include "scores.h"
 #include "softmax_ext/losses.h"
 
@@ -131,6 +133,140 @@ template <class A, class Lanes>
 SOFTMAX_EXT_INLINE Vec<A> weights_of(const Loss& loss, int64_t c, Lanes lanes) {
   if (loss.weight == nullptr) return filled(Vec<A>(A(1)), lanes, A(0));
   return load(static_cast<const A*>(loss.weight) + c, lanes, A(0));
+}
+
+// What is known of up to a register of rows, each in its lane: LossForwardArgs has what these are.
+template <class V>
+struct LossNumbers {
+  V lse, lse_rest, log_p;
+};
+
+// The gradients of up to a register of rows, each in its lane, or of one in all lanes.
+template <class V>
+struct LossRows {
+  LossGradient<V> gradient;
+  V lse, rest;
+  V of_target;  // what the target's gradient is, before ScoreOf::gradient
+  V score;      // of the target
+
+  template <class F>
+  static SOFTMAX_EXT_INLINE LossRows map(const LossRows& rows, F f) {
+    const LossGradient<V>& g = rows.gradient;
+    return {{f(g.share), f(g.each), f(g.target), f(g.more)},
+            f(rows.lse),
+            f(rows.rest),
+            f(rows.of_target),
+            f(rows.score)};
+  }
+
+  // The gradient of a score of another class than the target.
+  SOFTMAX_EXT_INLINE V of(V z, V weight) const {
+    return gradient.of_other(exp_of_nonpositive((z - lse) - rest), weight);
+  }
+};
+
+// Of `count` rows of dim elements from `row` on, `next` apart, with their targets.
+template <class A>
+SOFTMAX_EXT_INLINE LossRows<Vec<A>> loss_rows(const Loss& loss, int64_t dim, const LossGrads& grads,
+                                              int64_t row, int64_t next, int64_t count,
+                                              const Targets<A>& targets,
+                                              const LossNumbers<Vec<A>>& numbers) {
+  using V = Vec<A>;
+  const auto value = [](double x) SOFTMAX_EXT_LAMBDA { return V(static_cast<A>(x)); };
+  const auto of_rows = [=](const void* data)
+                           SOFTMAX_EXT_LAMBDA { return load_rows<A>(data, row, next, count); };
+  V g(A(1));
+  if (grads.loss != nullptr) {
+    g = grads.loss_step == 0 ? V(*static_cast<const A*>(grads.loss)) : of_rows(grads.loss);
+  }
+  if (grads.divisor != nullptr) g = g * value(1 / *grads.divisor);
+  LossRows<V> rows;
+  rows.lse = numbers.lse;
+  rows.rest = numbers.lse_rest;
+  rows.score = numbers.log_p + numbers.lse;
+  rows.gradient = LossGradient<V>::of(
+      targets.if_counts(g), grads.lse == nullptr ? V(A(0)) : of_rows(grads.lse), targets.weight,
+      rows.lse, value(loss.smoothing), value(loss.smoothing / static_cast<double>(dim)),
+      value(loss.weight_sum), value(loss.z_loss));
+  rows.of_target = rows.gradient.of_target(expm1_of_nonpositive(numbers.log_p), targets.weight);
+  return rows;
+}
+
+// Whether the gradient of a row is 0 whatever its elements are.
+inline bool is_ignored(const Loss& loss, const LossGrads& grads, int64_t target) {
+  return target == loss.ignore_index && grads.lse == nullptr;
+}
+
+// The gradients of the n elements from `first` on of a row, which is one in all lanes; y may be x. A target
+// that is ignored is no class, also where ignore_index is one.
+template <bool kGeneral, Write write, class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE void store_loss_gradient(const Loss& loss, const LossGrads& grads, const T* x,
+                                            T* y, int64_t first, int64_t n, int64_t target,
+                                            const LossRows<Vec<A>>& row) {
+  using V = Vec<A>;
+  x += first;
+  y += first;
+  if (is_ignored(loss, grads, target)) {
+    store_each<write, T>(y, n, [](int64_t, auto) SOFTMAX_EXT_LAMBDA { return V(A(0)); });
+    return;
+  }
+  const ScoreOf<kGeneral, V> score_of(loss);
+  const A of_target = score_of.gradient(row.of_target, row.score).raw[0];
+  const bool is_smooth = kGeneral && loss.smoothing != 0;
+  if (target == loss.ignore_index) target = -1;
+  store_each<write, T>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    const V z = score_of(load(x + i, lanes, A(0)));
+    V result = row.of(z, is_smooth ? weights_of<A>(loss, first + i, lanes) : V(A(0)));
+    result = score_of.gradient(result, z);
+    const auto lane = static_cast<uint64_t>(target - first - i);
+    if (lane < V::kSize) result.raw[lane] = of_target;
+    return result;
+  });
+}
+
+// A tile of columns of a tensor, `step` elements between two steps along dim.
+template <class T>
+struct LossTile {
+  T* first;
+  int64_t step;
+};
+
+// The gradients of `width` columns side by side, of which rows has a register each; y may be x.
+template <bool kGeneral, Write write, class T, class V>
+SOFTMAX_EXT_INLINE void store_loss_gradient(const Loss& loss, const LossGrads& grads, int64_t dim,
+                                            int64_t width, const int64_t* target, LossRows<V>* rows,
+                                            LossTile<const T> x, LossTile<T> y) {
+  using A = compute_t<T>;
+  using RawInt = typename V::RawInt;
+  using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  constexpr int kSize = V::kSize;
+  const ScoreOf<kGeneral, V> score_of(loss);
+  const bool is_smooth = kGeneral && loss.smoothing != 0;
+  const bool all_count = grads.lse != nullptr ||
+                         std::find(target, target + width, loss.ignore_index) == target + width;
+  RawInt targets[kTile<A> / kSize];
+  for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
+    const int64_t c = v * kSize;
+    targets[v] = Targets<A>(loss, target + c, 1, std::min<int64_t>(kSize, width - c)).target;
+    rows[v].of_target = score_of.gradient(rows[v].of_target, rows[v].score);
+  }
+  for_each_steps(0, dim, true, [&](int64_t d, auto steps) SOFTMAX_EXT_LAMBDA {
+    const T* const from = x.first + d * x.step;
+    T* const to = y.first + d * y.step;
+    for_each_vector<kSize>(width, [=, &targets](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
+      const LossRows<V> row = rows[c / kSize];
+      const RawInt of_columns = targets[c / kSize];
+      for (int k = 0; k < steps(); ++k) {
+        const V w(is_smooth ? weight_of<A>(loss, d + k) : A(0));
+        const V z = score_of(load(from + k * x.step + c, lanes, A(0)));
+        const V other = score_of.gradient(row.of(z, w), z);
+        const auto is_target = of_columns == static_cast<Lane>(d + k);
+        V result = is_target ? row.of_target.raw : other.raw;
+        if (!all_count) result = of_columns >= 0 ? result.raw : typename V::Raw{};
+        write_vector<write, T>(to + k * y.step + c, lanes, result);
+      }
+    });
+  });
 }
 
 }  // namespace

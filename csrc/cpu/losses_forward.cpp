@@ -1,12 +1,12 @@
 // Cross-entropy on the CPU, compiled once for each instruction set as softmax_forward.cpp is. Each element is
-// read once. The schedules, with those of rows.h and columns.h:
+// read once, and where its gradient is made as well, once more from a cache. The schedules, with those of
+// rows.h and columns.h:
 //
 //   rows         of at most a chunk, a few at a time; longer ones chunk by chunk.
 //   split rows   fewer long rows than threads: the chunks of a row are shared out.
 //   columns      inner sizes above 1: tiles of neighbouring columns, in blocks along dim.
 //
 // A general call makes scores of the elements of a row first, in a buffer.
-#include "columns.h"
 #include "dispatch.h"
 #include "losses.h"
 
@@ -70,7 +70,8 @@ struct LossSums {
 struct LossState {
   double max;
   ExpSum<double> exp;
-  double score;  // of w z
+  double score;      // of w z
+  double of_target;  // the score of the target, in its chunk
 };
 
 SOFTMAX_EXT_INLINE LossState combine(LossState a, LossState b) {
@@ -80,7 +81,8 @@ SOFTMAX_EXT_INLINE LossState combine(LossState a, LossState b) {
     return {0.0, (state.exp.ones + state.exp.others) * exp_of_difference(state.max, max)};
   };
   const ExpSum<double> x = rescaled(a), y = rescaled(b);
-  return {max, {x.ones + y.ones, x.others + y.others}, a.score + b.score};
+  return {
+      max, {x.ones + y.ones, x.others + y.others}, a.score + b.score, a.of_target + b.of_target};
 }
 
 // The sums of n scores from z on, which are those of classes from `first` on.
@@ -116,10 +118,11 @@ SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, const E* z, int64_
 // exp(z - shift), and log_rest what it is rounded off; of_target is the target's score, and score
 // sum(w (z - shift)).
 template <bool kGeneral, class A>
-SOFTMAX_EXT_INLINE void store_losses(const LossForwardArgs& args, int64_t row, int64_t next,
-                                     int64_t count, const Targets<A>& targets, Vec<A> max,
-                                     Vec<A> log_sum, Vec<A> log_rest, Vec<A> of_target,
-                                     Vec<A> score) {
+SOFTMAX_EXT_INLINE LossNumbers<Vec<A>> store_losses(const LossForwardArgs& args, int64_t row,
+                                                    int64_t next, int64_t count,
+                                                    const Targets<A>& targets, Vec<A> max,
+                                                    Vec<A> log_sum, Vec<A> log_rest,
+                                                    Vec<A> of_target, Vec<A> score) {
   using V = Vec<A>;
   const Loss& of = args.loss;
   const V shift = shift_of(max), lowest(kLowest<A>);
@@ -144,6 +147,16 @@ SOFTMAX_EXT_INLINE void store_losses(const LossForwardArgs& args, int64_t row, i
   store_rows(args.lse, row, next, count, lse);
   store_rows(args.lse_rest, row, next, count, rest);
   store_rows(args.log_p, row, next, count, log_p);
+  return {lse, rest, log_p};
+}
+
+// The gradient of rows of which a forward call knows the numbers.
+template <class A>
+SOFTMAX_EXT_INLINE LossRows<Vec<A>> loss_rows(const LossForwardArgs& args, int64_t row,
+                                              int64_t next, int64_t count,
+                                              const Targets<A>& targets,
+                                              const LossNumbers<Vec<A>>& numbers) {
+  return loss_rows<A>(args.loss, args.shape.dim, args.grads, row, next, count, targets, numbers);
 }
 
 // Whether any of these rows is read.
@@ -156,13 +169,21 @@ inline bool is_read(const LossForwardArgs& args, const int64_t* target, int64_t 
   return false;
 }
 
-inline void store_ignored(const LossForwardArgs& args, int64_t row, int64_t next, int64_t count) {
-  const int64_t size = args.dtype == DType::kFloat64 ? 8 : 4;
+// Stores the numbers of rows that are not read, and gives them.
+template <class A>
+SOFTMAX_EXT_INLINE LossNumbers<Vec<A>> store_ignored(const LossForwardArgs& args, int64_t row,
+                                                     int64_t next, int64_t count) {
+  const Vec<A> zero(A(0));
   for (void* const data : {args.row_loss, args.lse, args.lse_rest, args.log_p}) {
-    for (int64_t k = 0; k < count; ++k) {
-      std::memset(static_cast<char*>(data) + (row + k * next) * size, 0, size);
-    }
+    store_rows(data, row, next, count, zero);
   }
+  return {zero, zero, zero};
+}
+
+// Where the gradient of a call with one goes: over its input.
+template <class T>
+T* gradient_over(const LossForwardArgs& args, const T* input) {
+  return static_cast<T*>(args.grad_input) + (input - static_cast<const T*>(args.input));
 }
 
 // The score of the target of each of `count` rows, in its lane; of a row that is ignored, anything.
@@ -179,14 +200,13 @@ SOFTMAX_EXT_INLINE Vec<A> scores_of_targets(const Loss& loss, const Targets<A>& 
 }
 
 // `count` rows, together or alone at most a chunk; target is of the first.
-template <bool kGeneral, class T>
-void loss_of_short_rows(const LossForwardArgs& args, const Few<const T>& x,
-                        const Few<const int64_t>& target, int64_t count) {
-  using A = compute_t<T>;
+template <bool kGeneral, class T, class A = compute_t<T>>
+LossNumbers<Vec<A>> loss_of_short_rows(const LossForwardArgs& args, const Few<const T>& x,
+                                       const Few<const int64_t>& target, int64_t count) {
   using V = Vec<A>;
   const int64_t dim = args.shape.dim, row = target.first - args.loss.target;
   if (!is_read(args, target.first, target.next, count)) {
-    return store_ignored(args, row, target.next, count);
+    return store_ignored<A>(args, row, target.next, count);
   }
   const int64_t apart = round_up(dim, V::kSize);
   alignas(64) A scratch[kGeneral ? kChunk<A> + V::kSize : 1];
@@ -223,8 +243,8 @@ void loss_of_short_rows(const LossForwardArgs& args, const Few<const T>& x,
   const Targets<A> targets(args.loss, target.first, target.next, count);
   const V of_target = scores_of_targets<kGeneral, T>(
       args.loss, targets, count, [&](int64_t r) SOFTMAX_EXT_LAMBDA { return x[r]; });
-  store_losses<kGeneral>(args, row, target.next, count, targets, load(maxes, All{}, A(0)), log_sum,
-                         log_rest, of_target, load(scores, All{}, A(0)));
+  return store_losses<kGeneral>(args, row, target.next, count, targets, load(maxes, All{}, A(0)),
+                                log_sum, log_rest, of_target, load(scores, All{}, A(0)));
 }
 
 template <bool kGeneral, class T>
@@ -239,7 +259,16 @@ void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
     for_each_few_rows<A>(
         args.shape, args.dims, InPlace{}, kChunk<A> / 2, threads,
         [&](int64_t count, const Few<const T>& x, const Few<const int64_t>& targets) {
-          loss_of_short_rows<kGeneral, T>(args, x, targets, count);
+          const auto numbers = loss_of_short_rows<kGeneral, T>(args, x, targets, count);
+          if (args.grad_input == nullptr) return;
+          const auto rows =
+              loss_rows<A>(args, targets.first - args.loss.target, targets.next, count,
+                           Targets<A>(args.loss, targets.first, targets.next, count), numbers);
+          for (int64_t r = 0; r < count; ++r) {
+            store_loss_gradient<kGeneral, Write::kCached>(
+                args.loss, args.grads, x[r], gradient_over(args, x[r]), 0, dim,
+                targets.first[r * targets.next], of_lane(rows, r));
+          }
         },
         input, target);
     return;
@@ -248,15 +277,18 @@ void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
   reduce_and_store<LossState, A>(
       args.shape.rows(), dim, Unplaced{}, threads,
       [&](int64_t row, int64_t i, int64_t n) {
-        if (!is_read(args, args.loss.target + row, 1, 1)) return LossState{};
+        const int64_t* const target = args.loss.target + row;
+        if (!is_read(args, target, 1, 1)) return LossState{};
         const T* const x = input[row] + i;
+        const int64_t place = *target == args.loss.ignore_index ? -1 : *target - i;
         const auto state_of = [&](const auto* z) {
           const A max = max_over_lanes(lane_max(z, n));
           const auto sums = sums_of<kGeneral>(args.loss, z, i, n, max);
           const double shift = shift_by(static_cast<double>(max));
           return LossState{max,
                            {sum_over_lanes(sums.exp.ones), exact_sum_over_lanes(sums.exp.others)},
-                           sum_over_lanes(sums.score) + shift * sum_over_lanes(sums.weight)};
+                           sum_over_lanes(sums.score) + shift * sum_over_lanes(sums.weight),
+                           place < 0 || place >= n ? 0.0 : static_cast<double>(to_float(z[place]))};
         };
         if constexpr (kGeneral) {
           alignas(64) A scratch[kChunk<A> + V::kSize];
@@ -269,22 +301,31 @@ void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
           return state_of(x);
         }
       },
-      [&](int64_t row, int64_t i, int64_t, LossState, LossState of_row) {
-        if (i != 0) return;
+      [&](int64_t row, int64_t i, int64_t n, LossState, LossState of_row) {
+        const bool is_first = i == 0, has_gradient = args.grad_input != nullptr;
+        if (!is_first && !has_gradient) return;
         const int64_t* const target = args.loss.target + row;
-        if (!is_read(args, target, 1, 1)) return store_ignored(args, row, 1, 1);
         const Targets<A> targets(args.loss, target, 1, 1);
-        const V of_target = scores_of_targets<kGeneral, T>(
-            args.loss, targets, 1, [&](int64_t) SOFTMAX_EXT_LAMBDA { return input[row]; });
-        const A others = static_cast<A>(of_row.exp.others);
-        const A rest_of_others = static_cast<A>(of_row.exp.others - others);
-        V log_rest;
-        const V log_sum = log_of(V(static_cast<A>(of_row.exp.ones)),
-                                 ExactSum<V>(V(others), V(rest_of_others)), &log_rest);
-        const double shift = shift_by(of_row.max);
-        store_losses<kGeneral>(args, row, 1, 1, targets, V(static_cast<A>(of_row.max)), log_sum,
-                               log_rest, of_target,
-                               V(static_cast<A>(of_row.score - shift * args.loss.weight_sum)));
+        LossNumbers<V> numbers;
+        if (!is_read(args, target, 1, 1)) {
+          numbers = store_ignored<A>(args, row, 1, is_first);
+        } else {
+          const A others = static_cast<A>(of_row.exp.others);
+          const A rest_of_others = static_cast<A>(of_row.exp.others - others);
+          V log_rest;
+          const V log_sum = log_of(V(static_cast<A>(of_row.exp.ones)),
+                                   ExactSum<V>(V(others), V(rest_of_others)), &log_rest);
+          const double shift = shift_by(of_row.max);
+          numbers = store_losses<kGeneral>(
+              args, row, 1, is_first, targets, V(static_cast<A>(of_row.max)), log_sum, log_rest,
+              V(static_cast<A>(of_row.of_target)),
+              V(static_cast<A>(of_row.score - shift * args.loss.weight_sum)));
+        }
+        if (!has_gradient) return;
+        const auto rows = loss_rows<A>(args, row, 1, 1, targets, numbers);
+        store_loss_gradient<kGeneral, Write::kCached>(args.loss, args.grads, input[row],
+                                                      gradient_over(args, input[row]), i, n,
+                                                      *target, of_lane(rows, 0));
       });
 }
 
@@ -306,11 +347,11 @@ void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
     const T* const tile = input[slice] + column;
     const int64_t row = slice * inner + column;
     const int64_t* const target = args.loss.target + row;
-    if (!is_read(args, target, 1, width)) return store_ignored(args, row, 1, width);
+    const bool any_is_read = is_read(args, target, 1, width);
     const int64_t vectors = ceil_div(width, kSize);
     Columns columns[kVectors];
     double weight = 0;  // of the steps so far
-    for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
+    for_each_block(any_is_read ? dim : 0, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
       const V so_far(static_cast<A>(weight));
       const T* const x = tile + begin * step;
       // A register of columns: all of its steps, of which it has several, are read before any is used.
@@ -350,14 +391,28 @@ void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
         }
       }
     });
+    LossRows<V> rows[kVectors];
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t c = v * kSize, count = std::min<int64_t>(kSize, width - c);
       const Columns& state = columns[v];
-      V log_rest;
-      const V log_sum = log_of(state.exp.ones.sum, state.exp.others, &log_rest);
-      store_losses<kGeneral>(args, row + c, 1, count, Targets<A>(args.loss, target + c, 1, count),
-                             state.max, log_sum, log_rest, state.of_target, state.score);
+      const Targets<A> targets(args.loss, target + c, 1, count);
+      LossNumbers<V> numbers;
+      if (any_is_read) {
+        V log_rest;
+        const V log_sum = log_of(state.exp.ones.sum, state.exp.others, &log_rest);
+        numbers = store_losses<kGeneral>(args, row + c, 1, count, targets, state.max, log_sum,
+                                         log_rest, state.of_target, state.score);
+      } else {
+        numbers = store_ignored<A>(args, row + c, 1, count);
+      }
+      if (args.grad_input != nullptr) {
+        rows[v] = loss_rows<A>(args, row + c, 1, count, targets, numbers);
+      }
     }
+    if (args.grad_input == nullptr) return;
+    store_loss_gradient<kGeneral, Write::kCached, T>(args.loss, args.grads, dim, width, target,
+                                                     rows, {tile, step},
+                                                     {gradient_over(args, tile), step});
   });
 }
 

@@ -1,5 +1,6 @@
 #include "losses.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
@@ -126,6 +127,9 @@ c10::DimVector two_of(at::IntArrayRef sizes) {
   two.insert(two.begin(), 2);
   return two;
 }
+const void* data_of(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
 void* second_of(const at::Tensor& kept) {
   return static_cast<char*>(kept.data_ptr()) + kept.nbytes() / 2;
 }
@@ -189,47 +193,87 @@ void check_loss(const LossTensors& tensors, const LossOptions& options) {
                     options.softcap);
 }
 
-LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, bool wants_lse) {
+RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+                     const LossGradientOver* over) {
   check_loss(tensors, options);
   const at::Tensor& input = tensors.input;
   const at::ScalarType wide = at::toOpMathType(input.scalar_type());
+  const at::IntArrayRef of_rows = tensors.target.sizes();
+  at::Tensor grad_loss, grad_lse;
+  if (over != nullptr) {
+    at::assert_no_internal_overlap(input);
+    at::assert_no_overlap(input, tensors.target);
+    if (tensors.weight) at::assert_no_overlap(input, *tensors.weight);
+    const auto checked = [&](const char* argument, const at::Tensor& tensor, bool may_be_one) {
+      if (!tensor.defined()) return at::Tensor();
+      TORCH_CHECK(tensor.scalar_type() == wide, kFunction, "(): expected scalar type ", wide,
+                  " but found ", tensor.scalar_type(), " for argument '", argument, "'");
+      TORCH_CHECK(tensor.sizes() == of_rows || (may_be_one && tensor.dim() == 0), kFunction,
+                  "(): Expected '", argument, "' to have the size ", of_rows,
+                  may_be_one ? " or []" : "", ", but got ", tensor.sizes());
+      check_device(argument, tensor, input);
+      return tensor.contiguous();
+    };
+    grad_loss = checked("grad_loss", over->loss, /*may_be_one=*/true);
+    grad_lse = checked("grad_lse", over->lse, /*may_be_one=*/false);
+  }
   const Rows rows(input);
   const Shape shape = to_shape(rows.tensor, rows.dim);
   const Classes classes(tensors, options, shape.dim);
-  const at::IntArrayRef of_rows = tensors.target.sizes();
   const auto empty_of = [&](at::IntArrayRef sizes) {
     return empty(sizes, wide, input.device()).tensor;
   };
-  at::Tensor row_loss = empty_of(of_rows);
-  LossResults results{at::Tensor(), empty_of(of_rows), empty_of(two_of(of_rows)),
-                      at::scalar_tensor(classes.total, at::TensorOptions().dtype(at::kDouble))};
+  RowLosses results{empty_of(of_rows), empty_of(of_rows), empty_of(two_of(of_rows)),
+                    at::scalar_tensor(classes.total, at::TensorOptions().dtype(at::kDouble))};
   if (input.numel() == 0) {
-    row_loss.zero_();
+    results.losses.zero_();
     results.lse.fill_(-INFINITY);
     results.kept.zero_();
-  } else {
-    LossForwardArgs args{rows.tensor.const_data_ptr(),
-                         to_dtype(input.scalar_type()),
-                         shape,
-                         contiguous_dims(shape),
-                         contiguous_strides(shape),
-                         classes.loss,
-                         row_loss.mutable_data_ptr(),
-                         results.lse.mutable_data_ptr(),
-                         results.kept.mutable_data_ptr(),
-                         second_of(results.kept),
-                         wants_lse};
-    find_strides({{&rows.tensor, &args.input_strides}}, rows.dim, args.dims);
-    cpu::kernels().launch_loss_forward(args, threads(shape));
-  }
-  if (options.reduction == at::Reduction::None) {
-    results.loss = row_loss.to(input.scalar_type());
     return results;
   }
-  double loss = wide == at::kDouble
-                    ? sum_of_rows(row_loss.const_data_ptr<double>(), row_loss.numel())
-                    : sum_of_rows(row_loss.const_data_ptr<float>(), row_loss.numel());
-  if (options.reduction == at::Reduction::Mean) loss /= classes.total;
+  LossForwardArgs args{rows.tensor.const_data_ptr(),
+                       to_dtype(input.scalar_type()),
+                       shape,
+                       contiguous_dims(shape),
+                       contiguous_strides(shape),
+                       classes.loss,
+                       results.losses.mutable_data_ptr(),
+                       results.lse.mutable_data_ptr(),
+                       results.kept.mutable_data_ptr(),
+                       second_of(results.kept),
+                       wants_lse,
+                       /*grad_input=*/nullptr,
+                       /*grads=*/{}};
+  if (over != nullptr) {
+    args.grad_input = rows.tensor.mutable_data_ptr();
+    args.grads.loss = data_of(grad_loss);
+    args.grads.loss_step = grad_loss.defined() && grad_loss.dim() > 0;
+    if (!grad_loss.defined() && options.reduction == at::Reduction::Mean) {
+      args.grads.divisor = results.total.const_data_ptr<double>();
+    }
+    args.grads.lse = data_of(grad_lse);
+  }
+  find_strides({{&rows.tensor, &args.input_strides}}, rows.dim, args.dims);
+  cpu::kernels().launch_loss_forward(args, threads(shape));
+  if (over != nullptr && !rows.tensor.is_alias_of(input)) {
+    input.copy_(rows.moved_back(rows.tensor));
+  }
+  return results;
+}
+
+LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+                         const LossGradientOver* over) {
+  const RowLosses rows = row_losses(tensors, options, wants_lse, over);
+  const at::Tensor& input = tensors.input;
+  LossResults results{at::Tensor(), rows.lse, rows.kept, rows.total};
+  if (options.reduction == at::Reduction::None) {
+    results.loss = rows.losses.to(input.scalar_type());
+    return results;
+  }
+  double loss = rows.losses.scalar_type() == at::kDouble
+                    ? sum_of_rows(rows.losses.const_data_ptr<double>(), rows.losses.numel())
+                    : sum_of_rows(rows.losses.const_data_ptr<float>(), rows.losses.numel());
+  if (options.reduction == at::Reduction::Mean) loss /= *rows.total.const_data_ptr<double>();
   results.loss = at::scalar_tensor(loss, input.options());
   return results;
 }
@@ -287,10 +331,9 @@ at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse
       lse.const_data_ptr(),
       kept.const_data_ptr(),
       second_of(kept),
-      g.const_data_ptr(),
-      is_reduced ? 0 : 1,
-      options.reduction == at::Reduction::Mean ? 1 / *results.total.const_data_ptr<double>() : 1,
-      g_lse.defined() ? g_lse.const_data_ptr() : nullptr};
+      {g.const_data_ptr(), is_reduced ? 0 : 1,
+       options.reduction == at::Reduction::Mean ? results.total.const_data_ptr<double>() : nullptr,
+       data_of(g_lse)}};
   find_strides(
       {{&rows.tensor, &args.input_strides}, {&grad_input.tensor, &args.grad_input_strides}},
       rows.dim, args.dims);

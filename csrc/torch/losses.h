@@ -30,6 +30,18 @@ struct LossResults {
   at::Tensor loss, lse, kept, total;
 };
 
+// The gradient that a call makes of its logits, over these: that of the sum, over the rows, of loss (a number,
+// or one a row; undefined: 1 and, of a mean, what it is divided by) times a row's loss and of lse (undefined:
+// 0) times its lse. Of the type computed in.
+struct LossGradientOver {
+  at::Tensor loss, lse;
+};
+
+// The losses of the rows, of the type computed in, and the others.
+struct RowLosses {
+  at::Tensor losses, lse, kept, total;
+};
+
 // Raises unless these can be the arguments of a call, by all that shows without a look at values; sizes
 // may be symbolic.
 void check_loss(const LossTensors& tensors, const LossOptions& options);
@@ -40,7 +52,10 @@ void check_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse
                          const LossOptions& options);
 
 // By the kernels; each checks all that they rely on, also that targets are in range.
-LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, bool wants_lse);
+RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+                     const LossGradientOver* over = nullptr);
+LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+                         const LossGradientOver* over = nullptr);
 at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
                          const LossTensors& tensors, const LossResults& results,
                          const LossOptions& options);
@@ -49,10 +64,12 @@ at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse
 at::Tensor composed_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
                                   const LossTensors& tensors, const LossOptions& options);
 
-// With autograd, of tensors that kernels_take: loss, and lse if it is wanted.
-LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options, bool wants_lse);
+// With autograd, of tensors that kernels_take: loss, and lse if it is wanted. in_place: where there is a
+// gradient to be made, it is made now, over the logits, which are of no more use then.
+LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+                          bool in_place);
 
-// Gives the node's Python object its name and attributes; once, at import.
-void add_loss_node_type();
+// Gives the nodes' Python objects their names and attributes; once, at import.
+void add_loss_node_types();
 
 }  // namespace softmax_ext

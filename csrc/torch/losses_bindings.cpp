@@ -9,7 +9,7 @@ namespace {
 // Loss and lse, or None where the call is not one for the kernels.
 py::object bind(py::handle input, py::handle target, py::handle weight, int64_t reduction,
                 int64_t ignore_index, double label_smoothing, double z_loss, double factor,
-                double softcap, bool wants_lse) {
+                double softcap, bool wants_lse, bool in_place) {
   HANDLE_TH_ERRORS
   const at::Tensor& x = to_tensor("cross_entropy", "input", input);
   const at::Tensor& y = to_tensor("cross_entropy", "target", target);
@@ -22,8 +22,9 @@ py::object bind(py::handle input, py::handle target, py::handle weight, int64_t 
   LossResults results;
   {
     const py::gil_scoped_release no_gil;
-    results = cross_entropy(
-        tensors, {reduction, ignore_index, label_smoothing, z_loss, factor, softcap}, wants_lse);
+    results =
+        cross_entropy(tensors, {reduction, ignore_index, label_smoothing, z_loss, factor, softcap},
+                      wants_lse, in_place);
   }
   auto loss = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(results.loss)));
   if (!wants_lse) return loss;
@@ -35,10 +36,11 @@ py::object bind(py::handle input, py::handle target, py::handle weight, int64_t 
 }  // namespace
 
 void bind_losses(py::module_& module) {
-  add_loss_node_type();
+  add_loss_node_types();
   module.def("cross_entropy", bind, py::arg("input"), py::arg("target"), py::arg("weight"),
              py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"),
-             py::arg("z_loss"), py::arg("factor"), py::arg("softcap"), py::arg("wants_lse"));
+             py::arg("z_loss"), py::arg("factor"), py::arg("softcap"), py::arg("wants_lse"),
+             py::arg("in_place"));
 }
 
 }  // namespace softmax_ext

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -31,6 +32,12 @@ constexpr const char* kBackwardSchema =
     "softmax_ext::cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor input, "
     "Tensor target, Tensor? weight, Tensor lse, Tensor kept, Tensor total, int reduction, "
     "int ignore_index, float label_smoothing, float z_loss, float factor, float softcap) -> Tensor";
+
+constexpr const char* kRows = "softmax_ext::cross_entropy_of_rows_";
+constexpr const char* kRowsSchema =
+    "softmax_ext::cross_entropy_of_rows_(Tensor(a!) input, Tensor target, Tensor? weight, "
+    "Tensor? grad_loss, Tensor? grad_lse, int ignore_index, float label_smoothing, float z_loss, "
+    "float factor, float softcap) -> (Tensor losses, Tensor lse)";
 
 #define SOFTMAX_EXT_LOSS_OPTIONS                                                                 \
   int64_t reduction, int64_t ignore_index, double label_smoothing, double z_loss, double factor, \
@@ -92,26 +99,73 @@ auto members(const CrossEntropyGradient& f) {
   return std::tie(f.reduction, f.ignore_index, f.label_smoothing, f.z_loss, f.factor, f.softcap);
 }
 
+// Of logits that were overwritten by their gradient.
+struct CrossEntropyInPlaceGradient {
+  static constexpr const char* kName = "SoftmaxExtCrossEntropyInPlaceBackward";
+  static constexpr std::array kSaved = {"gradient"};
+  static constexpr std::array kMembers = {"reduction", "dim"};
+
+  int64_t reduction, dim;
+
+  torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
+                                            const std::array<at::Tensor, 1>& saved) const {
+    TORCH_CHECK(grads.size() < 2 || !grads[1].defined(),
+                "cross_entropy(): lse has no gradient where inplace_backward=True has made that of "
+                "the loss in forward");
+    if (!grads[0].defined()) return {at::Tensor()};
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "cross_entropy(): the gradient of inplace_backward=True cannot be differentiated "
+                "again; call backward without create_graph, or without inplace_backward");
+    const at::Tensor& gradient = saved[0];
+    const at::Tensor g = reduction == at::Reduction::None ? grads[0].unsqueeze(dim) : grads[0];
+    if (!kernels_take(gradient) || !kernels_take(g)) return {at::mul(gradient, g)};
+    if (g.dim() > 0 || !g.device().is_cpu() || g.item<double>() != 1) gradient.mul_(g);
+    // A second backward finds that it was modified.
+    torch::autograd::increment_version(gradient);
+    return {gradient};
+  }
+};
+
+auto members(CrossEntropyInPlaceGradient& f) { return std::tie(f.reduction, f.dim); }
+auto members(const CrossEntropyInPlaceGradient& f) { return std::tie(f.reduction, f.dim); }
+
+// Of whatever else is made of those logits.
+struct OverwrittenGradient {
+  static constexpr const char* kName = "SoftmaxExtOverwrittenBackward";
+  static constexpr std::array<const char*, 0> kSaved = {};
+  static constexpr std::array<const char*, 0> kMembers = {};
+
+  torch::autograd::variable_list operator()(const torch::autograd::variable_list&,
+                                            const std::array<at::Tensor, 0>&) const {
+    TORCH_CHECK(false,
+                "cross_entropy(): the logits of a call with inplace_backward=True were used again, "
+                "but hold their gradient since");
+  }
+};
+
+auto members(OverwrittenGradient&) { return std::tuple<>(); }
+auto members(const OverwrittenGradient&) { return std::tuple<>(); }
+
+template <class Node>
+void set_history(const LossResults& results, bool wants_lse, const Node& node) {
+  torch::autograd::set_history(results.loss, node);
+  if (wants_lse) torch::autograd::set_history(results.lse, node);
+}
+
 void record(const LossResults& results, const LossTensors& tensors, const LossOptions& options,
             bool wants_lse) {
   const auto& [input, target, weight] = tensors;
-  auto node =
+  const auto node =
       make_node(torch::autograd::collect_next_edges(input),
                 CrossEntropyGradient{options.reduction, options.ignore_index, options.smoothing,
                                      options.z_loss, options.factor, options.softcap});
-  auto* const saving = &*node;
-  if (wants_lse) {
-    torch::autograd::set_history(results.loss, node);
-    torch::autograd::set_history(results.lse, std::move(node));
-  } else {
-    torch::autograd::set_history(results.loss, std::move(node));
-  }
-  saving->save(0, input, /*is_output=*/false);
-  saving->save(1, target, /*is_output=*/false);
-  if (weight) saving->save(2, *weight, /*is_output=*/false);
-  saving->save(3, results.lse, /*is_output=*/wants_lse);
-  saving->save(4, results.kept, /*is_output=*/false);
-  saving->save(5, results.total, /*is_output=*/false);
+  set_history(results, wants_lse, node);
+  node->save(0, input, /*is_output=*/false);
+  node->save(1, target, /*is_output=*/false);
+  if (weight) node->save(2, *weight, /*is_output=*/false);
+  node->save(3, results.lse, /*is_output=*/wants_lse);
+  node->save(4, results.kept, /*is_output=*/false);
+  node->save(5, results.total, /*is_output=*/false);
 }
 
 void check_weight(const Maybe& weight) {
@@ -198,11 +252,63 @@ at::Tensor backward_meta(const at::Tensor& grad_loss, const Maybe& grad_lse,
   return at::empty_symint(input.sym_sizes(), input.options());
 }
 
+std::tuple<at::Tensor, at::Tensor> rows_kernel(const at::Tensor& input, const at::Tensor& target,
+                                               const Maybe& weight, const Maybe& grad_loss,
+                                               const Maybe& grad_lse, int64_t ignore_index,
+                                               double label_smoothing, double z_loss, double factor,
+                                               double softcap) {
+  TORCH_CHECK(grad_loss || !grad_lse, kRows, ": argument 'grad_lse' wants 'grad_loss' beside it");
+  const LossGradientOver over{grad_loss.value_or(at::Tensor()), grad_lse.value_or(at::Tensor())};
+  const RowLosses rows =
+      row_losses({input, target, weight},
+                 {at::Reduction::None, ignore_index, label_smoothing, z_loss, factor, softcap},
+                 /*wants_lse=*/true, grad_loss ? &over : nullptr);
+  return {rows.losses, rows.lse};
+}
+
+std::tuple<at::Tensor, at::Tensor> rows_meta(const at::Tensor& input, const at::Tensor& target,
+                                             const Maybe& weight, const Maybe&, const Maybe&,
+                                             int64_t ignore_index, double label_smoothing,
+                                             double z_loss, double factor, double softcap) {
+  check_loss({input, target, weight},
+             {at::Reduction::None, ignore_index, label_smoothing, z_loss, factor, softcap});
+  const auto of_rows = [&] {
+    return at::empty_symint(target.sym_sizes(),
+                            input.options().dtype(at::toOpMathType(input.scalar_type())));
+  };
+  return {of_rows(), of_rows()};
+}
+
+LossResults cross_entropy_in_place(const LossTensors& tensors, const LossOptions& options,
+                                   bool wants_lse) {
+  const at::Tensor& input = tensors.input;
+  check_loss(tensors, options);
+  torch::autograd::check_inplace(input, /*requires_grad=*/true);
+  const auto node = make_node(
+      torch::autograd::collect_next_edges(input),
+      CrossEntropyInPlaceGradient{options.reduction, std::min<int64_t>(1, input.dim() - 1)});
+  LossResults results;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const LossGradientOver over;
+    results = loss_forward(tensors, options, wants_lse, &over);
+  }
+  torch::autograd::increment_version(input);
+  set_history(results, wants_lse, node);
+  node->save(0, input.detach(), /*is_output=*/false);
+  torch::autograd::rebase_history(input, make_node({}, OverwrittenGradient{}));
+  return results;
+}
+
 }  // namespace
 
-LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options, bool wants_lse) {
+LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+                          bool in_place) {
   SOFTMAX_EXT_RECORD(kForward, tensors.input, tensors.target);
   check_weight(tensors.weight);
+  if (in_place && torch::autograd::compute_requires_grad(tensors.input)) {
+    return cross_entropy_in_place(tensors, options, wants_lse);
+  }
   LossResults results;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -214,7 +320,11 @@ LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options
   return results;
 }
 
-void add_loss_node_type() { NodeType<CrossEntropyGradient>::add(); }
+void add_loss_node_types() {
+  NodeType<CrossEntropyGradient>::add();
+  NodeType<CrossEntropyInPlaceGradient>::add();
+  NodeType<OverwrittenGradient>::add();
+}
 
 TORCH_LIBRARY_FRAGMENT(softmax_ext, library) {
   const auto define = [&](const char* schema) {
@@ -230,6 +340,9 @@ TORCH_LIBRARY_FRAGMENT(softmax_ext, library) {
   library.impl(kBackward, torch::dispatch(c10::DispatchKey::Meta, backward_meta));
   library.impl(kBackward, torch::dispatch(c10::DispatchKey::FuncTorchBatched, backward_composed));
   library.impl(kBackward, torch::dispatch(c10::DispatchKey::Batched, backward_composed));
+  define(kRowsSchema);
+  library.impl(kRows, torch::dispatch(c10::DispatchKey::CPU, rows_kernel));
+  library.impl(kRows, torch::dispatch(c10::DispatchKey::Meta, rows_meta));
 }
 
 }  // namespace softmax_ext

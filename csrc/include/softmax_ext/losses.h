@@ -30,7 +30,14 @@ struct Loss {
   }
 };
 
-// Numbers of rows lie side by side, in the order of (outer, inner).
+// What the gradients of rows are multiplied by. Numbers of rows lie side by side, in the order of (outer, inner).
+struct LossGrads {
+  const void* loss;  // of the rows' losses; of one for all if loss_step is 0, and not 1; null: 1
+  int64_t loss_step;
+  const double* divisor;  // of these, or null
+  const void* lse;        // of the rows, or null
+};
+
 struct LossForwardArgs {
   const void* input;
   DType dtype;
@@ -42,7 +49,9 @@ struct LossForwardArgs {
   void* lse;
   void* lse_rest;
   void* log_p;
-  bool wants_lse;  // of rows that are ignored too
+  bool wants_lse;    // of rows that are ignored too
+  void* grad_input;  // null, or the memory of the input, over which the gradient is written
+  LossGrads grads;
 };
 
 struct LossBackwardArgs {
@@ -57,10 +66,7 @@ struct LossBackwardArgs {
   const void* lse;
   const void* lse_rest;
   const void* log_p;
-  const void* grad;  // of the rows' losses; of one for all if grad_step is 0, and not 1
-  int64_t grad_step;
-  double grad_factor;    // what grad is multiplied by
-  const void* grad_lse;  // of the rows, or null
+  LossGrads grads;
 };
 
 // The gradient of the scores of a row, or of one in each lane:
