@@ -126,4 +126,5 @@ def cross_entropy(
     factor: float,
     softcap: float,
     wants_lse: bool,
+    in_place: bool,
 ) -> Tensor | tuple[Tensor, Tensor] | None: ...

@@ -201,21 +201,12 @@ RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, boo
   const at::IntArrayRef of_rows = tensors.target.sizes();
   at::Tensor grad_loss, grad_lse;
   if (over != nullptr) {
+    check_gradient_over(*over, tensors);
     at::assert_no_internal_overlap(input);
     at::assert_no_overlap(input, tensors.target);
     if (tensors.weight) at::assert_no_overlap(input, *tensors.weight);
-    const auto checked = [&](const char* argument, const at::Tensor& tensor, bool may_be_one) {
-      if (!tensor.defined()) return at::Tensor();
-      TORCH_CHECK(tensor.scalar_type() == wide, kFunction, "(): expected scalar type ", wide,
-                  " but found ", tensor.scalar_type(), " for argument '", argument, "'");
-      TORCH_CHECK(tensor.sizes() == of_rows || (may_be_one && tensor.dim() == 0), kFunction,
-                  "(): Expected '", argument, "' to have the size ", of_rows,
-                  may_be_one ? " or []" : "", ", but got ", tensor.sizes());
-      check_device(argument, tensor, input);
-      return tensor.contiguous();
-    };
-    grad_loss = checked("grad_loss", over->loss, /*may_be_one=*/true);
-    grad_lse = checked("grad_lse", over->lse, /*may_be_one=*/false);
+    if (over->loss.defined()) grad_loss = over->loss.contiguous();
+    if (over->lse.defined()) grad_lse = over->lse.contiguous();
   }
   const Rows rows(input);
   const Shape shape = to_shape(rows.tensor, rows.dim);
@@ -276,6 +267,22 @@ LossResults loss_forward(const LossTensors& tensors, const LossOptions& options,
   if (options.reduction == at::Reduction::Mean) loss /= *rows.total.const_data_ptr<double>();
   results.loss = at::scalar_tensor(loss, input.options());
   return results;
+}
+
+void check_gradient_over(const LossGradientOver& over, const LossTensors& tensors) {
+  const at::ScalarType wide = at::toOpMathType(tensors.input.scalar_type());
+  const c10::SymIntArrayRef of_rows = tensors.target.sym_sizes();
+  const auto check = [&](const char* argument, const at::Tensor& tensor, bool may_be_one) {
+    if (!tensor.defined()) return;
+    check_device(argument, tensor, tensors.input);
+    TORCH_CHECK(tensor.scalar_type() == wide, kFunction, "(): expected scalar type ", wide,
+                " but found ", tensor.scalar_type(), " for argument '", argument, "'");
+    TORCH_CHECK(tensor.sym_sizes() == of_rows || (may_be_one && tensor.dim() == 0), kFunction,
+                "(): Expected '", argument, "' to have the size ", of_rows,
+                may_be_one ? " or []" : "", ", but got ", tensor.sym_sizes());
+  };
+  check("grad_loss", over.loss, /*may_be_one=*/true);
+  check("grad_lse", over.lse, /*may_be_one=*/false);
 }
 
 void check_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,

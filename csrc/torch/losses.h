@@ -31,8 +31,8 @@ struct LossResults {
 };
 
 // The gradient that a call makes of its logits, over these: that of the sum, over the rows, of loss (a number,
-// or one a row; undefined: 1 and, of a mean, what it is divided by) times a row's loss and of lse (undefined:
-// 0) times its lse. Of the type computed in.
+// or one a row; undefined: 1, of a mean divided as it is) times a row's loss and of lse (undefined: 0) times
+// its lse. Of the type computed in.
 struct LossGradientOver {
   at::Tensor loss, lse;
 };
@@ -46,7 +46,8 @@ struct RowLosses {
 // may be symbolic.
 void check_loss(const LossTensors& tensors, const LossOptions& options);
 
-// The same of a gradient's call.
+// The same of what is over the input of a call, and of a gradient's call.
+void check_gradient_over(const LossGradientOver& over, const LossTensors& tensors);
 void check_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
                          const LossTensors& tensors, const LossResults& results,
                          const LossOptions& options);

@@ -257,21 +257,23 @@ std::tuple<at::Tensor, at::Tensor> rows_kernel(const at::Tensor& input, const at
                                                const Maybe& grad_lse, int64_t ignore_index,
                                                double label_smoothing, double z_loss, double factor,
                                                double softcap) {
-  TORCH_CHECK(grad_loss || !grad_lse, kRows, ": argument 'grad_lse' wants 'grad_loss' beside it");
   const LossGradientOver over{grad_loss.value_or(at::Tensor()), grad_lse.value_or(at::Tensor())};
   const RowLosses rows =
       row_losses({input, target, weight},
                  {at::Reduction::None, ignore_index, label_smoothing, z_loss, factor, softcap},
-                 /*wants_lse=*/true, grad_loss ? &over : nullptr);
+                 /*wants_lse=*/true, grad_loss || grad_lse ? &over : nullptr);
   return {rows.losses, rows.lse};
 }
 
 std::tuple<at::Tensor, at::Tensor> rows_meta(const at::Tensor& input, const at::Tensor& target,
-                                             const Maybe& weight, const Maybe&, const Maybe&,
-                                             int64_t ignore_index, double label_smoothing,
-                                             double z_loss, double factor, double softcap) {
-  check_loss({input, target, weight},
+                                             const Maybe& weight, const Maybe& grad_loss,
+                                             const Maybe& grad_lse, int64_t ignore_index,
+                                             double label_smoothing, double z_loss, double factor,
+                                             double softcap) {
+  const LossTensors tensors{input, target, weight};
+  check_loss(tensors,
              {at::Reduction::None, ignore_index, label_smoothing, z_loss, factor, softcap});
+  check_gradient_over({grad_loss.value_or(at::Tensor()), grad_lse.value_or(at::Tensor())}, tensors);
   const auto of_rows = [&] {
     return at::empty_symint(target.sym_sizes(),
                             input.options().dtype(at::toOpMathType(input.scalar_type())));
@@ -284,8 +286,10 @@ LossResults cross_entropy_in_place(const LossTensors& tensors, const LossOptions
   const at::Tensor& input = tensors.input;
   check_loss(tensors, options);
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
+  auto edges = torch::autograd::collect_next_edges(input);
+  const auto overwritten = make_node(torch::autograd::edge_list(edges), OverwrittenGradient{});
   const auto node = make_node(
-      torch::autograd::collect_next_edges(input),
+      std::move(edges),
       CrossEntropyInPlaceGradient{options.reduction, std::min<int64_t>(1, input.dim() - 1)});
   LossResults results;
   {
@@ -296,7 +300,7 @@ LossResults cross_entropy_in_place(const LossTensors& tensors, const LossOptions
   torch::autograd::increment_version(input);
   set_history(results, wants_lse, node);
   node->save(0, input.detach(), /*is_output=*/false);
-  torch::autograd::rebase_history(input, make_node({}, OverwrittenGradient{}));
+  torch::autograd::rebase_history(input, overwritten);
   return results;
 }
 

@@ -130,7 +130,12 @@ def _composed(
 
 
 def _loss_and_lse(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: _Options, wants_lse: bool
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: _Options,
+    wants_lse: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     for_kernels = _is_for_kernels(input, target, weight, options)
     if target.dtype == torch.int32:
@@ -144,7 +149,7 @@ def _loss_and_lse(
             if input.dtype in (torch.float16, torch.bfloat16):
                 input = input.float()
                 weight = None if weight is None else weight.float()
-            return _loss_and_lse(input, target, weight, options, wants_lse)
+            return _loss_and_lse(input, target, weight, options, wants_lse, in_place)
     target = target.long()
     if is_dynamo_compiling():
         if device == "cpu":
@@ -152,7 +157,7 @@ def _loss_and_lse(
             loss, lse, _, _ = operator(input, target, weight, *options, wants_lse)
             return loss, lse if wants_lse else None
     else:
-        result = _C.cross_entropy(input, target, weight, *options, wants_lse)
+        result = _C.cross_entropy(input, target, weight, *options, wants_lse, in_place)
         if result is not None:
             return result if wants_lse else (result, None)
     return _composed(input, target, weight, options, wants_lse)
@@ -173,6 +178,7 @@ def cross_entropy(
     softcap: float | None = ...,
     temperature: float | None = ...,
     return_lse: Literal[False] = ...,
+    inplace_backward: bool = ...,
 ) -> Tensor: ...
 @overload
 def cross_entropy(
@@ -189,6 +195,7 @@ def cross_entropy(
     softcap: float | None = ...,
     temperature: float | None = ...,
     return_lse: Literal[True],
+    inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def cross_entropy(
     input: Tensor,
@@ -204,6 +211,7 @@ def cross_entropy(
     softcap: float | None = None,
     temperature: float | None = None,
     return_lse: bool = False,
+    inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross-entropy of logits and targets, with torch's arguments, values, gradients and errors.
 
@@ -230,6 +238,11 @@ def cross_entropy(
         softcap: the logits become softcap * tanh(logits / softcap).
         temperature: the logits are divided by it first.
         return_lse: also gives the logsumexp of each row, which has a gradient of its own.
+        inplace_backward: where there is a gradient to be made, forward writes it over the logits
+            while a row is in cache, so that no other tensor of their size is ever needed. They are
+            of no more use then: another use of them, in backward, raises, and so does a second
+            backward, one with ``create_graph``, and that of lse. Where the kernels do not take the
+            call (see above), and in compiled graphs, it changes nothing.
 
     Returns:
         The loss, of the input's dtype (float32 under autocast); with `return_lse` the tuple of it
@@ -241,7 +254,8 @@ def cross_entropy(
             `temperature` is not above 0.
         IndexError: a target is neither `ignore_index` nor in [0, C).
         TypeError: an argument is of the wrong type.
-        RuntimeError: what else torch.nn.functional.cross_entropy refuses, with its message.
+        RuntimeError: what else torch.nn.functional.cross_entropy refuses, with its message;
+            `inplace_backward` of a leaf, as of any operation in place.
 
     Source: torch.nn.functional.cross_entropy; z_loss: Chowdhery et al., "PaLM", arXiv 2204.02311;
     softcap: Gemma Team, "Gemma 2", arXiv 2408.00118.
@@ -270,6 +284,7 @@ def cross_entropy(
             softcap=softcap,
             temperature=temperature,
             return_lse=return_lse,
+            inplace_backward=inplace_backward,
         )
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
@@ -282,5 +297,5 @@ def cross_entropy(
         _factor(name, temperature),
         _softcap(name, softcap),
     )
-    loss, lse = _loss_and_lse(input, target, weight, options, return_lse)
+    loss, lse = _loss_and_lse(input, target, weight, options, return_lse, inplace_backward)
     return (loss, lse) if lse is not None else loss

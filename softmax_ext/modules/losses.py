@@ -15,7 +15,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     Args:
         weight, size_average, ignore_index, reduce, reduction, label_smoothing: as torch's.
-        z_loss, softcap, temperature: of :func:`softmax_ext.cross_entropy`.
+        z_loss, softcap, temperature, inplace_backward: of :func:`softmax_ext.cross_entropy`.
 
     Shapes, dtypes and errors are those of :func:`softmax_ext.cross_entropy`.
 
@@ -31,6 +31,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     z_loss: float = 0.0
     softcap: float | None = None
     temperature: float | None = None
+    inplace_backward: bool = False
 
     def __init__(
         self,
@@ -44,9 +45,11 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         temperature: float | None = None,
+        inplace_backward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss, self.softcap, self.temperature = z_loss, softcap, temperature
+        self.inplace_backward = inplace_backward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(
@@ -59,4 +62,5 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             z_loss=self.z_loss,
             softcap=self.softcap,
             temperature=self.temperature,
+            inplace_backward=self.inplace_backward,
         )
