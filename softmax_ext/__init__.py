@@ -12,6 +12,7 @@ from softmax_ext._explain import Explanation, explain
 from softmax_ext._info import BuildInfo, __version__, build_info
 from softmax_ext.functional import (
     cross_entropy,
+    linear_cross_entropy,
     log_softmax,
     log_softmax_,
     logsumexp,
@@ -24,13 +25,21 @@ from softmax_ext.functional import (
     softmin_,
 )
 from softmax_ext.memory import MemoryStats, empty_cache, memory_stats
-from softmax_ext.modules import CrossEntropyLoss, LogSoftmax, Softmax, Softmax2d, Softmin
+from softmax_ext.modules import (
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    LogSoftmax,
+    Softmax,
+    Softmax2d,
+    Softmin,
+)
 from softmax_ext.switch import disable, enable, enabled, is_enabled
 
 __all__ = [
     "BuildInfo",
     "CrossEntropyLoss",
     "Explanation",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MemoryStats",
     "Softmax",
@@ -45,6 +54,7 @@ __all__ = [
     "enabled",
     "explain",
     "is_enabled",
+    "linear_cross_entropy",
     "log_softmax",
     "log_softmax_",
     "logsumexp",

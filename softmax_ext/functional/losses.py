@@ -197,6 +197,23 @@ def cross_entropy(
     return_lse: Literal[True],
     inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = ...,
+    size_average: bool | None = ...,
+    ignore_index: int = ...,
+    reduce: bool | None = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    *,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    temperature: float | None = ...,
+    return_lse: bool,
+    inplace_backward: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -270,7 +287,7 @@ def cross_entropy(
     tensors = (input, target, weight)
     if has_torch_function(tensors):
         return handle_torch_function(
-            cross_entropy,  # type: ignore[arg-type]
+            cross_entropy,
             tensors,
             input,
             target,
