@@ -93,6 +93,18 @@ def test_the_temperature_of_known_logits(temperature):
     assert temperature.fit_temperature(3 * logits, labels).item() == pytest.approx(3, rel=0.05)
 
 
+def test_char_lm(monkeypatch, tmp_path, capsys):
+    """The same curve by both, which falls; and the memory of both."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    char_lm = pytest.importorskip("char_lm", reason="the packages of the extra `demo`")
+    output = tmp_path / "loss.png"
+    losses = char_lm.main(30, output)
+    assert losses["softmax_ext"][-1] < 0.8 * losses["softmax_ext"][0]
+    assert losses["softmax_ext"] == pytest.approx(losses["torch"], abs=char_lm.TOLERANCE)
+    assert capsys.readouterr().out.count("MiB") == 4
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
 def test_graph_attention() -> None:
     """The same losses as by torch's operators, and more than features alone would tell."""
     assert graph_attention.main(epochs=30) > 0.85
