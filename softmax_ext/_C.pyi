@@ -127,3 +127,11 @@ def cross_entropy(
     softcap: float,
     wants_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor] | None: ...
+def kl_div_with_logits(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    beta: float,
+    factor: float,
+) -> Tensor | None: ...

@@ -12,6 +12,7 @@ from softmax_ext._explain import Explanation, explain
 from softmax_ext._info import BuildInfo, __version__, build_info
 from softmax_ext.functional import (
     cross_entropy,
+    kl_div_with_logits,
     log_softmax,
     log_softmax_,
     logsumexp,
@@ -45,6 +46,7 @@ __all__ = [
     "enabled",
     "explain",
     "is_enabled",
+    "kl_div_with_logits",
     "log_softmax",
     "log_softmax_",
     "logsumexp",
