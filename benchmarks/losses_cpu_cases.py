@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.1},
     "z-loss": {"z_loss": 1e-4},
     "softcap": {"softcap": 30.0},
+    "probabilities": {},  # as targets
 }
 VARIED = ((65536, 10), (512, 128256))
 # Of divergences, whose rows are along the last dim.
@@ -55,7 +56,7 @@ class LossCase(Case):
     @property
     def bytes(self) -> int:
         tensors = 1 if self.mode == "forward" else 3
-        if self.op == "kl_div_with_logits":
+        if self.op == "kl_div_with_logits" or self.layout == "probabilities":
             tensors = 2 if self.mode == "forward" else 5
         return tensors * math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
@@ -70,7 +71,7 @@ def cases(threads: Iterable[int], dtypes: Iterable[str], modes: Iterable[str]) -
         for count, shape, variant, dtype, mode in itertools.product(
             threads, SHAPES, VARIANTS, dtypes, modes
         )
-        if variant == "plain" or shape in VARIED
+        if variant == "plain" or shape in (VARIED[1:] if variant == "probabilities" else VARIED)
     ]
     return of_cross_entropy + [
         LossCase("kl_div_with_logits", mode, PAIR_SHAPE, 1, variant, dtype, count)
@@ -118,6 +119,9 @@ def contenders(case: LossCase) -> dict[str, Run]:
         grad = torch.ones((), dtype=dtype)
         return {name: make_run(f, case.mode, x, case.dim, grad) for name, f in pairs.items()}
     target = torch.randint(case.shape[1], case.shape[:1] + case.shape[2:])
+    indices = target
+    if case.layout == "probabilities":
+        target = torch.randn(case.shape).softmax(1).to(dtype)
     weight = (torch.rand(case.shape[1]) + 0.5).to(dtype) if case.layout == "weight" else None
     options = VARIANTS[case.layout]
     for_torch = {"z_loss": 0.0, "softcap": 0.0, **options}
@@ -126,6 +130,6 @@ def contenders(case: LossCase) -> dict[str, Run]:
         "torch": lambda x, _: by_torch(x, target, weight, **for_torch),
     }
     if case.layout != "plain":
-        functions["plain"] = lambda x, _: softmax_ext.cross_entropy(x, target)
+        functions["plain"] = lambda x, _: softmax_ext.cross_entropy(x, indices)
     grad = torch.ones((), dtype=dtype)
     return {name: make_run(f, case.mode, x, case.dim, grad) for name, f in functions.items()}

@@ -135,3 +135,14 @@ def kl_div_with_logits(
     beta: float,
     factor: float,
 ) -> Tensor | None: ...
+def cross_entropy_of_probabilities(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    factor: float,
+    softcap: float,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor | None] | None: ...

@@ -5,6 +5,7 @@
 
 #include "softmax_ext/divergences.h"
 #include "softmax_ext/losses.h"
+#include "softmax_ext/probabilities.h"
 #include "softmax_ext/problem.h"
 #include "softmax_ext/scores.h"
 #include "softmax_ext/segments.h"
@@ -72,6 +73,8 @@ struct Kernels {
                              int64_t ignore_index, int64_t* counted);
   void (*launch_divergence_forward)(const DivergenceForwardArgs& args, const Threads& threads);
   void (*launch_divergence_backward)(const DivergenceBackwardArgs& args, const Threads& threads);
+  void (*launch_probability_forward)(const ProbabilityForwardArgs& args, const Threads& threads);
+  void (*launch_probability_backward)(const ProbabilityBackwardArgs& args, const Threads& threads);
 };
 
 // Those that this build has and this processor can run, fastest first.

@@ -34,6 +34,7 @@ PYBIND11_MODULE(_C, module) {
   bind_segments(module);
   bind_losses(module);
   bind_divergences(module);
+  bind_probabilities(module);
 }
 
 }  // namespace
