@@ -76,7 +76,7 @@ NEWEST_TRIED_TORCH = (2, 15)
 # Of csrc/cpu, what is compiled once for each instruction set; which one runs is decided at import.
 KERNELS = tuple(
     f"{family}_{direction}"
-    for family in ("softmax", "scores", "segments", "losses")
+    for family in ("softmax", "scores", "segments", "losses", "divergences", "probabilities")
     for direction in ("forward", "backward")
 )
 X86_ISAS = {

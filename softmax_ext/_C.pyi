@@ -128,3 +128,22 @@ def cross_entropy(
     wants_lse: bool,
     in_place: bool,
 ) -> Tensor | tuple[Tensor, Tensor] | None: ...
+def kl_div_with_logits(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    beta: float,
+    factor: float,
+) -> Tensor | None: ...
+def cross_entropy_of_probabilities(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    factor: float,
+    softcap: float,
+    wants_lse: bool,
+) -> tuple[Tensor, Tensor | None] | None: ...

@@ -12,6 +12,7 @@ from softmax_ext._explain import Explanation, explain
 from softmax_ext._info import BuildInfo, __version__, build_info
 from softmax_ext.functional import (
     cross_entropy,
+    kl_div_with_logits,
     linear_cross_entropy,
     log_softmax,
     log_softmax_,
@@ -54,6 +55,7 @@ __all__ = [
     "enabled",
     "explain",
     "is_enabled",
+    "kl_div_with_logits",
     "linear_cross_entropy",
     "log_softmax",
     "log_softmax_",

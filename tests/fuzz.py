@@ -42,6 +42,8 @@ ENTRIES = (
     "scores' backward operator",
     "cross-entropy",
     "cross-entropy's backward operator",
+    "kl-div",
+    "kl-div's backward operator",
 )
 
 
@@ -162,6 +164,36 @@ def run(entry: str, op: str, tensors: list[torch.Tensor], dim: int, dtype: Any) 
             ),
             lambda: backward_by_torch(to, -1),
         )
+    if entry.startswith("kl-div"):
+        reduction, beta = 0, {"softmax": 0.0, "log_softmax": 0.3}[op]
+
+        def kl_by_torch(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            if x.shape != y.shape or not x.dim():
+                raise RuntimeError
+            log_q, log_p = F.log_softmax(x.double(), -1), F.log_softmax(y.double(), -1)
+            if beta == 0:
+                return (log_p.exp() * (log_p - log_q)).sum(-1)
+            p, q = log_p.exp(), log_q.exp()
+            log_m = (beta * p + (1 - beta) * q).log()
+            return (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
+
+        def of_ones() -> Any:
+            _, kept = ops.kl_div_with_logits(x.detach(), y.detach(), None, reduction, beta, 1.0)
+            ones = torch.ones(x.shape[:-1], dtype=x.dtype)
+            args = (None, kept, reduction, beta, 1.0, True, False)
+            return ops.kl_div_with_logits_backward(ones, x.detach(), y.detach(), *args)[0]
+
+        def of_ones_by_torch() -> Any:
+            leaf = x.detach().double().requires_grad_()
+            loss = kl_by_torch(leaf, y.detach().double())
+            return torch.autograd.grad(loss.sum(), leaf)[0].to(x.dtype)
+
+        if entry == "kl-div":
+            return (
+                lambda: ops.kl_div_with_logits(x, y, None, reduction, beta, 1.0)[0],
+                lambda: kl_by_torch(x, y).to(x.dtype),
+            )
+        return of_ones, of_ones_by_torch
     if entry.startswith("cross-entropy"):
         options = (-100, 0.1, 0.0, 1.0, 0.0)
 

@@ -8,26 +8,34 @@
 
 namespace softmax_ext::cpu {
 
-#define SOFTMAX_EXT_KERNELS(isa)                                                         \
-  void launch_forward_##isa(const ForwardArgs& args, const Threads&);                    \
-  void launch_backward_##isa(const BackwardArgs& args, const Threads&);                  \
-  void launch_score_forward_##isa(const ScoreForwardArgs& args, const Threads&);         \
-  void launch_score_backward_##isa(const ScoreBackwardArgs& args, const Threads&);       \
-  void launch_segments_forward_##isa(const SegmentsForwardArgs& args, const Threads&);   \
-  void launch_segments_backward_##isa(const SegmentsBackwardArgs& args, const Threads&); \
-  void launch_loss_forward_##isa(const LossForwardArgs& args, const Threads&);           \
-  void launch_loss_backward_##isa(const LossBackwardArgs& args, const Threads&);         \
-  int64_t find_bad_target_##isa(const int64_t*, int64_t, int64_t, int64_t, int64_t*);    \
-  constexpr Kernels kernels_##isa = {#isa,                                               \
-                                     launch_forward_##isa,                               \
-                                     launch_backward_##isa,                              \
-                                     launch_score_forward_##isa,                         \
-                                     launch_score_backward_##isa,                        \
-                                     launch_segments_forward_##isa,                      \
-                                     launch_segments_backward_##isa,                     \
-                                     launch_loss_forward_##isa,                          \
-                                     launch_loss_backward_##isa,                         \
-                                     find_bad_target_##isa};
+#define SOFTMAX_EXT_KERNELS(isa)                                                               \
+  void launch_forward_##isa(const ForwardArgs& args, const Threads&);                          \
+  void launch_backward_##isa(const BackwardArgs& args, const Threads&);                        \
+  void launch_score_forward_##isa(const ScoreForwardArgs& args, const Threads&);               \
+  void launch_score_backward_##isa(const ScoreBackwardArgs& args, const Threads&);             \
+  void launch_segments_forward_##isa(const SegmentsForwardArgs& args, const Threads&);         \
+  void launch_segments_backward_##isa(const SegmentsBackwardArgs& args, const Threads&);       \
+  void launch_loss_forward_##isa(const LossForwardArgs& args, const Threads&);                 \
+  void launch_loss_backward_##isa(const LossBackwardArgs& args, const Threads&);               \
+  int64_t find_bad_target_##isa(const int64_t*, int64_t, int64_t, int64_t, int64_t*);          \
+  void launch_divergence_forward_##isa(const DivergenceForwardArgs& args, const Threads&);     \
+  void launch_divergence_backward_##isa(const DivergenceBackwardArgs& args, const Threads&);   \
+  void launch_probability_forward_##isa(const ProbabilityForwardArgs& args, const Threads&);   \
+  void launch_probability_backward_##isa(const ProbabilityBackwardArgs& args, const Threads&); \
+  constexpr Kernels kernels_##isa = {#isa,                                                     \
+                                     launch_forward_##isa,                                     \
+                                     launch_backward_##isa,                                    \
+                                     launch_score_forward_##isa,                               \
+                                     launch_score_backward_##isa,                              \
+                                     launch_segments_forward_##isa,                            \
+                                     launch_segments_backward_##isa,                           \
+                                     launch_loss_forward_##isa,                                \
+                                     launch_loss_backward_##isa,                               \
+                                     find_bad_target_##isa,                                    \
+                                     launch_divergence_forward_##isa,                          \
+                                     launch_divergence_backward_##isa,                         \
+                                     launch_probability_forward_##isa,                         \
+                                     launch_probability_backward_##isa};
 
 #if defined(SOFTMAX_EXT_AVX512)
 SOFTMAX_EXT_KERNELS(avx512)

@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
+#include "softmax_ext/divergences.h"
 #include "softmax_ext/losses.h"
+#include "softmax_ext/probabilities.h"
 #include "softmax_ext/problem.h"
 #include "softmax_ext/scores.h"
 #include "softmax_ext/segments.h"
@@ -69,6 +71,10 @@ struct Kernels {
   // not ignore_index.
   int64_t (*find_bad_target)(const int64_t* targets, int64_t rows, int64_t classes,
                              int64_t ignore_index, int64_t* counted);
+  void (*launch_divergence_forward)(const DivergenceForwardArgs& args, const Threads& threads);
+  void (*launch_divergence_backward)(const DivergenceBackwardArgs& args, const Threads& threads);
+  void (*launch_probability_forward)(const ProbabilityForwardArgs& args, const Threads& threads);
+  void (*launch_probability_backward)(const ProbabilityBackwardArgs& args, const Threads& threads);
 };
 
 // Those that this build has and this processor can run, fastest first.

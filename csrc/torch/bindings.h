@@ -21,4 +21,10 @@ void bind_segments(py::module_& module);
 // Adds cross_entropy.
 void bind_losses(py::module_& module);
 
+// Adds kl_div_with_logits.
+void bind_divergences(py::module_& module);
+
+// Adds cross_entropy_of_probabilities.
+void bind_probabilities(py::module_& module);
+
 }  // namespace softmax_ext

@@ -33,6 +33,8 @@ PYBIND11_MODULE(_C, module) {
   bind_scores(module);
   bind_segments(module);
   bind_losses(module);
+  bind_divergences(module);
+  bind_probabilities(module);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 """The functions, with the signatures of torch.nn.functional; a file for each family."""
 
+from softmax_ext.functional.divergences import kl_div_with_logits
 from softmax_ext.functional.linear_losses import linear_cross_entropy
 from softmax_ext.functional.losses import cross_entropy
 from softmax_ext.functional.scores import logsumexp
@@ -19,6 +20,7 @@ from softmax_ext.functional.softmax import (
 
 __all__ = [
     "cross_entropy",
+    "kl_div_with_logits",
     "linear_cross_entropy",
     "log_softmax",
     "log_softmax_",

@@ -89,6 +89,44 @@ def _is_for_kernels(
     )
 
 
+def _by_kernels_of_probabilities(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: _Options, wants_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Loss and lse, or None where the targets are not probabilities as the kernels take them: of
+    classes side by side."""
+    is_taken = (
+        target.dtype == input.dtype
+        and input.dtype in _FLOATING
+        and target.shape == input.shape
+        and input.dim() in (1, 2)
+        and input.numel() > 0
+        and 0.0 <= options.label_smoothing <= 1.0
+        and options.ignore_index < 0
+        and (
+            weight is None
+            or (
+                weight.dtype == input.dtype
+                and weight.shape == input.shape[-1:]
+                and not weight.requires_grad
+            )
+        )
+        and not torch.is_autocast_enabled(input.device.type)
+    )
+    if not is_taken:
+        return None
+    of_kernels = (options.reduction, *options[2:], wants_lse)
+    if not is_dynamo_compiling():
+        result: tuple[Tensor, Tensor | None] | None = _C.cross_entropy_of_probabilities(
+            input, target, weight, *of_kernels
+        )
+        return result
+    if input.device.type != "cpu":
+        return None
+    operator = torch.ops.softmax_ext.cross_entropy_of_probabilities
+    loss, lse, _ = operator(input, target, weight, *of_kernels)
+    return loss, lse if wants_lse else None
+
+
 def _composed(
     input: Tensor, target: Tensor, weight: Tensor | None, options: _Options, wants_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -141,7 +179,8 @@ def _loss_and_lse(
     if target.dtype == torch.int32:
         target = target.long()
     if not for_kernels:
-        return _composed(input, target, weight, options, wants_lse)
+        result = _by_kernels_of_probabilities(input, target, weight, options, wants_lse)
+        return result or _composed(input, target, weight, options, wants_lse)
     device = input.device.type
     if torch.is_autocast_enabled(device):
         # As torch's: in float32.
@@ -232,12 +271,13 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross-entropy of logits and targets, with torch's arguments, values, gradients and errors.
 
-    On the CPU, class indices are computed by kernels: forward reads each logit once, backward reads
-    it once and writes its gradient, and nothing of the logits' size is kept between them. Sums are
-    in float32 (float64 for float64), and a loss of 16 bits is rounded once. The result has the same
-    bits for any number of threads. Rows with the target `ignore_index` are not read; their gradient
-    is 0, whatever they hold. Class probabilities, other devices than the CPU, and transforms of
-    torch.func are composed of torch's functions.
+    On the CPU, class indices, and class probabilities of the logits' dtype and (C) or (N, C), are
+    computed by kernels: forward reads each logit once, backward reads it once and writes its
+    gradient, and nothing of the logits' size is kept between them. Sums are in float32 (float64 for
+    float64), and a loss of 16 bits is rounded once. The result has the same bits for any number of
+    threads. Rows with the target `ignore_index` are not read; their gradient is 0, whatever they
+    hold. Other class probabilities, other devices than the CPU, and transforms of torch.func are
+    composed of torch's functions.
 
     Args:
         input: logits of the shape (C), (N, C) or (N, C, d1, ...), float16, bfloat16, float32 or

@@ -1,0 +1,260 @@
+#include "divergences.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/log_softmax.h>
+#include <ATen/ops/logaddexp.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/where.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "tensors.h"
+
+namespace softmax_ext {
+namespace {
+
+constexpr const char* kFunction = "kl_div_with_logits";
+
+void check_device(const char* argument, const at::Tensor& tensor, const at::Tensor& student) {
+  TORCH_CHECK(tensor.device() == student.device(), kFunction,
+              "(): Expected all tensors to be on the same device, but found 'student' on ",
+              student.device(), " and '", argument, "' on ", tensor.device());
+  check_storage(kFunction, argument, tensor);
+}
+
+// The two tensors as the kernels read them: classes side by side.
+struct Pair {
+  at::Tensor student, teacher;
+  Shape shape;
+  Dims dims;
+  Strides student_strides, teacher_strides;
+
+  explicit Pair(const DivergenceTensors& tensors)
+      : student(tensors.student), teacher(tensors.teacher), shape(to_shape(student, -1)) {
+    for (at::Tensor* const tensor : {&student, &teacher}) {
+      if (tensor->stride(-1) != 1 && shape.dim > 1) *tensor = tensor->contiguous();
+    }
+    if (!find()) {
+      student = student.contiguous();
+      teacher = teacher.contiguous();
+      find();
+    }
+  }
+
+ private:
+  bool find() {
+    dims = contiguous_dims(shape);
+    student_strides = teacher_strides = contiguous_strides(shape);
+    return find_strides({{&student, &student_strides}, {&teacher, &teacher_strides}},
+                        student.dim() - 1, dims);
+  }
+};
+
+at::Tensor weight_of_rows(const DivergenceTensors& tensors) {
+  if (!tensors.weight) return {};
+  return tensors.weight->to(at::toOpMathType(tensors.student.scalar_type())).contiguous();
+}
+
+// f(first of the numbers) with their type.
+template <class F>
+double of_numbers(const at::Tensor& tensor, F f) {
+  return tensor.scalar_type() == at::kDouble ? f(tensor.const_data_ptr<double>())
+                                             : f(tensor.const_data_ptr<float>());
+}
+
+// What the sum of the rows' losses is divided by.
+double divisor(const at::Tensor& weight, const Shape& shape, int64_t reduction) {
+  if (reduction != kBatchMean && reduction != at::Reduction::Mean) return 1;
+  double count = static_cast<double>(shape.rows());
+  if (weight.defined()) {
+    count = of_numbers(weight, [&](const auto* of_rows) {
+      int64_t counted = 0;
+      for (int64_t k = 0; k < weight.numel(); ++k) counted += of_rows[k] != 0;
+      return static_cast<double>(counted);
+    });
+  }
+  return reduction == kBatchMean ? count : count * static_cast<double>(shape.dim);
+}
+
+DivergenceOptions options_of(const DivergenceCall& call, const at::Tensor& weight) {
+  return {call.beta, call.factor, weight.defined() ? weight.const_data_ptr() : nullptr};
+}
+
+c10::SymDimVector kept_sizes(const at::Tensor& student) {
+  c10::SymDimVector sizes(student.sym_sizes().begin(), student.sym_sizes().end());
+  sizes.back() = DivergenceRow<float>::kCount;
+  return sizes;
+}
+
+}  // namespace
+
+void check_divergence(const DivergenceTensors& tensors, const DivergenceCall& call) {
+  const auto& [student, teacher, weight] = tensors;
+  TORCH_CHECK_NOT_IMPLEMENTED(is_kernel_output_dtype(student.scalar_type()), kFunction,
+                              "(): not implemented for an argument 'student' of dtype ",
+                              student.scalar_type(), "; expected Half, BFloat16, Float or Double");
+  TORCH_CHECK(teacher.scalar_type() == student.scalar_type(), kFunction,
+              "(): expected scalar type ", student.scalar_type(), " but found ",
+              teacher.scalar_type(), ": argument 'teacher' must have the dtype of 'student'");
+  TORCH_CHECK(student.dim() > 0, kFunction,
+              "(): expected argument 'student' to have 1 dimension or more, but got 0");
+  check_storage(kFunction, "student", student);
+  check_device("teacher", teacher, student);
+  TORCH_CHECK_VALUE(teacher.sym_sizes() == student.sym_sizes(), kFunction,
+                    "(): Expected argument 'teacher' to have the size ", student.sym_sizes(),
+                    " of 'student', but got ", teacher.sym_sizes());
+  if (weight) {
+    const c10::SymIntArrayRef of_rows = student.sym_sizes().slice(0, student.dim() - 1);
+    TORCH_CHECK_VALUE(weight->sym_sizes() == of_rows, kFunction,
+                      "(): Expected argument 'weight' to have the size ", of_rows,
+                      " for a 'student' of the size ", student.sym_sizes(), ", but got ",
+                      weight->sym_sizes());
+    TORCH_CHECK(!weight->is_complex(), kFunction,
+                "(): expected argument 'weight' to be real, but got ", weight->scalar_type());
+    check_device("weight", *weight, student);
+  }
+  TORCH_CHECK_VALUE(call.reduction >= 0 && call.reduction <= kBatchMean, kFunction,
+                    "(): ", call.reduction, " is not a valid value for reduction");
+  TORCH_CHECK_VALUE(call.beta >= 0 && call.beta <= 1, kFunction,
+                    "(): expected argument 'beta' to be from 0 to 1, but got ", call.beta);
+  TORCH_CHECK_VALUE(call.factor > 0 && std::isfinite(call.factor), kFunction,
+                    "(): expected argument 'factor' to be above 0 and finite, but got ",
+                    call.factor);
+}
+
+DivergenceResults divergence_forward(const DivergenceTensors& tensors, const DivergenceCall& call) {
+  check_divergence(tensors, call);
+  const at::Tensor& student = tensors.student;
+  const at::ScalarType wide = at::toOpMathType(student.scalar_type());
+  const Pair pair(tensors);
+  const at::Tensor weight = weight_of_rows(tensors);
+  const at::IntArrayRef of_rows = student.sizes().slice(0, student.dim() - 1);
+  at::Tensor row_loss = empty(of_rows, wide, student.device()).tensor;
+  DivergenceResults results;
+  results.kept = empty(C10_AS_INTARRAYREF_SLOW(kept_sizes(student)), wide, student.device()).tensor;
+  if (student.numel() == 0) {
+    row_loss.zero_();
+    results.kept.zero_();
+  } else {
+    cpu::kernels().launch_divergence_forward(
+        {pair.student.const_data_ptr(), pair.teacher.const_data_ptr(),
+         to_dtype(student.scalar_type()), pair.shape, pair.dims, pair.student_strides,
+         pair.teacher_strides, options_of(call, weight), row_loss.mutable_data_ptr(),
+         results.kept.mutable_data_ptr()},
+        threads(pair.shape));
+  }
+  if (call.reduction == at::Reduction::None) {
+    results.loss = row_loss.to(student.scalar_type());
+    return results;
+  }
+  const double sum = of_numbers(row_loss, [&](const auto* losses) {
+    double sum = 0;
+    for (int64_t k = 0; k < row_loss.numel(); ++k) sum += static_cast<double>(losses[k]);
+    return sum;
+  });
+  results.loss =
+      at::scalar_tensor(sum / divisor(weight, pair.shape, call.reduction), student.options());
+  return results;
+}
+
+void check_divergence_gradient(const at::Tensor& grad_loss, const DivergenceTensors& tensors,
+                               const at::Tensor& kept, const DivergenceCall& call) {
+  check_divergence(tensors, call);
+  const at::Tensor& student = tensors.student;
+  const auto check = [&](const char* argument, const at::Tensor& tensor, at::ScalarType dtype,
+                         c10::SymIntArrayRef sizes) {
+    TORCH_CHECK(tensor.scalar_type() == dtype, kFunction, "_backward(): expected scalar type ",
+                dtype, " but found ", tensor.scalar_type(), " for argument '", argument, "'");
+    TORCH_SYM_CHECK(sym_equals(tensor.sym_sizes(), sizes), kFunction, "_backward(): Expected '",
+                    argument, "' to have the size ", sizes, ", but got ", tensor.sym_sizes());
+    check_device(argument, tensor, student);
+  };
+  const c10::SymIntArrayRef none, of_rows = student.sym_sizes().slice(0, student.dim() - 1);
+  check("grad_loss", grad_loss, student.scalar_type(),
+        call.reduction == at::Reduction::None ? of_rows : none);
+  check("kept", kept, at::toOpMathType(student.scalar_type()), kept_sizes(student));
+}
+
+DivergenceGradients divergence_backward(const at::Tensor& grad_loss,
+                                        const DivergenceTensors& tensors, const at::Tensor& kept,
+                                        const DivergenceCall& call, bool of_student,
+                                        bool of_teacher) {
+  check_divergence_gradient(grad_loss, tensors, kept, call);
+  const at::Tensor& student = tensors.student;
+  const Pair pair(tensors);
+  const at::Tensor weight = weight_of_rows(tensors);
+  bool are_new = false;
+  const auto new_gradient = [&](bool is_wanted) {
+    if (!is_wanted) return at::Tensor();
+    const auto [tensor, is_new] = empty(student.sizes(), student.scalar_type(), student.device());
+    are_new |= is_new;
+    return tensor;
+  };
+  DivergenceGradients grads;
+  grads.student = new_gradient(of_student);
+  grads.teacher = new_gradient(of_teacher);
+  if (student.numel() == 0) return grads;
+  const auto data_of = [](const at::Tensor& grad) {
+    return grad.defined() ? grad.mutable_data_ptr() : nullptr;
+  };
+  const at::Tensor g = grad_loss.to(at::toOpMathType(student.scalar_type())).contiguous();
+  const at::Tensor of_rows = kept.contiguous();
+  cpu::kernels().launch_divergence_backward(
+      {pair.student.const_data_ptr(), pair.teacher.const_data_ptr(), data_of(grads.student),
+       data_of(grads.teacher), to_dtype(student.scalar_type()), pair.shape, pair.dims,
+       pair.student_strides, pair.teacher_strides, are_new, options_of(call, weight),
+       of_rows.const_data_ptr(), g.const_data_ptr(), call.reduction == at::Reduction::None ? 1 : 0,
+       1 / divisor(weight, pair.shape, call.reduction)},
+      threads(pair.shape));
+  return grads;
+}
+
+DivergenceGradients composed_divergence_gradient(const at::Tensor& grad_loss,
+                                                 const DivergenceTensors& tensors,
+                                                 const DivergenceCall& call, bool of_student,
+                                                 bool of_teacher) {
+  const auto& [student, teacher, weight] = tensors;
+  const at::ScalarType dtype = student.scalar_type(), wide = at::toOpMathType(dtype);
+  const at::Tensor zero = at::scalar_tensor(0, student.options().dtype(wide));
+  at::Tensor g = grad_loss.to(wide), counts;
+  if (weight) counts = *weight != 0;
+  if (call.reduction == kBatchMean || call.reduction == at::Reduction::Mean) {
+    g = weight ? g / counts.sum() : g / (student.sym_numel() / student.sym_size(-1));
+    if (call.reduction == at::Reduction::Mean) g = g / student.sym_size(-1);
+  }
+  if (weight) g = at::where(counts, g * weight->to(wide), zero);
+  if (g.dim() > 0) g = g.unsqueeze(-1);
+  const auto log_softmax = [&](const at::Tensor& x) {
+    const at::Tensor z = x.to(wide) * call.factor;
+    return at::log_softmax(weight ? at::where(counts.unsqueeze(-1), z, zero) : z, -1);
+  };
+  const at::Tensor log_p = log_softmax(teacher), log_q = log_softmax(student);
+  const at::Tensor p = log_p.exp(), q = log_q.exp();
+  // a (log(a / b) - KL(a || b)), and 0 where a is.
+  const auto of_first = [&](const at::Tensor& a, const at::Tensor& log_a, const at::Tensor& log_b) {
+    const at::Tensor is_zero = a == 0;
+    const at::Tensor d = at::where(is_zero, zero, log_a) - at::where(is_zero, zero, log_b);
+    return a * (d - (a * d).sum(-1, /*keepdim=*/true));
+  };
+  const auto finish = [&](const at::Tensor& dz) { return (g * dz * call.factor).to(dtype); };
+  DivergenceGradients grads;
+  if (call.beta == 0) {
+    if (of_student) grads.student = finish(q - p);
+    if (of_teacher) grads.teacher = finish(of_first(p, log_p, log_q));
+  } else if (call.beta == 1) {
+    if (of_student) grads.student = finish(of_first(q, log_q, log_p));
+    if (of_teacher) grads.teacher = finish(p - q);
+  } else {
+    const at::Tensor is_zero = (p == 0).logical_and(q == 0);
+    const at::Tensor log_m =
+        at::logaddexp(at::where(is_zero, zero, log_p) + std::log(call.beta),
+                      at::where(is_zero, zero, log_q) + std::log1p(-call.beta));
+    if (of_student) grads.student = finish(of_first(q, log_q, log_m) * (1 - call.beta));
+    if (of_teacher) grads.teacher = finish(of_first(p, log_p, log_m) * call.beta);
+  }
+  return grads;
+}
+
+}  // namespace softmax_ext
