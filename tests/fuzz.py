@@ -44,6 +44,8 @@ ENTRIES = (
     "cross-entropy's backward operator",
     "kl-div",
     "kl-div's backward operator",
+    "probabilities",
+    "probabilities' backward operator",
 )
 
 
@@ -194,6 +196,32 @@ def run(entry: str, op: str, tensors: list[torch.Tensor], dim: int, dtype: Any) 
                 lambda: kl_by_torch(x, y).to(x.dtype),
             )
         return of_ones, of_ones_by_torch
+    if entry.startswith("probabilities"):
+        targets = (0, 0.1, 0.0, 1.0, 0.0)
+
+        def loss_of_probabilities(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            if x.shape != y.shape or not x.dim():
+                raise RuntimeError
+            share = 0.9 * y.double() + 0.1 / max(x.size(-1), 1)
+            return -(share * F.log_softmax(x.double(), -1)).sum(-1)
+
+        def gradient_of_probabilities() -> Any:
+            _, *kept = ops.cross_entropy_of_probabilities(x, y, None, *targets, False)
+            ones = torch.ones(x.shape[:-1], dtype=x.dtype)
+            args = (x, y, None, *kept, *targets, True, False)
+            return ops.cross_entropy_of_probabilities_backward(ones, None, *args)[0]
+
+        def gradient_of_probabilities_by_torch() -> Any:
+            leaf = x.detach().double().requires_grad_()
+            loss = loss_of_probabilities(leaf, y.detach())
+            return torch.autograd.grad(loss.sum(), leaf)[0].to(x.dtype)
+
+        if entry == "probabilities":
+            return (
+                lambda: ops.cross_entropy_of_probabilities(x, y, None, *targets, False)[0],
+                lambda: loss_of_probabilities(x, y).to(x.dtype),
+            )
+        return gradient_of_probabilities, gradient_of_probabilities_by_torch
     if entry.startswith("cross-entropy"):
         options = (-100, 0.1, 0.0, 1.0, 0.0)
 
