@@ -244,7 +244,10 @@ def run(entry: str, op: str, tensors: list[torch.Tensor], dim: int, dtype: Any) 
         def backward() -> Any:
             right = torch.zeros(of_rows(x).shape, dtype=torch.int64)
             _, *kept = ops.cross_entropy(x, right, None, 0, *options, False)
-            grad = of_rows(y).to(x.dtype) if is_whole(y) else of_rows(y)
+            grad = of_rows(y)
+            if is_whole(grad) and not is_whole(y):
+                raise RuntimeError  # all that is read of y is there
+            grad = grad.to(x.dtype) if is_whole(grad) else grad
             return ops.cross_entropy_backward(grad, None, x, right, None, *kept, 0, *options)
 
         def backward_of_torchs_loss() -> Any:

@@ -393,7 +393,8 @@ def test_opcheck(
 
 def test_every_registered_operator_is_checked() -> None:
     """Those of scores by test_scores_transforms.py, of segments by test_segments_backward.py, of
-    losses by test_losses.py and test_probabilities.py, of divergences by test_divergences.py."""
+    losses by test_losses.py, test_losses_in_place.py, test_linear_losses.py and
+    test_probabilities.py, of divergences by test_divergences.py."""
     names = {
         schema.name
         for schema in torch._C._jit_get_all_schemas()
@@ -404,6 +405,7 @@ def test_every_registered_operator_is_checked() -> None:
     of_segments = {f"segment_{op}{end}" for op in (*OPS, "logsumexp") for end in ("", "_backward")}
     of_targets = ("cross_entropy", "cross_entropy_of_probabilities")
     of_losses = {f"{loss}{end}" for loss in of_targets for end in ("", "_backward")}
+    of_losses |= {"cross_entropy_of_rows_", "linear_cross_entropy_of_rows"}
     of_divergences = {f"kl_div_with_logits{end}" for end in ("", "_backward")}
     of_all = of_softmax | of_scores | of_segments | of_losses | of_divergences
     assert names == {f"softmax_ext::{name}" for name in of_all}
