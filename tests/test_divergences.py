@@ -303,6 +303,18 @@ def test_layout(name: str) -> None:
     assert torch.equal(leaf.grad, other.grad)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0,)], ids=str)
+def test_no_elements(shape: tuple[int, ...], reduction: str) -> None:
+    """Sums of nothing, and gradients of no elements, of either order."""
+    leaves = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    loss = kl_div_with_logits(*leaves, reduction=reduction).sum()
+    divisor = {"mean": 0, "batchmean": math.prod(shape[:-1])}.get(reduction, 1)
+    assert bool(loss.isnan()) == (divisor == 0)
+    grads = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert [grad.shape for grad in grads] == [shape, shape]
+
+
 def test_an_expanded_teacher() -> None:
     student, teacher = (tensor.detach() for tensor in logits(6, 70))
     x = teacher[:1].expand(6, 70).requires_grad_()

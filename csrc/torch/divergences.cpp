@@ -221,7 +221,9 @@ DivergenceGradients composed_divergence_gradient(const at::Tensor& grad_loss,
   at::Tensor g = grad_loss.to(wide), counts;
   if (weight) counts = *weight != 0;
   if (call.reduction == kBatchMean || call.reduction == at::Reduction::Mean) {
-    g = weight ? g / counts.sum() : g / (student.sym_numel() / student.sym_size(-1));
+    c10::SymInt rows = 1;
+    for (const auto& size : student.sym_sizes().slice(0, student.dim() - 1)) rows *= size;
+    g = weight ? g / counts.sum() : g / rows;
     if (call.reduction == at::Reduction::Mean) g = g / student.sym_size(-1);
   }
   if (weight) g = at::where(counts, g * weight->to(wide), zero);
