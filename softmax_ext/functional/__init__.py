@@ -9,6 +9,7 @@ from softmax_ext.functional.segments import (
     segment_logsumexp,
     segment_softmax,
 )
+from softmax_ext.functional.selective import selective_log_softmax
 from softmax_ext.functional.softmax import (
     log_softmax,
     log_softmax_,
@@ -28,6 +29,7 @@ __all__ = [
     "segment_log_softmax",
     "segment_logsumexp",
     "segment_softmax",
+    "selective_log_softmax",
     "softmax",
     "softmax_",
     "softmin",

@@ -1,0 +1,173 @@
+"""selective_log_softmax: values and gradients against float64, memory, errors."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from pairwise import all_pairs
+from test_scores_memory import allocated
+from tolerances import FLOATING
+
+from softmax_ext import selective_log_softmax
+
+SHAPES = {
+    "one row": (10,),
+    "one class": (3, 1),
+    "several tiles of rows": (700, 500),
+    "a row is more than a tile": (2, 300000),
+    "dims": (2, 3, 17),
+    "no rows": (0, 5),
+}
+
+
+def reference(
+    logits: torch.Tensor, index: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    log_p = (logits / temperature).log_softmax(-1)
+    chosen = index.long() if index.dim() == logits.dim() else index.long().unsqueeze(-1)
+    entropy = torch.special.entr(log_p.exp()).sum(-1)
+    return log_p.gather(-1, chosen).reshape(index.shape), entropy
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "count", "temperature", "with_entropy"),
+    all_pairs(
+        list(itertools.product(SHAPES, FLOATING, [None, 0, 1, 3], [1.0, 0.7], [False, True]))
+    ),
+)
+def test_forward_and_backward(
+    shape: str,
+    dtype: torch.dtype,
+    count: int | None,
+    temperature: float,
+    with_entropy: bool,
+    device: str,
+) -> None:
+    *rows, classes = SHAPES[shape]
+    torch.manual_seed(0)
+    x = torch.randn(*rows, classes).mul(2).to(dtype).to(device).requires_grad_()
+    index = torch.randint(classes, (*rows, *([] if count is None else [count])), device=device)
+    x64 = x.detach().double().cpu().requires_grad_()
+    result = selective_log_softmax(x, index, temperature=temperature, return_entropy=with_entropy)
+    found = list(result) if isinstance(result, tuple) else [result]
+    expected = list(reference(x64, index.cpu(), temperature))[: len(found)]
+    wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    assert found[0].dtype == dtype
+    grads = []
+    for a, b in zip(found, expected, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        assert a.shape == b.shape
+        torch.testing.assert_close(
+            a.detach().double().cpu(), b.detach(), rtol=0.51 * eps + 8 * wide, atol=32 * wide
+        )
+        grads.append(torch.rand(a.shape).to(a))
+    torch.autograd.backward(found, grads)
+    torch.autograd.backward(expected, [g.double().cpu() for g in grads])
+    assert x.grad is not None
+    assert x64.grad is not None
+    largest = float(x64.grad.abs().max()) if x.numel() else 0.0
+    # Of 16 bits, a rounding for each class of a row, for lse, for the entropy, and of their sums.
+    roundings = 1 if dtype.itemsize > 2 else 8
+    tolerance = roundings * torch.finfo(dtype).eps + 64 * wide
+    torch.testing.assert_close(
+        x.grad.double().cpu(), x64.grad, rtol=tolerance, atol=tolerance * largest
+    )
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_gradcheck(count: int | None, device: str) -> None:
+    x = torch.randn(3, 5, dtype=torch.float64, device=device, requires_grad=True)
+    index = torch.randint(5, (3, *([] if count is None else [count])), device=device)
+
+    def function(x: torch.Tensor) -> Any:
+        return selective_log_softmax(x, index, temperature=0.8, return_entropy=True)
+
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+
+
+def test_classes_that_are_masked(device: str) -> None:
+    """-inf has no share in the entropy and no gradient, and -inf as its log-probability."""
+    x = torch.tensor([[1.0, -torch.inf, 2.0]], device=device, requires_grad=True)
+    log_p, entropy = selective_log_softmax(
+        x, torch.tensor([[0, 1]], device=device), return_entropy=True
+    )
+    expected = x.detach()[:, ::2].log_softmax(1)
+    torch.testing.assert_close(log_p[0, 0], expected[0, 0])
+    assert log_p[0, 1] == -torch.inf
+    torch.testing.assert_close(entropy, torch.special.entr(expected.exp()).sum(1))
+    (grad,) = torch.autograd.grad(entropy.sum() + log_p[0, 0], x)
+    assert grad.isfinite().all()
+    assert grad[0, 1] == 0
+
+
+def test_memory() -> None:
+    """Log-probabilities alone: no tensor of the logits' size but the gradient; with the entropy
+    one gradient of either, and tiles."""
+    x = torch.randn(512, 8000, requires_grad=True)
+    index = torch.randint(8000, (512,))
+    numbers = 16 * 512 * 8
+
+    def step(with_entropy: bool) -> None:
+        result = selective_log_softmax(x, index, return_entropy=with_entropy)
+        loss = sum(t.sum() for t in result) if isinstance(result, tuple) else result.sum()
+        torch.autograd.grad(loss, x)
+
+    def forward() -> None:
+        selective_log_softmax(x, index)
+
+    assert allocated(forward) < numbers
+    assert allocated(lambda: step(False)) < x.nbytes + numbers
+
+
+def test_transforms_and_compile(device: str) -> None:
+    x = torch.randn(4, 6, dtype=torch.float64, device=device)
+    index = torch.tensor([0, 5, 2, 1], device=device)
+
+    def loss(function: Any) -> Any:
+        def of(x: torch.Tensor) -> torch.Tensor:
+            log_p, entropy = function(x)
+            return (log_p + 0.3 * entropy).square().sum()
+
+        return of
+
+    ours = loss(lambda x: selective_log_softmax(x, index, return_entropy=True))
+    theirs = loss(lambda x: reference(x, index, 1.0))
+    for transform in (torch.func.grad, torch.func.hessian):
+        torch.testing.assert_close(transform(ours)(x), transform(theirs)(x))
+    leaf = x.clone().requires_grad_()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(leaf), leaf), torch.autograd.grad(theirs(leaf), leaf)
+    )
+
+
+@pytest.mark.parametrize(
+    ("logits", "index", "temperature", "error", "message"),
+    [
+        ((3, 5), torch.tensor([0, 1]), 1.0, ValueError, r"'index' of the shape \(3,\) or"),
+        ((3, 5), torch.zeros(3, 2, 2).long(), 1.0, ValueError, r"but got \(3, 2, 2\)"),
+        ((), torch.tensor(0), 1.0, ValueError, "for 'logits' of the shape"),
+        ((3, 5), torch.tensor([0, 1, 5]), 1.0, IndexError, "Target 5 is out of bounds"),
+        ((3, 5), torch.tensor([0, -100, 1]), 1.0, IndexError, "Target -100 is out of bounds"),
+        ((3, 5), torch.tensor([[0], [-1], [1]]), 1.0, IndexError, r"in \[0, 5\), but got -1"),
+        ((3, 5), torch.zeros(3), 1.0, TypeError, "int64, int32 or uint8, but got torch.float32"),
+        ((3, 5), torch.zeros(3).long(), 0.0, ValueError, "'temperature' to be above 0"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_errors(
+    logits: tuple[int, ...],
+    index: torch.Tensor,
+    temperature: float,
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        selective_log_softmax(torch.zeros(logits), index, temperature=temperature)
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="'logits' of dtype"):
+        selective_log_softmax(torch.zeros(2, 3).long(), torch.tensor([0, 1]))
