@@ -495,16 +495,21 @@ def test_other_indices(dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_no_rows_that_count(ignored: bool) -> None:
-    tensors = case(torch.float64, rows=6 if ignored else 0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("as_callable", [False, True])
+@pytest.mark.parametrize("rows", [0, 6])
+def test_no_rows_that_count(rows: int, as_callable: bool, dtype: torch.dtype) -> None:
+    """The loss of torch; gradients of 0, also of a mean."""
+    tensors = case(dtype, rows=rows)
     tensors["target"].fill_(-100)
     leaves = [tensors[name] for name in LEAVES[:2]]
+    projection: Any = (lambda x: F.linear(x, leaves[1])) if as_callable else leaves[1]
     for reduction, expected in {"mean": float("nan"), "sum": 0.0}.items():
-        loss = softmax_ext.linear_cross_entropy(*leaves, tensors["target"], reduction=reduction)
-        torch.testing.assert_close(loss, torch.tensor(expected).double(), equal_nan=True)
-        if reduction == "sum":
-            assert not any(g.any() for g in torch.autograd.grad(loss, leaves))
+        loss = softmax_ext.linear_cross_entropy(
+            leaves[0], projection, tensors["target"], reduction=reduction
+        )
+        assert loss.float().item() == pytest.approx(expected, nan_ok=True)
+        assert not any(g.any() for g in torch.autograd.grad(loss, leaves))
 
 
 # ---- errors -------------------------------------------------------------------------------------

@@ -143,6 +143,18 @@ def test_other_indices(dtype: torch.dtype, device: str) -> None:
     )
 
 
+def test_nll_loss(device: str) -> None:
+    """torch's samples of its own, and int32 targets."""
+    info = next(info for info in op_db if info.name == "nn.functional.nll_loss")
+    for sample in info.sample_inputs(device, torch.float64, requires_grad=True):
+        found = softmax_ext.nll_loss(sample.input, *sample.args, **sample.kwargs)
+        expected = F.nll_loss(sample.input, *sample.args, **sample.kwargs)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    x = softmax_ext.log_softmax(logits(4, 5, device=device), 1)
+    y = torch.tensor([0, 4, -100, 1], device=device)
+    torch.testing.assert_close(softmax_ext.nll_loss(x, y.int()), softmax_ext.cross_entropy(x, y))
+
+
 @pytest.mark.parametrize("arguments", [{"size_average": False}, {"reduce": False}], ids=str)
 def test_deprecated_reductions(arguments: dict[str, Any]) -> None:
     x, y = logits(4, 5), torch.tensor([0, 4, 2, 1])

@@ -2,7 +2,7 @@
 
 from softmax_ext.functional.divergences import kl_div_with_logits
 from softmax_ext.functional.linear_losses import linear_cross_entropy
-from softmax_ext.functional.losses import cross_entropy
+from softmax_ext.functional.losses import cross_entropy, nll_loss
 from softmax_ext.functional.scores import logsumexp
 from softmax_ext.functional.segments import (
     segment_log_softmax,
@@ -26,6 +26,7 @@ __all__ = [
     "log_softmax",
     "log_softmax_",
     "logsumexp",
+    "nll_loss",
     "segment_log_softmax",
     "segment_logsumexp",
     "segment_softmax",

@@ -239,8 +239,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if reduction == get_enum("mean"):
             total = _total(target, weight, options.ignore_index, target_is_index=True)
         inverse = torch.as_tensor(1.0 / total, dtype=wide, device=input.device)
-        # 16 bits have no room for 1 / total times a probability: they get it in backward.
-        in_forward = inverse if input.dtype == wide else torch.ones_like(inverse)
+        one = torch.ones_like(inverse)
+        # 16 bits have no room for 1 / total times a probability: they get it in backward, and what
+        # is added up of no rows gets 0 there.
+        in_forward, in_backward = inverse, one
+        if input.dtype != wide:
+            in_forward, in_backward = one, torch.where(inverse.isinf(), 0.0, inverse)
         ctx.made = any(wanted) and reduction != get_enum("none") and not wants_lse
         losses, lse, *grads = torch.ops.softmax_ext.linear_cross_entropy_of_rows(
             input,
@@ -264,7 +268,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         if ctx.made:
-            ctx.save_for_backward(inverse / in_forward, *grads)
+            ctx.save_for_backward(in_backward, *grads)
         else:
             ctx.save_for_backward(inverse, input, linear_weight, linear_bias, target, weight)
         return loss.to(dtype), lse if wants_lse else None

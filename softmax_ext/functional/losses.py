@@ -16,7 +16,7 @@ from softmax_ext._loader import load
 
 _C = load()
 
-__all__ = ["cross_entropy"]
+__all__ = ["cross_entropy", "nll_loss"]
 
 _INDICES = (torch.int64, torch.int32, torch.uint8)
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -356,3 +356,40 @@ def cross_entropy(
     )
     loss, lse = _loss_and_lse(input, target, weight, options, return_lse, inplace_backward)
     return (loss, lse) if lse is not None else loss
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The negative log-likelihood of log-probabilities, as :func:`softmax_ext.log_softmax` gives
+    them: :func:`torch.nn.functional.nll_loss`, which also takes int32 targets here.
+
+    Of logits, :func:`softmax_ext.cross_entropy` has the same in one pass.
+
+    Args:
+        input: log-probabilities of the shape (C), (N, C) or (N, C, d1, ...), floating.
+        target: class indices (int64, int32 or uint8) of the input's shape without C.
+        weight, size_average, ignore_index, reduce, reduction: as of
+            :func:`softmax_ext.cross_entropy`.
+
+    Returns:
+        The loss, of the input's dtype.
+
+    Raises:
+        What torch.nn.functional.nll_loss raises.
+
+    Source: torch.nn.functional.nll_loss.
+
+    Example:
+        >>> nll_loss(torch.tensor([[-0.5, -1.0]]), torch.tensor([1]))
+        tensor(1.)
+    """
+    if isinstance(target, Tensor) and target.dtype == torch.int32:
+        target = target.long()
+    return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
