@@ -17,11 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # last, so that `make debug` tests its own build and not ROOT's
 
 from benchmarks import (  # noqa: E402
+    cpu,
     gpu,
     gpu_check,
     gpu_report,
     gpu_scores,
     gpu_timing,
+    losses_cpu_cases,
     scores_cpu_cases,
     segments_cpu_cases,
     softmax_gpu_cells,
@@ -411,3 +413,25 @@ def test_a_step_is_stopped_when_its_time_is_over() -> None:
     status, output = gpu_check.run([sys.executable, "-c", code], 2.0, {})
     assert (status, output) == (None, "begun\n")
     assert gpu_check.run([sys.executable, "-c", "exit(3)"], 20.0, {})[0] == 3
+
+
+# --- Losses on the CPU ---------------------------------------------------------------------------
+
+
+def small(case: losses_cpu_cases.LossCase) -> losses_cpu_cases.LossCase:
+    sizes = {1: 3, 2: 5}
+    shape = tuple(sizes.get(k, 7 - len(case.shape)) for k in range(len(case.shape)))
+    return replace(case, shape=shape)
+
+
+@pytest.mark.parametrize(
+    "case",
+    {
+        (case.op, case.layout, case.mode, len(case.shape)): case
+        for case in losses_cpu_cases.cases([1], ["float32"], losses_cpu_cases.MODES)
+    }.values(),
+    ids=lambda case: f"{case.op}-{case.layout}-{case.mode}-{len(case.shape)}",
+)
+def test_losses_agree(case: losses_cpu_cases.LossCase) -> None:
+    """What is timed against each other computes the same."""
+    cpu.verify(case, losses_cpu_cases.contenders(small(case)))
