@@ -590,7 +590,7 @@ def linear_cross_entropy(
             :func:`softmax_ext.cross_entropy`.
         ignore_index: a target that leaves its row out; None is -100.
         options: torch.nn.LinearCrossEntropyOptions, of which `batch_chunk_size` is taken: the rows
-            of a chunk. Without it, as many as make logits of 64 MiB.
+            of a chunk. Without it, as many as make logits of 64 MiB, but at least 128.
 
     Returns:
         The loss, of the input's dtype (float32 under autocast and of a callable's 16 bits); with
