@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "loss_tensors.h"
 #include "tensors.h"
 
 namespace softmax_ext {
@@ -17,12 +18,7 @@ namespace {
 
 constexpr const char* kFunction = "kl_div_with_logits";
 
-void check_device(const char* argument, const at::Tensor& tensor, const at::Tensor& student) {
-  TORCH_CHECK(tensor.device() == student.device(), kFunction,
-              "(): Expected all tensors to be on the same device, but found 'student' on ",
-              student.device(), " and '", argument, "' on ", tensor.device());
-  check_storage(kFunction, argument, tensor);
-}
+LossCheck checks_of(const at::Tensor& student) { return {kFunction, "student", student}; }
 
 // The two tensors as the kernels read them: classes side by side.
 struct Pair {
@@ -57,13 +53,6 @@ at::Tensor weight_of_rows(const DivergenceTensors& tensors) {
   return tensors.weight->to(at::toOpMathType(tensors.student.scalar_type())).contiguous();
 }
 
-// f(first of the numbers) with their type.
-template <class F>
-double of_numbers(const at::Tensor& tensor, F f) {
-  return tensor.scalar_type() == at::kDouble ? f(tensor.const_data_ptr<double>())
-                                             : f(tensor.const_data_ptr<float>());
-}
-
 // What the sum of the rows' losses is divided by.
 double divisor(const at::Tensor& weight, const Shape& shape, int64_t reduction) {
   if (reduction != kBatchMean && reduction != at::Reduction::Mean) return 1;
@@ -79,7 +68,7 @@ double divisor(const at::Tensor& weight, const Shape& shape, int64_t reduction) 
 }
 
 DivergenceOptions options_of(const DivergenceCall& call, const at::Tensor& weight) {
-  return {call.beta, call.factor, weight.defined() ? weight.const_data_ptr() : nullptr};
+  return {call.beta, call.factor, data_of(weight)};
 }
 
 c10::SymDimVector kept_sizes(const at::Tensor& student) {
@@ -92,16 +81,10 @@ c10::SymDimVector kept_sizes(const at::Tensor& student) {
 
 void check_divergence(const DivergenceTensors& tensors, const DivergenceCall& call) {
   const auto& [student, teacher, weight] = tensors;
-  TORCH_CHECK_NOT_IMPLEMENTED(is_kernel_output_dtype(student.scalar_type()), kFunction,
-                              "(): not implemented for an argument 'student' of dtype ",
-                              student.scalar_type(), "; expected Half, BFloat16, Float or Double");
-  TORCH_CHECK(teacher.scalar_type() == student.scalar_type(), kFunction,
-              "(): expected scalar type ", student.scalar_type(), " but found ",
-              teacher.scalar_type(), ": argument 'teacher' must have the dtype of 'student'");
-  TORCH_CHECK(student.dim() > 0, kFunction,
-              "(): expected argument 'student' to have 1 dimension or more, but got 0");
-  check_storage(kFunction, "student", student);
-  check_device("teacher", teacher, student);
+  const LossCheck checks = checks_of(student);
+  checks.check_logits();
+  checks.check_dtype("teacher", teacher);
+  checks.check_device("teacher", teacher);
   TORCH_CHECK_VALUE(teacher.sym_sizes() == student.sym_sizes(), kFunction,
                     "(): Expected argument 'teacher' to have the size ", student.sym_sizes(),
                     " of 'student', but got ", teacher.sym_sizes());
@@ -113,10 +96,9 @@ void check_divergence(const DivergenceTensors& tensors, const DivergenceCall& ca
                       weight->sym_sizes());
     TORCH_CHECK(!weight->is_complex(), kFunction,
                 "(): expected argument 'weight' to be real, but got ", weight->scalar_type());
-    check_device("weight", *weight, student);
+    checks.check_device("weight", *weight);
   }
-  TORCH_CHECK_VALUE(call.reduction >= 0 && call.reduction <= kBatchMean, kFunction,
-                    "(): ", call.reduction, " is not a valid value for reduction");
+  checks.check_reduction(call.reduction, kBatchMean + 1);
   TORCH_CHECK_VALUE(call.beta >= 0 && call.beta <= 1, kFunction,
                     "(): expected argument 'beta' to be from 0 to 1, but got ", call.beta);
   TORCH_CHECK_VALUE(call.factor > 0 && std::isfinite(call.factor), kFunction,
@@ -149,13 +131,8 @@ DivergenceResults divergence_forward(const DivergenceTensors& tensors, const Div
     results.loss = row_loss.to(student.scalar_type());
     return results;
   }
-  const double sum = of_numbers(row_loss, [&](const auto* losses) {
-    double sum = 0;
-    for (int64_t k = 0; k < row_loss.numel(); ++k) sum += static_cast<double>(losses[k]);
-    return sum;
-  });
-  results.loss =
-      at::scalar_tensor(sum / divisor(weight, pair.shape, call.reduction), student.options());
+  results.loss = at::scalar_tensor(sum_of(row_loss) / divisor(weight, pair.shape, call.reduction),
+                                   student.options());
   return results;
 }
 
@@ -163,18 +140,11 @@ void check_divergence_gradient(const at::Tensor& grad_loss, const DivergenceTens
                                const at::Tensor& kept, const DivergenceCall& call) {
   check_divergence(tensors, call);
   const at::Tensor& student = tensors.student;
-  const auto check = [&](const char* argument, const at::Tensor& tensor, at::ScalarType dtype,
-                         c10::SymIntArrayRef sizes) {
-    TORCH_CHECK(tensor.scalar_type() == dtype, kFunction, "_backward(): expected scalar type ",
-                dtype, " but found ", tensor.scalar_type(), " for argument '", argument, "'");
-    TORCH_SYM_CHECK(sym_equals(tensor.sym_sizes(), sizes), kFunction, "_backward(): Expected '",
-                    argument, "' to have the size ", sizes, ", but got ", tensor.sym_sizes());
-    check_device(argument, tensor, student);
-  };
+  const LossCheck checks = checks_of(student);
   const c10::SymIntArrayRef none, of_rows = student.sym_sizes().slice(0, student.dim() - 1);
-  check("grad_loss", grad_loss, student.scalar_type(),
-        call.reduction == at::Reduction::None ? of_rows : none);
-  check("kept", kept, at::toOpMathType(student.scalar_type()), kept_sizes(student));
+  checks.check_given("grad_loss", grad_loss, student.scalar_type(),
+                     call.reduction == at::Reduction::None ? of_rows : none);
+  checks.check_given("kept", kept, at::toOpMathType(student.scalar_type()), kept_sizes(student));
 }
 
 DivergenceGradients divergence_backward(const at::Tensor& grad_loss,
@@ -196,14 +166,11 @@ DivergenceGradients divergence_backward(const at::Tensor& grad_loss,
   grads.student = new_gradient(of_student);
   grads.teacher = new_gradient(of_teacher);
   if (student.numel() == 0) return grads;
-  const auto data_of = [](const at::Tensor& grad) {
-    return grad.defined() ? grad.mutable_data_ptr() : nullptr;
-  };
   const at::Tensor g = grad_loss.to(at::toOpMathType(student.scalar_type())).contiguous();
   const at::Tensor of_rows = kept.contiguous();
   cpu::kernels().launch_divergence_backward(
-      {pair.student.const_data_ptr(), pair.teacher.const_data_ptr(), data_of(grads.student),
-       data_of(grads.teacher), to_dtype(student.scalar_type()), pair.shape, pair.dims,
+      {pair.student.const_data_ptr(), pair.teacher.const_data_ptr(), mutable_data_of(grads.student),
+       mutable_data_of(grads.teacher), to_dtype(student.scalar_type()), pair.shape, pair.dims,
        pair.student_strides, pair.teacher_strides, are_new, options_of(call, weight),
        of_rows.const_data_ptr(), g.const_data_ptr(), call.reduction == at::Reduction::None ? 1 : 0,
        1 / divisor(weight, pair.shape, call.reduction)},

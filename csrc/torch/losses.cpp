@@ -10,12 +10,12 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <utility>
 #include <vector>
 
+#include "loss_tensors.h"
 #include "tensors.h"
 
 namespace softmax_ext {
@@ -23,14 +23,7 @@ namespace {
 
 constexpr const char* kFunction = "cross_entropy";
 
-int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 : 0; }
-
-void check_device(const char* argument, const at::Tensor& tensor, const at::Tensor& input) {
-  TORCH_CHECK(tensor.device() == input.device(), kFunction,
-              "(): Expected all tensors to be on the same device, but found 'input' on ",
-              input.device(), " and '", argument, "' on ", tensor.device());
-  check_storage(kFunction, argument, tensor);
-}
+LossCheck checks_of(const at::Tensor& input) { return {kFunction, "input", input}; }
 
 // The input with its classes along `dim`, as the kernels read it: along the last dim where they are side by
 // side, else along the class dim with what follows it side by side.
@@ -82,8 +75,7 @@ struct Classes {
     double weight_sum = static_cast<double>(count);
     if (tensors.weight) {
       weight = tensors.weight->to(at::toOpMathType(tensors.weight->scalar_type())).contiguous();
-      weight_sum = weight.scalar_type() == at::kDouble ? sum_of(weight.const_data_ptr<double>())
-                                                       : sum_of(weight.const_data_ptr<float>());
+      weight_sum = sum_of(weight);
     }
     loss = {
         targets,        options.ignore_index, tensors.weight ? weight.const_data_ptr() : nullptr,
@@ -97,27 +89,14 @@ struct Classes {
                       " or from 0 to ", count - 1, ", but element ", bad, " is not");
     total = static_cast<double>(counted);
     if (tensors.weight) {
-      total = weight.scalar_type() == at::kDouble
-                  ? weight_of_targets(weight.const_data_ptr<double>(), options)
-                  : weight_of_targets(weight.const_data_ptr<float>(), options);
+      total = of_numbers(weight, [&](const auto* weights) {
+        double sum = 0;
+        for (int64_t k = 0; k < target.numel(); ++k) {
+          if (targets[k] != options.ignore_index) sum += static_cast<double>(weights[targets[k]]);
+        }
+        return sum;
+      });
     }
-  }
-
- private:
-  template <class A>
-  double sum_of(const A* weights) const {
-    double sum = 0;
-    for (int64_t c = 0; c < weight.numel(); ++c) sum += static_cast<double>(weights[c]);
-    return sum;
-  }
-  template <class A>
-  double weight_of_targets(const A* weights, const LossOptions& options) const {
-    double sum = 0;
-    for (int64_t k = 0; k < target.numel(); ++k) {
-      const int64_t y = loss.target[k];
-      if (y != options.ignore_index) sum += static_cast<double>(weights[y]);
-    }
-    return sum;
   }
 };
 
@@ -127,24 +106,8 @@ c10::DimVector two_of(at::IntArrayRef sizes) {
   two.insert(two.begin(), 2);
   return two;
 }
-const void* data_of(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
 void* second_of(const at::Tensor& kept) {
   return static_cast<char*>(kept.data_ptr()) + kept.nbytes() / 2;
-}
-
-// In an order that only their number decides.
-template <class A>
-double sum_of_rows(const A* losses, int64_t count) {
-  constexpr int64_t kSums = 8;
-  std::array<double, kSums> sums{};
-  int64_t k = 0;
-  for (; k + kSums <= count; k += kSums) {
-    for (int64_t j = 0; j < kSums; ++j) sums[j] += static_cast<double>(losses[k + j]);
-  }
-  for (; k < count; ++k) sums[0] += static_cast<double>(losses[k]);
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
 // A score of each element, by differentiable operators.
@@ -156,17 +119,24 @@ at::Tensor scores_of(const at::Tensor& input, const LossOptions& options) {
 
 }  // namespace
 
+void check_loss_options(const LossOptions& options) {
+  TORCH_CHECK(options.smoothing >= 0 && options.smoothing <= 1, kFunction,
+              "(): label_smoothing must be between 0.0 and 1.0. Got: ", options.smoothing);
+  TORCH_CHECK_VALUE(options.softcap >= 0 && std::isfinite(options.softcap), kFunction,
+                    "(): expected argument 'softcap' to be above 0 and finite, but got ",
+                    options.softcap);
+  TORCH_CHECK_VALUE(options.factor > 0 && std::isfinite(options.factor), kFunction,
+                    "(): expected argument 'factor' to be above 0 and finite, but got ",
+                    options.factor);
+}
+
 void check_loss(const LossTensors& tensors, const LossOptions& options) {
   const auto& [input, target, weight] = tensors;
-  TORCH_CHECK_NOT_IMPLEMENTED(is_kernel_output_dtype(input.scalar_type()), kFunction,
-                              "(): not implemented for an argument 'input' of dtype ",
-                              input.scalar_type(), "; expected Half, BFloat16, Float or Double");
+  const LossCheck checks = checks_of(input);
+  checks.check_logits();
   TORCH_CHECK(target.scalar_type() == at::kLong, kFunction,
               "(): expected argument 'target' to have dtype Long, but got ", target.scalar_type());
-  TORCH_CHECK(input.dim() > 0, kFunction,
-              "(): expected argument 'input' to have 1 dimension or more, but got 0");
-  check_storage(kFunction, "input", input);
-  check_device("target", target, input);
+  checks.check_device("target", target);
   const int64_t dim = class_dim(input);
   c10::SymDimVector sizes(input.sym_sizes().begin(), input.sym_sizes().end());
   const c10::SymInt classes = sizes[dim];
@@ -175,22 +145,9 @@ void check_loss(const LossTensors& tensors, const LossOptions& options) {
                     "(): Expected argument 'target' to have the size ", c10::SymIntArrayRef(sizes),
                     " for an 'input' of the size ", input.sym_sizes(), ", but got ",
                     target.sym_sizes());
-  if (weight) {
-    TORCH_CHECK(weight->dim() == 1 && weight->sym_size(0) == classes, kFunction,
-                "(): weight tensor should be defined either for all ", classes,
-                " classes or no classes but got weight tensor of shape: ", weight->sym_sizes());
-    TORCH_CHECK(weight->scalar_type() == input.scalar_type(), kFunction,
-                "(): expected scalar type ", input.scalar_type(), " but found ",
-                weight->scalar_type(), ": argument 'weight' must have the dtype of 'input'");
-    check_device("weight", *weight, input);
-  }
-  TORCH_CHECK(options.smoothing >= 0 && options.smoothing <= 1, kFunction,
-              "(): label_smoothing must be between 0.0 and 1.0. Got: ", options.smoothing);
-  TORCH_CHECK_VALUE(options.reduction >= 0 && options.reduction < at::Reduction::END, kFunction,
-                    "(): ", options.reduction, " is not a valid value for reduction");
-  TORCH_CHECK_VALUE(options.softcap >= 0 && std::isfinite(options.softcap), kFunction,
-                    "(): expected argument 'softcap' to be above 0 and finite, but got ",
-                    options.softcap);
+  checks.check_class_weight(weight, classes);
+  checks.check_reduction(options.reduction, at::Reduction::END);
+  check_loss_options(options);
 }
 
 RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
@@ -261,9 +218,7 @@ LossResults loss_forward(const LossTensors& tensors, const LossOptions& options,
     results.loss = rows.losses.to(input.scalar_type());
     return results;
   }
-  double loss = rows.losses.scalar_type() == at::kDouble
-                    ? sum_of_rows(rows.losses.const_data_ptr<double>(), rows.losses.numel())
-                    : sum_of_rows(rows.losses.const_data_ptr<float>(), rows.losses.numel());
+  double loss = sum_of(rows.losses);
   if (options.reduction == at::Reduction::Mean) loss /= *rows.total.const_data_ptr<double>();
   results.loss = at::scalar_tensor(loss, input.options());
   return results;
@@ -274,7 +229,7 @@ void check_gradient_over(const LossGradientOver& over, const LossTensors& tensor
   const c10::SymIntArrayRef of_rows = tensors.target.sym_sizes();
   const auto check = [&](const char* argument, const at::Tensor& tensor, bool may_be_one) {
     if (!tensor.defined()) return;
-    check_device(argument, tensor, tensors.input);
+    checks_of(tensors.input).check_device(argument, tensor);
     TORCH_CHECK(tensor.scalar_type() == wide, kFunction, "(): expected scalar type ", wide,
                 " but found ", tensor.scalar_type(), " for argument '", argument, "'");
     TORCH_CHECK(tensor.sym_sizes() == of_rows || (may_be_one && tensor.dim() == 0), kFunction,
@@ -291,23 +246,16 @@ void check_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse
   check_loss(tensors, options);
   const at::Tensor& input = tensors.input;
   const at::ScalarType wide = at::toOpMathType(input.scalar_type());
-  const auto check = [&](const char* argument, const at::Tensor& tensor, at::ScalarType dtype,
-                         c10::SymIntArrayRef sizes) {
-    TORCH_CHECK(tensor.scalar_type() == dtype, kFunction, "_backward(): expected scalar type ",
-                dtype, " but found ", tensor.scalar_type(), " for argument '", argument, "'");
-    TORCH_SYM_CHECK(sym_equals(tensor.sym_sizes(), sizes), kFunction, "_backward(): Expected '",
-                    argument, "' to have the size ", sizes, ", but got ", tensor.sym_sizes());
-    check_device(argument, tensor, input);
-  };
+  const LossCheck checks = checks_of(input);
   const c10::SymIntArrayRef none, of_rows = tensors.target.sym_sizes();
   c10::SymDimVector two(of_rows.begin(), of_rows.end());
   two.insert(two.begin(), 2);
-  check("grad_loss", grad_loss, input.scalar_type(),
-        options.reduction == at::Reduction::None ? of_rows : none);
-  check("lse", results.lse, wide, of_rows);
-  check("kept", results.kept, wide, two);
-  check("total", results.total, at::kDouble, none);
-  if (grad_lse.defined()) check("grad_lse", grad_lse, wide, of_rows);
+  checks.check_given("grad_loss", grad_loss, input.scalar_type(),
+                     options.reduction == at::Reduction::None ? of_rows : none);
+  checks.check_given("lse", results.lse, wide, of_rows);
+  checks.check_given("kept", results.kept, wide, two);
+  checks.check_given("total", results.total, at::kDouble, none);
+  if (grad_lse.defined()) checks.check_given("grad_lse", grad_lse, wide, of_rows);
 }
 
 at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse,

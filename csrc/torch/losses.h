@@ -42,9 +42,12 @@ struct RowLosses {
   at::Tensor losses, lse, kept, total;
 };
 
+inline int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 : 0; }
+
 // Raises unless these can be the arguments of a call, by all that shows without a look at values; sizes
 // may be symbolic.
 void check_loss(const LossTensors& tensors, const LossOptions& options);
+void check_loss_options(const LossOptions& options);
 
 // The same of what is over the input of a call, and of a gradient's call.
 void check_gradient_over(const LossGradientOver& over, const LossTensors& tensors);

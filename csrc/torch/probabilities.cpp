@@ -5,8 +5,8 @@
 #include <ATen/ops/scalar_tensor.h>
 
 #include <cmath>
-#include <cstdint>
 
+#include "loss_tensors.h"
 #include "tensors.h"
 
 namespace softmax_ext {
@@ -14,19 +14,7 @@ namespace {
 
 constexpr const char* kFunction = "cross_entropy";
 
-void check_device(const char* argument, const at::Tensor& tensor, const at::Tensor& input) {
-  TORCH_CHECK(tensor.device() == input.device(), kFunction,
-              "(): Expected all tensors to be on the same device, but found 'input' on ",
-              input.device(), " and '", argument, "' on ", tensor.device());
-  check_storage(kFunction, argument, tensor);
-}
-
-// f(first of the numbers) with their type.
-template <class F>
-double of_numbers(const at::Tensor& tensor, F f) {
-  return tensor.scalar_type() == at::kDouble ? f(tensor.const_data_ptr<double>())
-                                             : f(tensor.const_data_ptr<float>());
-}
+LossCheck checks_of(const at::Tensor& input) { return {kFunction, "input", input}; }
 
 // What a launch needs besides results: the two tensors with classes side by side, and weights.
 struct Rows {
@@ -69,35 +57,18 @@ c10::SymDimVector kept_sizes(const at::Tensor& input) {
 
 void check_probabilities(const LossTensors& tensors, const LossOptions& options) {
   const auto& [input, target, weight] = tensors;
-  TORCH_CHECK_NOT_IMPLEMENTED(is_kernel_output_dtype(input.scalar_type()), kFunction,
-                              "(): not implemented for an argument 'input' of dtype ",
-                              input.scalar_type(), "; expected Half, BFloat16, Float or Double");
-  TORCH_CHECK(input.dim() == 1 || input.dim() == 2, kFunction,
+  const LossCheck checks = checks_of(input);
+  checks.check_logits();
+  TORCH_CHECK(input.dim() <= 2, kFunction,
               "(): expected argument 'input' to have 1 or 2 dimensions, but got ", input.dim());
-  check_storage(kFunction, "input", input);
   TORCH_CHECK_VALUE(target.sym_sizes() == input.sym_sizes(), kFunction,
                     "(): Expected argument 'target' to have the size ", input.sym_sizes(),
                     " of 'input', but got ", target.sym_sizes());
-  for (const at::Tensor* const tensor : {&target, weight ? &*weight : &target}) {
-    const char* const name = tensor == &target ? "target" : "weight";
-    TORCH_CHECK(tensor->scalar_type() == input.scalar_type(), kFunction,
-                "(): expected scalar type ", input.scalar_type(), " but found ",
-                tensor->scalar_type(), ": argument '", name, "' must have the dtype of 'input'");
-    check_device(name, *tensor, input);
-  }
-  TORCH_CHECK(!weight || (weight->dim() == 1 && weight->sym_size(0) == input.sym_size(-1)),
-              kFunction,
-              "(): weight tensor should be defined either for all classes or no classes");
-  TORCH_CHECK(options.smoothing >= 0 && options.smoothing <= 1, kFunction,
-              "(): label_smoothing must be between 0.0 and 1.0. Got: ", options.smoothing);
-  TORCH_CHECK_VALUE(options.reduction >= 0 && options.reduction < at::Reduction::END, kFunction,
-                    "(): ", options.reduction, " is not a valid value for reduction");
-  TORCH_CHECK_VALUE(options.softcap >= 0 && std::isfinite(options.softcap), kFunction,
-                    "(): expected argument 'softcap' to be above 0 and finite, but got ",
-                    options.softcap);
-  TORCH_CHECK_VALUE(options.factor > 0 && std::isfinite(options.factor), kFunction,
-                    "(): expected argument 'factor' to be above 0 and finite, but got ",
-                    options.factor);
+  checks.check_dtype("target", target);
+  checks.check_device("target", target);
+  checks.check_class_weight(weight, input.sym_size(-1));
+  checks.check_reduction(options.reduction, at::Reduction::END);
+  check_loss_options(options);
 }
 
 ProbabilityResults probabilities_forward(const LossTensors& tensors, const LossOptions& options) {
@@ -126,11 +97,7 @@ ProbabilityResults probabilities_forward(const LossTensors& tensors, const LossO
     results.loss = row_loss.to(input.scalar_type());
     return results;
   }
-  double loss = of_numbers(row_loss, [&](const auto* losses) {
-    double sum = 0;
-    for (int64_t k = 0; k < row_loss.numel(); ++k) sum += static_cast<double>(losses[k]);
-    return sum;
-  });
+  double loss = sum_of(row_loss);
   if (options.reduction == at::Reduction::Mean) loss /= static_cast<double>(row_loss.numel());
   results.loss = at::scalar_tensor(loss, input.options());
   return results;
@@ -142,20 +109,13 @@ void check_probabilities_gradient(const at::Tensor& grad_loss, const at::Tensor&
   check_probabilities(tensors, options);
   const at::Tensor& input = tensors.input;
   const at::ScalarType wide = at::toOpMathType(input.scalar_type());
-  const auto check = [&](const char* argument, const at::Tensor& tensor, at::ScalarType dtype,
-                         c10::SymIntArrayRef sizes) {
-    TORCH_CHECK(tensor.scalar_type() == dtype, kFunction, "_backward(): expected scalar type ",
-                dtype, " but found ", tensor.scalar_type(), " for argument '", argument, "'");
-    TORCH_SYM_CHECK(sym_equals(tensor.sym_sizes(), sizes), kFunction, "_backward(): Expected '",
-                    argument, "' to have the size ", sizes, ", but got ", tensor.sym_sizes());
-    check_device(argument, tensor, input);
-  };
+  const LossCheck checks = checks_of(input);
   const c10::SymIntArrayRef none, of_rows = input.sym_sizes().slice(0, input.dim() - 1);
-  check("grad_loss", grad_loss, input.scalar_type(),
-        options.reduction == at::Reduction::None ? of_rows : none);
-  check("lse", results.lse, wide, of_rows);
-  check("kept", results.kept, wide, kept_sizes(input));
-  if (grad_lse.defined()) check("grad_lse", grad_lse, wide, of_rows);
+  checks.check_given("grad_loss", grad_loss, input.scalar_type(),
+                     options.reduction == at::Reduction::None ? of_rows : none);
+  checks.check_given("lse", results.lse, wide, of_rows);
+  checks.check_given("kept", results.kept, wide, kept_sizes(input));
+  if (grad_lse.defined()) checks.check_given("grad_lse", grad_lse, wide, of_rows);
 }
 
 ProbabilityGradients probabilities_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
@@ -177,20 +137,16 @@ ProbabilityGradients probabilities_backward(const at::Tensor& grad_loss, const a
   grads.input = new_gradient(of_input);
   grads.target = new_gradient(of_target);
   if (input.numel() == 0) return grads;
-  const auto data_of = [](const at::Tensor& grad) {
-    return grad.defined() ? grad.mutable_data_ptr() : nullptr;
-  };
   const at::Tensor g = grad_loss.to(at::toOpMathType(input.scalar_type())).contiguous();
   const at::Tensor lse = results.lse.contiguous(), kept = results.kept.contiguous();
   const at::Tensor g_lse = grad_lse.defined() ? grad_lse.contiguous() : at::Tensor();
   const bool is_mean = options.reduction == at::Reduction::Mean;
   cpu::kernels().launch_probability_backward(
-      {rows.input.const_data_ptr(), rows.target.const_data_ptr(), data_of(grads.input),
-       data_of(grads.target), to_dtype(input.scalar_type()), rows.shape, rows.dims,
+      {rows.input.const_data_ptr(), rows.target.const_data_ptr(), mutable_data_of(grads.input),
+       mutable_data_of(grads.target), to_dtype(input.scalar_type()), rows.shape, rows.dims,
        rows.input_strides, rows.target_strides, are_new, rows.loss, lse.const_data_ptr(),
        kept.const_data_ptr(), g.const_data_ptr(), options.reduction == at::Reduction::None ? 1 : 0,
-       is_mean ? 1 / static_cast<double>(rows.shape.rows()) : 1,
-       g_lse.defined() ? g_lse.const_data_ptr() : nullptr},
+       is_mean ? 1 / static_cast<double>(rows.shape.rows()) : 1, data_of(g_lse)},
       threads(rows.shape));
   return grads;
 }
