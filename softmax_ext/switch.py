@@ -1,4 +1,4 @@
-"""The switch that puts torch's own softmax on these kernels."""
+"""The switch that puts torch's own softmax and cross-entropy on these kernels."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ _switch = _Switch()
 
 
 def enable() -> None:
-    """Puts torch's own softmax and log-softmax on these kernels, for the whole process.
+    """Puts torch's own softmax and cross-entropy on these kernels, for the whole process.
 
     The dispatcher's aten::_softmax, aten::_log_softmax, their backward and their out= forms are
     theirs then, on the CPU and, where built for it, on CUDA. So torch.softmax, Tensor.softmax,
@@ -77,6 +77,12 @@ def enable() -> None:
     scaled_dot_product_attention and every model of every library use them, without a changed line,
     with torch's own autograd, vmap, forward-mode AD, autocast and compile rules. A call that the
     kernels do not take runs on torch's.
+
+    So is aten::cross_entropy_loss on the CPU, which torch composes of two operators:
+    F.cross_entropy, nn.CrossEntropyLoss and F.linear_cross_entropy without `options` are one call
+    of the kernels of :func:`softmax_ext.cross_entropy` where these take it (class indices as int64;
+    class probabilities of the logits' dtype and (C) or (N, C)). Under transforms, forward-mode AD
+    and modes it is composed as without the switch.
 
     Code that torch.compile generates with inductor has its own softmax, and is not changed.
 

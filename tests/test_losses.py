@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -35,12 +35,24 @@ def samples(device: str, dtype: torch.dtype, **kwargs: Any) -> Iterator[Any]:
     yield from found
 
 
+def by_the_switch(*args: Any, **kwargs: Any) -> torch.Tensor:
+    with softmax_ext.enabled():
+        return F.cross_entropy(*args, **kwargs)
+
+
+FUNCTIONS = {"our function": softmax_ext.cross_entropy, "switch": by_the_switch}
+each_function = pytest.mark.parametrize("cross_entropy", FUNCTIONS.values(), ids=FUNCTIONS)
+
+
+@each_function
 @pytest.mark.parametrize("dtype", sorted(INFO.supported_dtypes("cpu"), key=str), ids=str)
-def test_values_of_torchs_samples(dtype: torch.dtype, device: str) -> None:
+def test_values_of_torchs_samples(
+    dtype: torch.dtype, cross_entropy: Callable[..., torch.Tensor], device: str
+) -> None:
     for sample in samples(device, dtype):
         for each in (sample, sample.noncontiguous()):
             expected = INFO.op(each.input, *each.args, **each.kwargs)
-            found = softmax_ext.cross_entropy(each.input, *each.args, **each.kwargs)
+            found = cross_entropy(each.input, *each.args, **each.kwargs)
             assert found.dtype == expected.dtype
             # torch sums 16-bit losses as 16 bits.
             rounding = 16 * torch.finfo(dtype).eps
@@ -49,12 +61,15 @@ def test_values_of_torchs_samples(dtype: torch.dtype, device: str) -> None:
             )
 
 
-def test_gradients_of_torchs_samples(device: str) -> None:
+@each_function
+def test_gradients_of_torchs_samples(
+    cross_entropy: Callable[..., torch.Tensor], device: str
+) -> None:
     """Of first and second order, forward mode, batched."""
     for sample in samples(device, torch.float64, requires_grad=True):
 
         def function(x: torch.Tensor, sample: Any = sample) -> torch.Tensor:
-            return softmax_ext.cross_entropy(x, *sample.args, **sample.kwargs)
+            return cross_entropy(x, *sample.args, **sample.kwargs)
 
         full = sample.input.numel() > 0
         assert torch.autograd.gradcheck(
@@ -68,11 +83,12 @@ def test_gradients_of_torchs_samples(device: str) -> None:
             assert torch.autograd.gradgradcheck(function, sample.input, fast_mode=True)
 
 
-def test_errors_of_torchs_samples(device: str) -> None:
+@each_function
+def test_errors_of_torchs_samples(cross_entropy: Callable[..., torch.Tensor], device: str) -> None:
     for error in INFO.error_inputs(device) if INFO.error_inputs_func else ():
         sample = error.sample_input
         with pytest.raises(error.error_type):
-            softmax_ext.cross_entropy(sample.input, *sample.args, **sample.kwargs)
+            cross_entropy(sample.input, *sample.args, **sample.kwargs)
 
 
 def wrong(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:

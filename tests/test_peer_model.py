@@ -78,3 +78,12 @@ def test_a_training_step(how: str, make: Any, device: str) -> None:
     torch.testing.assert_close(found, expected)
     # The kernels did run: some bit is another.
     assert any(not torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("make", [bert, gpt2], ids=lambda make: make.__name__)
+def test_the_loss_of_a_model(make: Any) -> None:
+    """Its cross-entropy is one call of the kernels, forward and backward."""
+    tokens = torch.randint(1, 211, (3, 48))
+    with softmax_ext.enabled():
+        loss = make()(input_ids=tokens, labels=tokens).loss
+    assert loss.grad_fn.name() == "SoftmaxExtCrossEntropyBackward"

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,98 @@ def test_loss_attention_and_sdpa(device: str) -> None:
         assert torch.equal(function(), before)
 
 
+# Keyword arguments of F.cross_entropy, and what is made of class indices as targets.
+LOSSES: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "plain": ({}, lambda y: y),
+    "none": ({"reduction": "none"}, lambda y: y),
+    "sum": ({"reduction": "sum", "ignore_index": 7}, lambda y: y),
+    "smoothing": ({"label_smoothing": 0.1}, lambda y: y),
+    "weights": ({"weight": torch.linspace(0.1, 2, 1000)}, lambda y: y),
+    "probabilities": ({}, lambda y: F.one_hot(y, 1000) * 0.5 + 0.0005),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_cross_entropy(name: str) -> None:
+    """Loss and gradient have the bits of our function's, also of the module and of the rows of
+    linear_cross_entropy; in inference mode; and by torch's kernels again after."""
+    kwargs, make = LOSSES[name]
+    x = telling("cpu").requires_grad_()
+    target = make(torch.arange(64))
+    if name == "probabilities":
+        target = target.to(x.dtype)
+
+    def loss_and_gradient(function: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        loss = function(x, target, **kwargs)
+        return loss.detach(), *torch.autograd.grad(loss.sum(), x)
+
+    theirs = loss_and_gradient(F.cross_entropy)
+    ours = loss_and_gradient(softmax_ext.cross_entropy)
+    assert not torch.equal(theirs[1], ours[1])
+    with softmax_ext.enabled():
+        found = loss_and_gradient(F.cross_entropy)
+        module = loss_and_gradient(lambda x, y, **kwargs: torch.nn.CrossEntropyLoss(**kwargs)(x, y))
+        with torch.inference_mode():
+            assert torch.equal(F.cross_entropy(x, target, **kwargs), ours[0])
+        if hasattr(F, "linear_cross_entropy"):
+            loss = F.linear_cross_entropy(x, torch.eye(1000), target, **kwargs)
+            assert torch.equal(loss, ours[0])
+            assert loss.grad_fn.name().startswith("SoftmaxExtCrossEntropy")
+    for these in (found, module):
+        assert all(map(torch.equal, these, ours))
+    assert all(map(torch.equal, loss_and_gradient(F.cross_entropy), theirs))
+
+
+def test_cross_entropy_below_autograd() -> None:
+    """Within another function's forward nothing is recorded, as of torch's own operators there."""
+
+    class Below(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad():
+                loss = F.cross_entropy(x, torch.arange(64))
+            assert loss.grad_fn is None
+            return loss
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad.new_ones(64, 1000)
+
+    x = telling("cpu").requires_grad_()
+    with softmax_ext.enabled():
+        loss = Below.apply(x)
+    assert torch.equal(loss, softmax_ext.cross_entropy(x, torch.arange(64)))
+    loss.backward()
+    assert torch.equal(x.grad, torch.ones(64, 1000))
+
+
+def test_cross_entropy_under_transforms_and_in_programs() -> None:
+    """What something above the kernels must see is composed by torch, as without the switch."""
+    x, y = torch.randn(4, 3, 5), torch.tensor([0, 1, 2])
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(x, y, label_smoothing=0.1)
+
+    def all_of_them() -> Iterator[torch.Tensor]:
+        yield torch.vmap(f)(x)
+        yield torch.vmap(torch.func.grad(f))(x)
+        yield torch.func.hessian(f)(x[0])
+        yield from torch.func.jvp(f, (x[0],), (x[1],))
+        yield torch.compile(f, backend="aot_eager", fullgraph=True)(x[0])
+        yield torch.jit.trace(f, x[0])(x[1])
+        with torch.autocast("cpu"):
+            yield f(x[0].bfloat16())
+        exported = torch.export.export(torch.nn.CrossEntropyLoss(), (x[0], y))
+        operators = {node.target for node in exported.graph.nodes if node.op == "call_function"}
+        assert operators == {torch.ops.aten.cross_entropy_loss.default}
+        yield exported.module()(x[0], y)
+
+    expected = list(all_of_them())
+    with softmax_ext.enabled():
+        torch.testing.assert_close(list(all_of_them()), expected)
+    torch._dynamo.reset()
+
+
 def test_what_the_kernels_do_not_take(device: str) -> None:
     """torch's own results and errors: dtypes, dims, layouts, and a cast that only CUDA has."""
     cases: list[Callable[[], torch.Tensor]] = [
@@ -111,6 +204,27 @@ def test_what_the_kernels_do_not_take(device: str) -> None:
         ),
         lambda: torch.softmax(torch.ones(2, 3).to_sparse(), 1).to_dense(),
         lambda: torch.softmax(torch.ones(2, 3, device="meta"), 1),
+        lambda: F.cross_entropy(
+            torch.ones(2, 3, device="meta"), torch.ones(2, device="meta").long()
+        ),
+        lambda: F.cross_entropy(
+            torch.ones(2, 3, device=device), torch.ones(3, device=device).long()
+        ),
+        lambda: F.cross_entropy(
+            torch.ones(2, 3, device=device), torch.ones(2, device=device).int()
+        ),
+        lambda: F.cross_entropy(torch.ones(3, device=device), torch.ones((), device=device).byte()),
+        lambda: F.cross_entropy(
+            torch.ones(2, 3, device=device),
+            torch.ones(2, device=device).long(),
+            torch.ones(3, device=device, requires_grad=True),
+        ),
+        lambda: F.cross_entropy(
+            torch.ones(2, 3, device=device), torch.ones(2, 3, device=device), ignore_index=1
+        ),
+        lambda: F.cross_entropy(
+            torch.ones(3, device=device), torch.tensor(0, device=device), label_smoothing=1.5
+        ),
     ]
     for case in cases:
         outcomes = []
@@ -252,9 +366,10 @@ def test_no_warning_and_no_change_at_import() -> None:
 import sys, warnings
 warnings.simplefilter("error")
 import torch
-before = torch._C._dispatch_dump("aten::_softmax")
+names = ("aten::_softmax", "aten::cross_entropy_loss")
+before = [torch._C._dispatch_dump(name) for name in names]
 import softmax_ext
-assert torch._C._dispatch_dump("aten::_softmax") == before
+assert [torch._C._dispatch_dump(name) for name in names] == before
 softmax_ext.enable()
 x = torch.randn(64, 1000)
 assert torch.equal(torch.softmax(x, 1), softmax_ext.softmax(x, 1))

@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "cuda.h"
+#include "losses_override.h"
 #include "softmax.h"
 #include "tensors.h"
 
@@ -26,6 +27,12 @@ namespace softmax_ext {
 namespace {
 
 std::atomic<bool> is_on{false};
+
+}  // namespace
+
+bool override_is_on() { return is_on.load(std::memory_order_relaxed); }
+
+namespace {
 
 // torch's own kernels of one operator on one device, without the dispatcher.
 struct TorchKernels {
@@ -55,7 +62,7 @@ constexpr TorchKernels kLogSoftmaxOnCuda = {at::cuda::_log_softmax, at::cuda::_l
 // torch.
 std::optional<at::ScalarType> taken(const at::Tensor& self, bool half_to_float) {
   const at::ScalarType dtype = self.scalar_type();
-  if (!is_on.load(std::memory_order_relaxed) || !is_kernel_output_dtype(dtype)) return {};
+  if (!override_is_on() || !is_kernel_output_dtype(dtype)) return {};
   if (!half_to_float) return dtype;
   if (self.is_cuda() && dtype == at::kHalf) return at::kFloat;
   return {};
@@ -63,14 +70,14 @@ std::optional<at::ScalarType> taken(const at::Tensor& self, bool half_to_float) 
 
 // torch's own log_softmax backward reads past the end of the shorter one.
 void check_same_size(const char* caller, const at::Tensor& grad_output, const at::Tensor& output) {
-  if (!is_on.load(std::memory_order_relaxed)) return;
+  if (!override_is_on()) return;
   at::checkSameSize(caller, {grad_output, "grad", 1}, {output, "output", 2});
 }
 
 bool takes(const at::Tensor& grad_output, const at::Tensor& output, at::ScalarType input_dtype) {
   const at::ScalarType dtype = output.scalar_type();
-  return is_on.load(std::memory_order_relaxed) && is_kernel_output_dtype(dtype) &&
-         grad_output.scalar_type() == dtype && grad_output.device() == output.device() &&
+  return override_is_on() && is_kernel_output_dtype(dtype) && grad_output.scalar_type() == dtype &&
+         grad_output.device() == output.device() &&
          (input_dtype == dtype ||
           (output.is_cuda() && dtype == at::kFloat && input_dtype == at::kHalf));
 }
@@ -149,7 +156,7 @@ void override_torch(bool on) {
   static const auto libraries = [] {
     Silence silence;
     const c10::WarningUtils::WarningHandlerGuard guard(&silence);
-    std::vector<torch::Library> libraries;
+    std::vector<torch::Library> libraries = override_losses();
     libraries.push_back(implement<kSoftmaxOnCpu, kLogSoftmaxOnCpu>(c10::DispatchKey::CPU));
 #if defined(SOFTMAX_EXT_CUDA)
     libraries.push_back(implement<kSoftmaxOnCuda, kLogSoftmaxOnCuda>(c10::DispatchKey::CUDA));

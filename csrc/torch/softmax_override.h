@@ -8,5 +8,6 @@ namespace softmax_ext {
 // not take, and everything while off, runs on torch's. The first call registers that, for good: a
 // dispatch table must not change under calls of other threads.
 void override_torch(bool on);
+bool override_is_on();
 
 }  // namespace softmax_ext
