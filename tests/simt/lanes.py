@@ -30,15 +30,17 @@ FLAGS += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uni
 
 EXECUTOR = [ROOT / "tests" / "simt" / f"{name}.cpp" for name in ("executor", "fiber", "report")]
 # Calls of exp are counted.
-LINK = {"kernels": ["-Wl,--wrap=exp"], "segments": [], "toys": []}
+LINK = {"kernels": ["-Wl,--wrap=exp"], "segments": [], "losses": [], "toys": []}
 OF_SEGMENTS = sorted((ROOT / "csrc" / "cuda").glob("*segments*.cu"))
+OF_LOSSES = sorted((ROOT / "csrc" / "cuda").glob("*losses*.cu"))
 PROGRAMS = {
     "kernels": [
         ROOT / "tests" / "simt" / "kernels.cpp",
         ROOT / "tests" / "simt" / "scores.cpp",
-        *sorted({*(ROOT / "csrc" / "cuda").glob("*.cu")} - {*OF_SEGMENTS}),
+        *sorted({*(ROOT / "csrc" / "cuda").glob("*.cu")} - {*OF_SEGMENTS, *OF_LOSSES}),
     ],
     "segments": [ROOT / "tests" / "simt" / "segments.cpp", *OF_SEGMENTS],
+    "losses": [ROOT / "tests" / "simt" / "losses.cpp", *OF_LOSSES],
     "toys": [ROOT / "tests" / "simt" / "toys.cpp"],
 }
 

@@ -23,6 +23,8 @@ struct Loss {
   const void* weight;  // of each class, of the type computed in; or null
   double weight_sum;   // of all classes
   double smoothing, z_loss, factor, softcap;
+  const double* weight_sum_on_device =
+      nullptr;  // instead of weight_sum, where only the device has it
 
   // Whether more is asked for than plain cross-entropy, with or without weights.
   SOFTMAX_EXT_FUNCTION bool is_general() const {

@@ -1,0 +1,25 @@
+// The CUDA kernels of cross-entropy: launch a plan of make_loss_plan for the arguments, on the stream of the
+// current device. They return the error of the launch; that of the run, which may be of the targets' values,
+// shows later.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "softmax_ext/loss_plan.h"
+#include "softmax_ext/losses.h"
+
+namespace softmax_ext::cuda {
+
+// Two numbers of a call: the sum of the weights of the targets, and the sum of the rows' losses, which is
+// divided by the former for a mean.
+struct LossTotals {
+  double weight, loss;
+};
+
+// `scratch` is the plan's scratch memory, of which the contents do not matter.
+cudaError_t launch_loss_forward(const LossForwardArgs& args, const LossPlan& plan, void* scratch,
+                                LossTotals* totals, bool is_mean, cudaStream_t stream);
+cudaError_t launch_loss_backward(const LossBackwardArgs& args, const LossPlan& plan,
+                                 cudaStream_t stream);
+
+}  // namespace softmax_ext::cuda
