@@ -112,14 +112,15 @@ struct LossScore {
 
 // Elements of a thread that are on their way at a time.
 template <class A>
-constexpr int kLossItems = sizeof(A) == 8 ? 8 : 16;
+constexpr int kLossForwardItems = sizeof(A) == 8 ? 8 : 16;
+constexpr int kLossBackwardItems = 8;
 
 // body(first, size, width) for the batches of a row, or of a part of one: elements from `first` on, `width`
 // neighbours for each thread.
-template <class A, class Body>
+template <int items, class Body>
 __device__ __forceinline__ void for_each_batch(const LossSharing& sharing, const LossPlace& place,
                                                int64_t dim, Body body) {
-  const int room = kLossItems<A> * place.lanes.lanes;
+  const int room = items * place.lanes.lanes;
   const int64_t begin = place.part * sharing.part;
   const int64_t end = min(begin + sharing.part, dim);
   with_width(place.lanes, [&](auto width) {
@@ -320,38 +321,42 @@ __device__ __forceinline__ void run_loss_forward(const LossForwardArgs& args,
 #pragma unroll 1
     for (int k = lanes.lane; k < parts; k += lanes.lanes) state.add(states[place.row * parts + k]);
   } else if (is_read) {
-    for_each_batch<A>(sharing, place, dim, [&](int64_t first, int size, auto width) {
-      constexpr int kWidth = decltype(width)::value, kItems = kLossItems<A>;
-      A z[kItems];
-      load_batch<kWidth>(row, step, first, lanes, size, kLowest, z);
-      score.of_batch(lanes, size, z);
-      const auto is_there = [&](int i) {
-        return lanes.lane * kWidth + place_of<kWidth>(lanes, i) < size;
-      };
-      if (score.softcap != A(0)) {
-        for_each_item<kItems>(lanes, size, [&](int i) {
-          if (!is_there(i)) z[i] = kLowest;
+    for_each_batch<kLossForwardItems<A>>(
+        sharing, place, dim, [&](int64_t first, int size, auto width) {
+          constexpr int kWidth = decltype(width)::value, kItems = kLossForwardItems<A>;
+          A z[kItems];
+          load_batch<kWidth>(row, step, first, lanes, size, kLowest, z);
+          score.of_batch(lanes, size, z);
+          const auto is_there = [&](int i) {
+            return lanes.lane * kWidth + place_of<kWidth>(lanes, i) < size;
+          };
+          if (score.softcap != A(0)) {
+            for_each_item<kItems>(lanes, size, [&](int i) {
+              if (!is_there(i)) z[i] = kLowest;
+            });
+          }
+          A max = state.max;
+          for_each_item<kItems>(lanes, size, [&](int i) { max = max_of(max, z[i]); });
+          state.raise(max);
+          const A shift = shift_by(max);
+          for_each_item<kItems>(lanes, size, [&](int i) {
+            const A below = z[i] - shift;
+            const A e = exp_of(below);
+            state.ones = add_of(state.ones, below == A(0) ? A(1) : A(0));
+            state.others = add_of(state.others, below == A(0) ? A(0) : e);
+          });
+          if (!is_smooth) return;
+          int i = 0;
+          for_each_in_turns(
+              [&](A score_of_class) {
+                const int k = lanes.lane * kWidth + place_of<kWidth>(lanes, i++);
+                if (k >= size) return;
+                const A w = weight_of<A>(args.loss, first + k);
+                state.score = fma_of(w, score_of_class - shift, state.score);
+                state.weight = add_of(state.weight, w);
+              },
+              z);
         });
-      }
-      A max = state.max;
-      for_each_item<kItems>(lanes, size, [&](int i) { max = max_of(max, z[i]); });
-      state.raise(max);
-      const A shift = shift_by(max);
-      for_each_item<kItems>(lanes, size, [&](int i) {
-        const A below = z[i] - shift;
-        const A e = exp_of(below);
-        state.ones = add_of(state.ones, below == A(0) ? A(1) : A(0));
-        state.others = add_of(state.others, below == A(0) ? A(0) : e);
-      });
-      if (!is_smooth) return;
-      for_each_item<kItems>(lanes, size, [&](int i) {
-        if (!is_there(i)) return;
-        const int k = lanes.lane * kWidth + place_of<kWidth>(lanes, i);
-        const A w = weight_of<A>(args.loss, first + k);
-        state.score = fma_of(w, z[i] - shift, state.score);
-        state.weight = add_of(state.weight, w);
-      });
-    });
   }
   reduce(sharing, lanes, state);
   if (lanes.lane != 0 || !place.exists) return;
@@ -405,8 +410,8 @@ __device__ __forceinline__ void run_loss_backward(const LossBackwardArgs& args,
   const T* const input = place.in(static_cast<const T*>(args.input), args.input_strides);
   T* const output = place.in(static_cast<T*>(args.grad_input), args.grad_input_strides);
   const int64_t step = args.input_strides.dim, output_step = args.grad_input_strides.dim;
-  for_each_batch<A>(sharing, place, dim, [&](int64_t first, int size, auto width) {
-    constexpr int kWidth = decltype(width)::value, kItems = kLossItems<A>;
+  for_each_batch<kLossBackwardItems>(sharing, place, dim, [&](int64_t first, int size, auto width) {
+    constexpr int kWidth = decltype(width)::value, kItems = kLossBackwardItems;
     A z[kItems]{};
     if (!is_zero) {
       load_batch<kWidth>(input, step, first, lanes, size, A(0), z);

@@ -25,8 +25,8 @@ class Losses:
 
 
 class LossesHost(Host):
-    """Logits are (N, C) or (N, C, ...), with what follows C side by side; weights and the numbers of
-    rows are of the type computed in."""
+    """Logits are (N, C) or (N, C, ...), with what follows C side by side; weights and the numbers
+    of rows are of the type computed in."""
 
     PROGRAM = "losses"
 
