@@ -62,15 +62,17 @@ __global__ void __launch_bounds__(limits::kLossThreads)
 
 // By one block: from `count` sums of weights, and as many of losses behind them.
 __global__ void __launch_bounds__(limits::kLossThreads)
-    loss_total_kernel(const double* sums, int64_t count, bool is_mean, LossTotals* totals) {
+    loss_total_kernel(const double* sums, int64_t count, bool is_mean, LossTotals totals) {
   const double weight = sum_of_block(count, [&](int64_t k) { return sums[k]; });
   const double loss = sum_of_block(count, [&](int64_t k) { return sums[count + k]; });
-  if (threadIdx.x == 0) *totals = {weight, is_mean ? loss / weight : loss};
+  if (threadIdx.x > 0) return;
+  *totals.weight = weight;
+  *totals.loss = is_mean ? loss / weight : loss;
 }
 
 template <class T, class A = computed_t<T>>
 cudaError_t launch(const LossForwardArgs& args, const LossPlan& plan, void* scratch,
-                   LossTotals* totals, bool is_mean, cudaStream_t stream) {
+                   const LossTotals& totals, bool is_mean, cudaStream_t stream) {
   double* const sums = static_cast<double*>(scratch);
   const dim3 grid(static_cast<unsigned>(plan.sums)), block(limits::kLossThreads);
   const int64_t rows = args.shape.rows();
@@ -92,7 +94,7 @@ cudaError_t launch(const LossForwardArgs& args, const LossPlan& plan, void* scra
 }  // namespace
 
 cudaError_t launch_loss_forward(const LossForwardArgs& args, const LossPlan& plan, void* scratch,
-                                LossTotals* totals, bool is_mean, cudaStream_t stream) {
+                                const LossTotals& totals, bool is_mean, cudaStream_t stream) {
   if (!takes_scores(args.shape, args.dims)) return cudaErrorInvalidValue;
   switch (args.dtype) {
     case DType::kFloat16:

@@ -10,15 +10,16 @@
 
 namespace softmax_ext::cuda {
 
-// Two numbers of a call: the sum of the weights of the targets, and the sum of the rows' losses, which is
+// Where two numbers of a call go: the sum of the weights of the targets, and that of the rows' losses, which is
 // divided by the former for a mean.
 struct LossTotals {
-  double weight, loss;
+  double* weight;
+  double* loss;
 };
 
 // `scratch` is the plan's scratch memory, of which the contents do not matter.
 cudaError_t launch_loss_forward(const LossForwardArgs& args, const LossPlan& plan, void* scratch,
-                                LossTotals* totals, bool is_mean, cudaStream_t stream);
+                                const LossTotals& totals, bool is_mean, cudaStream_t stream);
 cudaError_t launch_loss_backward(const LossBackwardArgs& args, const LossPlan& plan,
                                  cudaStream_t stream);
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../cuda/launch.h"
+#include "../cuda/launch_losses.h"
 #include "../cuda/launch_segments.h"
 #include "softmax_ext/score_plan.h"
 
@@ -125,6 +126,21 @@ void launch_on_cuda(const SegmentsBackwardArgs& args, c10::Device device) {
                   cuda::launch_segments_backward);
 }
 
+void launch_on_cuda(const LossForwardArgs& args, double* weight, double* loss, bool is_mean,
+                    c10::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  const LossPlan plan = make_loss_plan(args.shape, args.dtype);
+  const c10::DataPtr scratch = c10::cuda::CUDACachingAllocator::get()->allocate(plan.scratch_bytes);
+  C10_CUDA_CHECK(cuda::launch_loss_forward(args, plan, scratch.get(), {weight, loss}, is_mean,
+                                           c10::cuda::getCurrentCUDAStream()));
+}
+
+void launch_on_cuda(const LossBackwardArgs& args, c10::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  C10_CUDA_CHECK(cuda::launch_loss_backward(args, make_loss_plan(args.shape, args.dtype),
+                                            c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace softmax_ext
 
 #else
@@ -142,6 +158,8 @@ void launch_on_cuda(const ScoreForwardArgs&, c10::Device) { not_built(); }
 void launch_on_cuda(const ScoreBackwardArgs&, c10::Device) { not_built(); }
 void launch_on_cuda(const SegmentsForwardArgs&, c10::Device) { not_built(); }
 void launch_on_cuda(const SegmentsBackwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const LossForwardArgs&, double*, double*, bool, c10::Device) { not_built(); }
+void launch_on_cuda(const LossBackwardArgs&, c10::Device) { not_built(); }
 
 }  // namespace softmax_ext
 

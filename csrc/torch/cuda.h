@@ -3,6 +3,7 @@
 
 #include <c10/core/Device.h>
 
+#include "softmax_ext/losses.h"
 #include "softmax_ext/problem.h"
 #include "softmax_ext/scores.h"
 #include "softmax_ext/segments.h"
@@ -21,5 +22,10 @@ void launch_on_cuda(const ScoreForwardArgs& args, c10::Device device);
 void launch_on_cuda(const ScoreBackwardArgs& args, c10::Device device);
 void launch_on_cuda(const SegmentsForwardArgs& args, c10::Device device);
 void launch_on_cuda(const SegmentsBackwardArgs& args, c10::Device device);
+
+// With the sum of the weights of the targets, and that of the rows' losses, divided by the former for a mean.
+void launch_on_cuda(const LossForwardArgs& args, double* weight, double* loss, bool is_mean,
+                    c10::Device device);
+void launch_on_cuda(const LossBackwardArgs& args, c10::Device device);
 
 }  // namespace softmax_ext

@@ -7,6 +7,7 @@
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -15,7 +16,9 @@
 #include <utility>
 #include <vector>
 
+#include "cuda.h"
 #include "loss_tensors.h"
+#include "softmax_ext/score_plan.h"
 #include "tensors.h"
 
 namespace softmax_ext {
@@ -51,6 +54,7 @@ struct Rows {
     const std::optional<Layout> layout = layout_of(tensor, dim);
     if (!layout) return false;
     const auto& [shape, dims, strides] = *layout;
+    if (tensor.is_cuda() && !cuda::takes_scores(shape, dims)) return false;
     int64_t stretch = 1;
     for (int k = dims.outer + dims.inner - 1; k >= dims.outer; --k) {
       if (strides.of[k] != stretch) return false;
@@ -60,27 +64,40 @@ struct Rows {
   }
 };
 
-// What a launch needs besides the input: targets that are known to be in range, and weights.
+// What a launch needs besides the input: targets that are known to be in range, and weights. On CUDA the kernels
+// look at their values.
 struct Classes {
   at::Tensor target, weight;
+  at::Tensor weight_sum_on_device;
   Loss loss;
-  double total = 0;  // of the weights of targets
+  double total = 0;  // of the weights of targets, on the CPU
 
   Classes(const LossTensors& tensors, const LossOptions& options, int64_t count)
       : target(tensors.target.contiguous()), loss{} {
     TORCH_CHECK_NOT_IMPLEMENTED(count <= INT32_MAX, kFunction,
                                 "(): not implemented for more than 2**31 - 1 classes, but got ",
                                 count);
-    const int64_t* const targets = target.const_data_ptr<int64_t>();
+    const bool on_cuda = target.is_cuda();
     double weight_sum = static_cast<double>(count);
     if (tensors.weight) {
       weight = tensors.weight->to(at::toOpMathType(tensors.weight->scalar_type())).contiguous();
-      weight_sum = sum_of(weight);
+      if (!on_cuda) {
+        weight_sum = sum_of(weight);
+      } else if (options.smoothing != 0) {
+        weight_sum_on_device = weight.sum(at::kDouble);
+      }
     }
-    loss = {
-        targets,        options.ignore_index, tensors.weight ? weight.const_data_ptr() : nullptr,
-        weight_sum,     options.smoothing,    options.z_loss,
-        options.factor, options.softcap};
+    const int64_t* const targets = target.const_data_ptr<int64_t>();
+    loss = {targets,
+            options.ignore_index,
+            data_of(weight),
+            weight_sum,
+            options.smoothing,
+            options.z_loss,
+            options.factor,
+            options.softcap,
+            static_cast<const double*>(data_of(weight_sum_on_device))};
+    if (on_cuda) return;
     int64_t counted = 0;
     const int64_t bad = cpu::kernels().find_bad_target(targets, target.numel(), count,
                                                        options.ignore_index, &counted);
@@ -108,6 +125,23 @@ c10::DimVector two_of(at::IntArrayRef sizes) {
 }
 void* second_of(const at::Tensor& kept) {
   return static_cast<char*>(kept.data_ptr()) + kept.nbytes() / 2;
+}
+
+// The gradient that a forward call has besides, over its input, as a call of its own.
+LossBackwardArgs gradient_over(const LossForwardArgs& args) {
+  return {args.input,
+          args.grad_input,
+          args.dtype,
+          args.shape,
+          args.dims,
+          args.input_strides,
+          args.input_strides,
+          /*grad_input_is_new=*/false,
+          args.loss,
+          args.lse,
+          args.lse_rest,
+          args.log_p,
+          args.grads};
 }
 
 // A score of each element, by differentiable operators.
@@ -171,12 +205,23 @@ RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, boo
   const auto empty_of = [&](at::IntArrayRef sizes) {
     return empty(sizes, wide, input.device()).tensor;
   };
-  RowLosses results{empty_of(of_rows), empty_of(of_rows), empty_of(two_of(of_rows)),
-                    at::scalar_tensor(classes.total, at::TensorOptions().dtype(at::kDouble))};
+  RowLosses results{empty_of(of_rows), empty_of(of_rows), empty_of(two_of(of_rows)), at::Tensor(),
+                    at::Tensor()};
+  const bool on_cuda = input.is_cuda(), is_mean = options.reduction == at::Reduction::Mean;
+  if (on_cuda) {
+    results.total = empty({}, at::kDouble, input.device()).tensor;
+    results.reduced = empty({}, at::kDouble, input.device()).tensor;
+  } else {
+    results.total = at::scalar_tensor(classes.total, at::TensorOptions().dtype(at::kDouble));
+  }
   if (input.numel() == 0) {
     results.losses.zero_();
     results.lse.fill_(-INFINITY);
     results.kept.zero_();
+    if (on_cuda) {
+      results.total.zero_();
+      results.reduced.fill_(is_mean ? NAN : 0.0);
+    }
     return results;
   }
   LossForwardArgs args{rows.tensor.const_data_ptr(),
@@ -196,13 +241,20 @@ RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, boo
     args.grad_input = rows.tensor.mutable_data_ptr();
     args.grads.loss = data_of(grad_loss);
     args.grads.loss_step = grad_loss.defined() && grad_loss.dim() > 0;
-    if (!grad_loss.defined() && options.reduction == at::Reduction::Mean) {
+    if (!grad_loss.defined() && is_mean) {
       args.grads.divisor = results.total.const_data_ptr<double>();
     }
     args.grads.lse = data_of(grad_lse);
   }
   find_strides({{&rows.tensor, &args.input_strides}}, rows.dim, args.dims);
-  cpu::kernels().launch_loss_forward(args, threads(shape));
+  if (on_cuda) {
+    launch_on_cuda(args, results.total.mutable_data_ptr<double>(),
+                   results.reduced.mutable_data_ptr<double>(), is_mean, input.device());
+    // There the gradient is a launch of its own.
+    if (over != nullptr) launch_on_cuda(gradient_over(args), input.device());
+  } else {
+    cpu::kernels().launch_loss_forward(args, threads(shape));
+  }
   if (over != nullptr && !rows.tensor.is_alias_of(input)) {
     input.copy_(rows.moved_back(rows.tensor));
   }
@@ -216,6 +268,10 @@ LossResults loss_forward(const LossTensors& tensors, const LossOptions& options,
   LossResults results{at::Tensor(), rows.lse, rows.kept, rows.total};
   if (options.reduction == at::Reduction::None) {
     results.loss = rows.losses.to(input.scalar_type());
+    return results;
+  }
+  if (rows.reduced.defined()) {
+    results.loss = rows.reduced.to(input.scalar_type());
     return results;
   }
   double loss = sum_of(rows.losses);
@@ -292,7 +348,11 @@ at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse
   find_strides(
       {{&rows.tensor, &args.input_strides}, {&grad_input.tensor, &args.grad_input_strides}},
       rows.dim, args.dims);
-  cpu::kernels().launch_loss_backward(args, threads(shape));
+  if (input.is_cuda()) {
+    launch_on_cuda(args, input.device());
+  } else {
+    cpu::kernels().launch_loss_backward(args, threads(shape));
+  }
   return rows.moved_back(grad_input.tensor);
 }
 

@@ -1,4 +1,4 @@
-// Cross-entropy of class indices by the kernels of the CPU, and its place in autograd's graph. What the
+// Cross-entropy of class indices by the kernels, and its place in autograd's graph. What the
 // kernels do not take is composed of torch's functions, in softmax_ext/functional/losses.py.
 #pragma once
 
@@ -37,9 +37,10 @@ struct LossGradientOver {
   at::Tensor loss, lse;
 };
 
-// The losses of the rows, of the type computed in, and the others.
+// The losses of the rows, of the type computed in, and the others. On CUDA their sum or mean as well, a double,
+// which the host has no look at.
 struct RowLosses {
-  at::Tensor losses, lse, kept, total;
+  at::Tensor losses, lse, kept, total, reduced;
 };
 
 inline int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 : 0; }

@@ -12,12 +12,14 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn._reduction import get_enum, legacy_get_string
 from torch.overrides import handle_torch_function, has_torch_function
 
-from softmax_ext._loader import load
+from softmax_ext._loader import build_record, load
 
 _C = load()
 
 __all__ = ["cross_entropy", "nll_loss"]
 
+# Whose tensors the kernels of class indices take, in a graph too.
+_DEVICES = ("cpu", "cuda") if build_record().get("cuda") else ("cpu",)
 _INDICES = (torch.int64, torch.int32, torch.uint8)
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -191,7 +193,7 @@ def _loss_and_lse(
             return _loss_and_lse(input, target, weight, options, wants_lse, in_place)
     target = target.long()
     if is_dynamo_compiling():
-        if device == "cpu":
+        if device in _DEVICES:
             operator = torch.ops.softmax_ext.cross_entropy
             loss, lse, _, _ = operator(input, target, weight, *options, wants_lse)
             return loss, lse if wants_lse else None
@@ -271,13 +273,13 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross-entropy of logits and targets, with torch's arguments, values, gradients and errors.
 
-    On the CPU, class indices, and class probabilities of the logits' dtype and (C) or (N, C), are
-    computed by kernels: forward reads each logit once, backward reads it once and writes its
-    gradient, and nothing of the logits' size is kept between them. Sums are in float32 (float64 for
-    float64), and a loss of 16 bits is rounded once. The result has the same bits for any number of
-    threads. Rows with the target `ignore_index` are not read; their gradient is 0, whatever they
-    hold. Other class probabilities, other devices than the CPU, and transforms of torch.func are
-    composed of torch's functions.
+    Class indices, on the CPU, or on a CUDA device where the build has kernels for it, and on the CPU
+    class probabilities of the logits' dtype and (C) or (N, C), are computed by kernels: forward
+    reads each logit once, backward reads it once and writes its gradient, and nothing of the logits'
+    size is kept between them. Sums are in float32 (float64 for float64), and a loss of 16 bits is
+    rounded once. The result has the same bits for any number of threads. Rows with the target
+    `ignore_index` are not read; their gradient is 0, whatever they hold. Other class probabilities,
+    other devices, and transforms of torch.func are composed of torch's functions.
 
     Args:
         input: logits of the shape (C), (N, C) or (N, C, d1, ...), float16, bfloat16, float32 or
@@ -296,10 +298,11 @@ def cross_entropy(
         temperature: the logits are divided by it first.
         return_lse: also gives the logsumexp of each row, which has a gradient of its own.
         inplace_backward: where there is a gradient to be made, forward writes it over the logits
-            while a row is in cache, so that no other tensor of their size is ever needed. They are
-            of no more use then: another use of them, in backward, raises, and so does a second
-            backward, one with ``create_graph``, and that of lse. Where the kernels do not take the
-            call (see above), and in compiled graphs, it changes nothing.
+            while a row is in cache (on CUDA by a pass of its own), so that no other tensor of their
+            size is ever needed. They are of no more use then: another use of them, in backward,
+            raises, and so does a second backward, one with ``create_graph``, and that of lse. Where
+            the kernels do not take the call (see above), and in compiled graphs, it changes
+            nothing.
 
     Returns:
         The loss, of the input's dtype (float32 under autocast); with `return_lse` the tuple of it
@@ -309,7 +312,8 @@ def cross_entropy(
     Raises:
         ValueError: shapes do not go together; `reduction` is none of the three; `softcap` or
             `temperature` is not above 0.
-        IndexError: a target is neither `ignore_index` nor in [0, C).
+        IndexError: a target is neither `ignore_index` nor in [0, C); on CUDA, as torch's, a
+            device-side assertion fails.
         TypeError: an argument is of the wrong type.
         RuntimeError: what else torch.nn.functional.cross_entropy refuses, with its message;
             `inplace_backward` of a leaf, as of any operation in place.

@@ -79,13 +79,15 @@ void answer(const Request& request) {
                                {}};
   LossBackwardArgs backward_args{input, nullptr, dtype, shape,    dims,  strides, grad_strides,
                                  true,  loss,    lse,   lse_rest, log_p, grads};
-  void* totals = nullptr;
+  cuda::LossTotals totals{};
   if (forward) {
     for (void** data :
          {&forward_args.row_loss, &forward_args.lse, &forward_args.lse_rest, &forward_args.log_p}) {
       *data = write(rows * of_wide);
     }
-    totals = write(sizeof(cuda::LossTotals));
+    for (double** data : {&totals.weight, &totals.loss}) {
+      *data = static_cast<double*>(write(sizeof(double)));
+    }
   } else {
     const bool in_place = request.number("in_place") != 0;
     backward_args.grad_input = in_place ? inputs.front().data() : write(elements(grad_strides));
@@ -101,8 +103,7 @@ void answer(const Request& request) {
     for (Buffer& output : outputs) output.fill(0xff);
     scratch.fill(0xff);
     const cudaError_t error =
-        forward ? cuda::launch_loss_forward(forward_args, plan, scratch.data(),
-                                            static_cast<cuda::LossTotals*>(totals),
+        forward ? cuda::launch_loss_forward(forward_args, plan, scratch.data(), totals,
                                             request.number("is_mean") != 0, nullptr)
                 : cuda::launch_loss_backward(backward_args, plan, nullptr);
     if (error != cudaSuccess) problem = "the launch returned an error";
