@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
 
 import softmax_ext
 
@@ -376,3 +377,36 @@ def test_module() -> None:
     torch.testing.assert_close(
         softmax_ext.CrossEntropyLoss()(x, y), torch.nn.CrossEntropyLoss()(x, y)
     )
+
+
+MODULES = {
+    info.module_cls.__name__: info
+    for info in module_db
+    if info.module_cls.__name__ in ("CrossEntropyLoss", "LinearCrossEntropyLoss")
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.filterwarnings("ignore:linear_cross_entropy")
+@pytest.mark.parametrize("name", MODULES)
+def test_torchs_samples_of_modules(name: str, dtype: torch.dtype, device: str) -> None:
+    """Ours in the place of torch's: its references' values, its modules' gradients."""
+    info = MODULES[name]
+    options = {"device": device, "dtype": dtype, "requires_grad": True, "training": True}
+    samples = list(info.module_inputs_func(info, **options))
+    assert len(samples) > 100
+    for sample in samples:
+        made = sample.constructor_input
+        theirs = info.module_cls(*made.args, **made.kwargs)
+        ours = getattr(softmax_ext, name)(*made.args, **made.kwargs)
+        ours.load_state_dict(theirs.state_dict())
+        kwargs = sample.forward_input.kwargs
+        args = [each.detach() for each in sample.forward_input.args]
+        args[0].requires_grad_()
+        found = ours(*args, **kwargs)
+        expected = sample.reference_fn(theirs, *args, **kwargs)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        leaves = [args[0], *theirs.parameters()], [args[0], *ours.parameters()]
+        by_torch = torch.autograd.grad(theirs(*args, **kwargs).sum(), leaves[0])
+        grads = torch.autograd.grad(found.sum(), leaves[1])
+        torch.testing.assert_close(grads, by_torch, equal_nan=True)
