@@ -52,6 +52,30 @@ def segments_are_finite(generator: torch.Generator) -> bool:
     return True
 
 
+def losses_are_finite(generator: torch.Generator) -> bool:
+    """Rows of a part of a warp, of a block and of parts, and columns; all options, and the gradient in
+    place."""
+    for shape in ((300, 10), (5, 1001), (3, 8192), (3, 50257), (3, 19, 190), (2, 1500, 64)):
+        values = torch.randn(shape, generator=generator)
+        of_rows = shape[:1] + shape[2:]
+        target = torch.randint(shape[1], of_rows, generator=generator)
+        target.view(-1)[1] = -100
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            weight = torch.ones(shape[1]).to(dtype).cuda()
+            for options in (
+                {},
+                {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, "temperature": 2.0},
+                {"inplace_backward": True},
+            ):
+                x = values.to(dtype).cuda().requires_grad_()
+                loss = softmax_ext.cross_entropy(x * 1, target.cuda(), weight, **options)  # type: ignore[call-overload]
+                (result,) = torch.autograd.grad(loss, x)
+                if not (loss.detach().cpu().isfinite() and result.cpu().isfinite().all()):
+                    print(f"cross_entropy of {shape} {dtype} {options} is not finite")
+                    return False
+    return True
+
+
 def main() -> int:
     generator = torch.Generator().manual_seed(0)
     for shape, dim in SHAPES:
@@ -70,7 +94,7 @@ def main() -> int:
                     return 1
     for dtype in (torch.int32, torch.bfloat16):  # a cast before the kernel, and one in it
         softmax_ext.softmax(torch.arange(3000).to(dtype).cuda(), -1, dtype=torch.float32)
-    if not segments_are_finite(generator):
+    if not segments_are_finite(generator) or not losses_are_finite(generator):
         return 1
     torch.cuda.synchronize()
     print(DONE)
