@@ -1,8 +1,9 @@
-"""softmax_ext of scores and of segments against what models write, on one GPU.
+"""softmax_ext of scores, of segments and cross-entropy against what models write, on one GPU.
 
-The cases of ``python -m benchmarks cpu --set scores`` and ``--set segments``. Each result is
-verified first; then all are timed in rounds, as ``benchmarks.gpu`` has it, beside our softmax of
-the same shape and a copy. ``scores.json`` is written anew after each case.
+The cases of ``python -m benchmarks cpu --set scores``, ``--set segments`` and, of class indices,
+``--set losses``. Each result is verified first; then all are timed in rounds, as ``benchmarks.gpu``
+has it, beside our softmax of the same shape and a copy. ``scores.json`` is written anew after each
+case.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import cpu, gpu, gpu_report, scores_cpu_cases, segments_cpu_cases
+from benchmarks import (
+    cpu,
+    gpu,
+    gpu_report,
+    losses_cpu_cases,
+    scores_cpu_cases,
+    segments_cpu_cases,
+)
 from benchmarks.gpu_timing import Budget, calls_in_batch, summarise
 from benchmarks.softmax_cpu_cases import Case
 from benchmarks.softmax_gpu_cells import L2_PASSES, LAUNCHES
@@ -30,7 +38,12 @@ MODES = ("forward", "both")
 
 def all_cases() -> list[Case]:
     cases = scores_cpu_cases.cases([1], DTYPES, MODES)
-    return cases + segments_cpu_cases.cases([1], DTYPES[1:], ["softmax"], MODES)
+    losses = [
+        case
+        for case in losses_cpu_cases.cases([1], DTYPES, MODES)
+        if case.op == "cross_entropy" and case.layout != "probabilities"
+    ]
+    return cases + segments_cpu_cases.cases([1], DTYPES[1:], ["softmax"], MODES) + losses
 
 
 def label(case: Case) -> str:
@@ -47,6 +60,8 @@ def measure(
     for _ in range(sets):
         if isinstance(case, scores_cpu_cases.ScoresCase):
             made = case.runs(device.name)
+        elif isinstance(case, losses_cpu_cases.LossCase):
+            made = losses_cpu_cases.contenders(case, device.name)
         else:
             assert isinstance(case, segments_cpu_cases.SegmentCase)
             made = segments_cpu_cases.contenders(case, device.name)

@@ -179,34 +179,36 @@ def linear_runs(case: LossCase, rows_at_once: int = 320) -> dict[str, Run]:
     }
 
 
-def contenders(case: LossCase) -> dict[str, Run]:
+def contenders(case: LossCase, device: str = "cpu") -> dict[str, Run]:
     torch.manual_seed(0)
     if case.op == LINEAR:
+        assert device == "cpu"
         return linear_runs(case)
     dtype = DTYPES[case.dtype]
-    x = torch.randn(case.shape).to(dtype)
+    x = torch.randn(case.shape).to(device, dtype)
     if case.op == "selective_log_softmax":
-        index = torch.randint(case.shape[1], case.shape[:1])
+        index = torch.randint(case.shape[1], case.shape[:1]).to(device)
         with_entropy = case.layout != SELECTIVE[0]
-        grad = torch.ones(case.shape[0], dtype=dtype)
+        grad = torch.ones(case.shape[0], dtype=dtype, device=device)
         functions = {"softmax_ext": selected, "torch": selected_by_torch}
         return {
             name: make_run(lambda x, _, f=f: f(x, index, with_entropy), case.mode, x, 1, grad)
             for name, f in functions.items()
         }
     if case.op == "kl_div_with_logits":
-        teacher, kwargs = torch.randn(case.shape).to(dtype), DIVERGENCES[case.layout]
+        teacher, kwargs = torch.randn(case.shape).to(device, dtype), DIVERGENCES[case.layout]
         pairs = {
             "softmax_ext": lambda x, _: softmax_ext.kl_div_with_logits(x, teacher, **kwargs),
             "torch": lambda x, _: divergence_by_torch(x, teacher, **kwargs),
         }
-        grad = torch.ones((), dtype=dtype)
+        grad = torch.ones((), dtype=dtype, device=device)
         return {name: make_run(f, case.mode, x, case.dim, grad) for name, f in pairs.items()}
-    target = torch.randint(case.shape[1], case.shape[:1] + case.shape[2:])
+    target = torch.randint(case.shape[1], case.shape[:1] + case.shape[2:]).to(device)
     indices = target
     if case.layout == "probabilities":
-        target = torch.randn(case.shape).softmax(1).to(dtype)
-    weight = (torch.rand(case.shape[1]) + 0.5).to(dtype) if case.layout == "weight" else None
+        target = torch.randn(case.shape).softmax(1).to(device, dtype)
+    has_weight = case.layout == "weight"
+    weight = (torch.rand(case.shape[1]) + 0.5).to(device, dtype) if has_weight else None
     options = VARIANTS[case.layout]
     for_torch = {"z_loss": 0.0, "softcap": 0.0, **options}
     in_place = for_torch.pop("inplace_backward", False)
@@ -223,7 +225,7 @@ def contenders(case: LossCase) -> dict[str, Run]:
     }
     if case.layout != "plain":
         functions["plain"] = lambda x, _: softmax_ext.cross_entropy(x, indices)
-    grad = torch.ones((), dtype=dtype)
+    grad = torch.ones((), dtype=dtype, device=device)
     return {
         name: make_run(f, case.mode, x.clone() if in_place and f is ours else x, case.dim, grad)
         for name, f in functions.items()

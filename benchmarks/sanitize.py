@@ -53,8 +53,7 @@ def segments_are_finite(generator: torch.Generator) -> bool:
 
 
 def losses_are_finite(generator: torch.Generator) -> bool:
-    """Rows of a part of a warp, of a block and of parts, and columns; all options, and the gradient in
-    place."""
+    """Rows of a part of a warp, of a block and of parts, and columns; all options; in place."""
     for shape in ((300, 10), (5, 1001), (3, 8192), (3, 50257), (3, 19, 190), (2, 1500, 64)):
         values = torch.randn(shape, generator=generator)
         of_rows = shape[:1] + shape[2:]

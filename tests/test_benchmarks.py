@@ -311,7 +311,7 @@ def test_a_wrong_cell_has_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- Scores and segments -------------------------------------------------------------------------
 
 
-def test_scores_and_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_segments_and_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the clock on the wall, in shapes that take no time; a wrong case has no figures."""
     tiny = {"causal": (2, 3, 8, 16), "logsumexp": (8, 40)}
     cells = {cell.name: cell for cell in scores_cpu_cases.CELLS if cell.name in tiny}
@@ -319,8 +319,11 @@ def test_scores_and_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         scores_cpu_cases, "CELLS", [replace(cells[name], shape=tiny[name]) for name in tiny]
     )
     monkeypatch.setattr(segments_cpu_cases, "SHAPES", [((60, 4), 7)])
+    for shapes in ("SHAPES", "VARIED"):
+        monkeypatch.setattr(losses_cpu_cases, shapes, [(6, 5)])
+    monkeypatch.setattr(losses_cpu_cases, "VARIED_OF", {})
     cases = gpu_scores.all_cases()
-    assert len(cases) == 2 * 2 * 2 + 3 * 2
+    assert len(cases) == 2 * 2 * 2 + 3 * 2 + 2 * (2 * 6 - 1)
     document: dict[str, Any] = {"machine": MACHINE}
     path = tmp_path / "scores.json"
     gpu_scores.run_cases(cases, gpu.Device(), Budget(1000), 3, document, path)
@@ -328,7 +331,8 @@ def test_scores_and_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert read["failed"] == read["missing"] == []
     assert [entry["op"] for entry in read["cells"]] == [case.op for case in cases]
     for entry in read["cells"]:
-        assert {"plain", "torch"} <= set(entry["speedup"]) or "scatter" in entry["speedup"]
+        beside = {"plain", "torch"} if entry["layout"] != "plain" else {"torch"}
+        assert beside <= set(entry["speedup"]) or "scatter" in entry["speedup"]
 
     wrong = replace(scores_cpu_cases.CELLS[0], ours=lambda x: x)
     monkeypatch.setattr(scores_cpu_cases, "CELLS", [wrong, scores_cpu_cases.CELLS[1]])
