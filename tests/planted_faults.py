@@ -30,6 +30,7 @@ PACKED = "csrc/cuda/packed_kernels.cuh"
 DEVICE = "csrc/cuda/device.cuh"
 CUDA_SCORES = "csrc/cuda/score_kernels.cuh"
 CUDA_SEGMENTS = "csrc/cuda/segment_kernels.cuh"
+CUDA_LOSSES = "csrc/cuda/loss_kernels.cuh"
 SEGMENT_LIST = "csrc/cuda/launch_segments.cu"
 CPU_SLICES = "csrc/cpu/slices.h"
 CPU_ROWS = "csrc/cpu/rows.h"
@@ -55,6 +56,7 @@ HOST = "tests/simt/kernels"
 HOST_STRIDES = f"{HOST}/test_strides.py"
 HOST_SCORES = f"{HOST}/test_scores.py"
 HOST_SEGMENTS = f"{HOST}/test_segments.py"
+HOST_LOSSES = f"{HOST}/test_losses.py"
 
 
 @dataclass(frozen=True)
@@ -638,6 +640,54 @@ FAULTS = [
         "x[c] = kOfSegments && x[c] > shift ?",
         "x[c] = false && x[c] > shift ?",
         HOST_SEGMENTS,
+    ),
+    Fault(
+        "no barrier before the states of a block's warps are read",
+        "cuda losses",
+        CUDA_LOSSES,
+        "states[lanes.lane / limits::kWarp] = state;\n  __syncthreads();",
+        "states[lanes.lane / limits::kWarp] = state;",
+        HOST_LOSSES,
+    ),
+    Fault(
+        "a sure target's loss is that of the rounded sum",
+        "cuda losses",
+        CUDA_LOSSES,
+        "log_of(state.ones) + log1p_of(state.others / state.ones);",
+        "log_of(state.ones + state.others);",
+        HOST_LOSSES,
+    ),
+    Fault(
+        "the sum of scores stays that of the smaller max",
+        "cuda losses",
+        CUDA_LOSSES,
+        "score = add_of(score, mul_of(weight, shift_by(max) - shift));",
+        "score = add_of(score, A(0) * shift);",
+        HOST_LOSSES,
+    ),
+    Fault(
+        "a row that is ignored is read",
+        "cuda losses",
+        CUDA_LOSSES,
+        "place.exists && (target.y >= 0 || args.wants_lse);",
+        "place.exists;",
+        HOST_LOSSES,
+    ),
+    Fault(
+        "the target's gradient is that of any class",
+        "cuda losses",
+        CUDA_LOSSES,
+        "z[i] = first + k == target.y ? of_target",
+        "z[i] = first + k == dim ? of_target",
+        HOST_LOSSES,
+    ),
+    Fault(
+        "the parts of a row but the first are left out",
+        "cuda losses",
+        CUDA_LOSSES,
+        "for (int k = lanes.lane; k < parts; k += lanes.lanes) state.add(",
+        "for (int k = lanes.lane; k < 1; k += lanes.lanes) state.add(",
+        HOST_LOSSES,
     ),
     # --- torch's operators, autograd, the switch, Python ---
     Fault(

@@ -11,7 +11,7 @@ FAMILIES = {
     "cpu segments",
     *(f"cuda {of}" for of in ("short", "registers", "long", "packed", "packed short", "columns")),
     *(f"cuda {of}" for of in ("block", "cluster", "grid", "strides", "plan")),
-    *("cuda scores", "cuda segments"),
+    *("cuda scores", "cuda segments", "cuda losses"),
     *("torch operators", "autograd", "switch", "python"),
     *("baseline", "avx2", "avx512"),
 }

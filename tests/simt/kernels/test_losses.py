@@ -139,6 +139,7 @@ def test_ignored_rows_are_not_read(losses: LossesHost, shape: str) -> None:
     x[1], target[1] = torch.nan, -100
     found = losses.forward(x, target, weight, smoothing=0.1)
     assert not found.loss[1].any()
+    assert not found.lse[1].any()
     dx = losses.backward(x, target, weight, found, torch.ones_like(found.loss), smoothing=0.1)
     assert not dx[1].any()
     assert bool(dx[0].isfinite().all())
