@@ -78,11 +78,11 @@ def enable() -> None:
     with torch's own autograd, vmap, forward-mode AD, autocast and compile rules. A call that the
     kernels do not take runs on torch's.
 
-    So is aten::cross_entropy_loss on the CPU, which torch composes of two operators:
-    F.cross_entropy, nn.CrossEntropyLoss and F.linear_cross_entropy without `options` are one call
-    of the kernels of :func:`softmax_ext.cross_entropy` where these take it (class indices as int64;
-    class probabilities of the logits' dtype and (C) or (N, C)). Under transforms, forward-mode AD
-    and modes it is composed as without the switch.
+    So is aten::cross_entropy_loss, which torch composes of two operators: F.cross_entropy,
+    nn.CrossEntropyLoss and F.linear_cross_entropy without `options` are one call of the kernels of
+    :func:`softmax_ext.cross_entropy` where these take it (class indices as int64; on the CPU class
+    probabilities of the logits' dtype and (C) or (N, C)). Under transforms, forward-mode AD and
+    modes it is composed as without the switch.
 
     Code that torch.compile generates with inductor has its own softmax, and is not changed.
 

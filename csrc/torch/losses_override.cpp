@@ -3,6 +3,7 @@
 #include <ATen/ops/cross_entropy_loss_compositeimplicitautograd_dispatch.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
+#include "cuda.h"
 #include "losses.h"
 #include "probabilities.h"
 #include "softmax_override.h"
@@ -35,7 +36,7 @@ std::optional<Targets> taken(const LossTensors& tensors, const LossOptions& opti
   }
   const bool are_probabilities = target.scalar_type() == input.scalar_type() &&
                                  target.sizes() == input.sizes() && input.dim() <= 2 &&
-                                 input.numel() > 0 && options.ignore_index < 0;
+                                 input.numel() > 0 && input.is_cpu() && options.ignore_index < 0;
   return are_probabilities ? std::optional(Targets::kProbabilities) : std::nullopt;
 }
 
@@ -71,6 +72,10 @@ std::vector<torch::Library> override_losses() {
   };
   implement(c10::DispatchKey::CPU, TORCH_FN(cross_entropy_loss<false>));
   implement(c10::DispatchKey::AutogradCPU, TORCH_FN(cross_entropy_loss<true>));
+  if (kBuiltWithCuda) {
+    implement(c10::DispatchKey::CUDA, TORCH_FN(cross_entropy_loss<false>));
+    implement(c10::DispatchKey::AutogradCUDA, TORCH_FN(cross_entropy_loss<true>));
+  }
   return libraries;
 }
 

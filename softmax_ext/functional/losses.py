@@ -273,13 +273,13 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross-entropy of logits and targets, with torch's arguments, values, gradients and errors.
 
-    Class indices, on the CPU or on a CUDA device where the build has kernels for it, and on the CPU
-    class probabilities of the logits' dtype and (C) or (N, C), are computed by kernels: forward
-    reads each logit once, backward reads it once and writes its gradient, and nothing of the
-    logits' size is kept between them. Sums are in float32 (float64 for float64), and a loss of 16
-    bits is rounded once. The result has the same bits for any number of threads. Rows with the
-    target `ignore_index` are not read; their gradient is 0, whatever they hold. Other class
-    probabilities, other devices, and transforms of torch.func are composed of torch's functions.
+    Kernels compute class indices, on the CPU and, where the build has them, on CUDA, and on the CPU
+    class probabilities of the logits' dtype and (C) or (N, C): forward reads each logit once,
+    backward reads it once and writes its gradient, and nothing of the logits' size is kept between
+    them. Sums are in float32 (float64 for float64), and a loss of 16 bits is rounded once. The
+    result has the same bits for any number of threads. Rows with the target `ignore_index` are not
+    read; their gradient is 0, whatever they hold. Other class probabilities, other devices, and
+    transforms of torch.func are composed of torch's functions.
 
     Args:
         input: logits of the shape (C), (N, C) or (N, C, d1, ...), float16, bfloat16, float32 or
