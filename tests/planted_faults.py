@@ -43,6 +43,12 @@ SEGMENTS_TILE = "csrc/cpu/segments_tile.h"
 SEGMENTS_FORWARD = "csrc/cpu/segments_forward.cpp"
 SEGMENTS_BACKWARD = "csrc/cpu/segments_backward.cpp"
 SEGMENTS_ORDER = "csrc/cpu/segments_order.cpp"
+CPU_LOSSES = "csrc/cpu/losses.h"
+LOSSES_FORWARD = "csrc/cpu/losses_forward.cpp"
+DIVERGENCES = "csrc/cpu/divergences.h"
+DIVERGENCES_FORWARD = "csrc/cpu/divergences_forward.cpp"
+PROBABILITIES_FORWARD = "csrc/cpu/probabilities_forward.cpp"
+LOSSES_SWITCH = "csrc/torch/losses_override.cpp"
 
 VALUES = "tests/test_softmax_forward.py tests/test_softmax_extremes.py"
 GRADIENTS = "tests/test_softmax_backward.py"
@@ -52,6 +58,9 @@ STRIDES = "tests/test_softmax_layout_strides.py"
 SCORES_PY = "softmax_ext/functional/scores.py"
 SCORES = "tests/test_scores_values.py tests/test_scores_stand_ins.py"
 SEGMENTS = "tests/test_segments_forward.py"
+LOSSES = "tests/test_losses_values.py"
+OF_DIVERGENCES = "tests/test_divergences.py"
+OF_PROBABILITIES = "tests/test_probabilities.py"
 HOST = "tests/simt/kernels"
 HOST_STRIDES = f"{HOST}/test_strides.py"
 HOST_SCORES = f"{HOST}/test_scores.py"
@@ -234,6 +243,87 @@ FAULTS = [
         "formula.of(grads, outputs) * scale_",
         "formula.of(grads, outputs)",
         "tests/test_segments_backward.py",
+    ),
+    Fault(
+        "the largest elements are summed with the others",
+        "cpu losses",
+        LOSSES_FORWARD,
+        "return {V(is_max ? one : zero), V(is_max ? zero : e.raw)};",
+        "return {V(is_max ? zero : zero), V(is_max ? one : e.raw)};",
+        LOSSES,
+        "avx512",
+    ),
+    Fault(
+        "what was largest is lost where something larger comes",
+        "cpu losses",
+        LOSSES_FORWARD,
+        "sum.others.add(V(is_same ? zero : ones.raw));",
+        "sum.others.add(V(is_same ? zero : zero));",
+        LOSSES,
+        "avx512",
+    ),
+    Fault(
+        "columns of the second register have the targets of the first",
+        "cpu losses",
+        CPU_LOSSES,
+        "const RawInt of_columns = targets[c / kSize];",
+        "const RawInt of_columns = targets[c / kSize / 2];",
+        LOSSES,
+        "avx512",
+    ),
+    Fault(
+        "an ignored target is a class where lse has a gradient",
+        "cpu losses",
+        CPU_LOSSES,
+        "if (target == loss.ignore_index) target = -1;",
+        "if (target == loss.ignore_index && loss.weight != nullptr) target = -1;",
+        LOSSES,
+        "avx512",
+    ),
+    Fault(
+        "a gradient is not divided by the sum of the weights",
+        "cpu losses",
+        CPU_LOSSES,
+        "if (grads.divisor != nullptr) g = g * value(1 / *grads.divisor);",
+        "if (grads.divisor != nullptr) g = g * value(1);",
+        LOSSES,
+        "avx512",
+    ),
+    Fault(
+        "close distributions by their difference",
+        "cpu divergences",
+        DIVERGENCES,
+        "(d.raw <= one.raw) & (d.raw >= (-one).raw);",
+        "(d.raw <= (-one).raw) & (d.raw >= one.raw);",
+        OF_DIVERGENCES,
+        "avx512",
+    ),
+    Fault(
+        "a row of the weight 0 is read",
+        "cpu divergences",
+        DIVERGENCES,
+        "return of.weight != nullptr && static_cast<const A*>(of.weight)[row] == 0;",
+        "return of.weight != nullptr && static_cast<const A*>(of.weight)[row] < 0;",
+        OF_DIVERGENCES,
+        "avx512",
+    ),
+    Fault(
+        "the middle is the teacher",
+        "cpu divergences",
+        DIVERGENCES_FORWARD,
+        "sum.student = sum.student + divergence_term<A>(q, m, log_q);",
+        "sum.student = sum.student + divergence_term<A>(q, p, log_q);",
+        OF_DIVERGENCES,
+        "avx512",
+    ),
+    Fault(
+        "a chunk's sum of scores stays below its own max",
+        "cpu probabilities",
+        PROBABILITIES_FORWARD,
+        "return of.score + of.total * (shift_by(of.max) - shift);",
+        "return of.score + of.total * (shift - shift);",
+        OF_PROBABILITIES,
+        "avx512",
     ),
     Fault(
         "a gradient of any size, dtype and memory is taken",
@@ -761,6 +851,30 @@ FAULTS = [
         "self._within += within",
         "self._within = max(within, 0)",
         "tests/test_switch.py",
+    ),
+    Fault(
+        "probabilities with an index to ignore",
+        "switch",
+        LOSSES_SWITCH,
+        "input.is_cpu() && options.ignore_index < 0;",
+        "input.is_cpu();",
+        "tests/test_switch.py",
+    ),
+    Fault(
+        "cross-entropy below autograd records a gradient",
+        "switch",
+        LOSSES_SWITCH,
+        "implement(c10::DispatchKey::CPU, TORCH_FN(cross_entropy_loss<false>));",
+        "implement(c10::DispatchKey::CPU, TORCH_FN(cross_entropy_loss<true>));",
+        "tests/test_switch.py",
+    ),
+    Fault(
+        "a sum of rows without the last ones",
+        "torch operators",
+        "csrc/torch/loss_tensors.cpp",
+        "for (; k < count; ++k) sums[0]",
+        "for (; k + 1 < count; ++k) sums[0]",
+        LOSSES,
     ),
     Fault(
         "the implicit dim of three dimensions is 1",

@@ -8,7 +8,7 @@ from planted_faults import FAULTS, ROOT, Fault
 FAMILIES = {
     *(f"cpu {rows}" for rows in ("register rows", "short rows", "long rows", "split rows")),
     *("cpu streamed rows", "cpu columns", "cpu narrow columns", "cpu casts", "cpu strides"),
-    "cpu segments",
+    *("cpu segments", "cpu losses", "cpu divergences", "cpu probabilities"),
     *(f"cuda {of}" for of in ("short", "registers", "long", "packed", "packed short", "columns")),
     *(f"cuda {of}" for of in ("block", "cluster", "grid", "strides", "plan")),
     *("cuda scores", "cuda segments", "cuda losses"),
