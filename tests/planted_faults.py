@@ -65,7 +65,7 @@ HOST = "tests/simt/kernels"
 HOST_STRIDES = f"{HOST}/test_strides.py"
 HOST_SCORES = f"{HOST}/test_scores.py"
 HOST_SEGMENTS = f"{HOST}/test_segments.py"
-HOST_LOSSES = f"{HOST}/test_losses.py"
+HOST_LOSSES = f"{HOST}/test_cross_entropy.py"
 
 
 @dataclass(frozen=True)
