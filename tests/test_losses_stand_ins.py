@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_scores_stand_ins import assert_alike, randn
 
 import softmax_ext
 
@@ -28,23 +29,11 @@ for block in re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
 CLASSES = 37
 
 
-def randn(*shape: int, device: str) -> torch.Tensor:
-    return torch.randn(shape, device=device, dtype=torch.float64).requires_grad_()
-
-
 def labels_of(batch: int, tokens: int, device: str) -> torch.Tensor:
     """With a prompt that does not count, and padding."""
     labels = torch.randint(CLASSES, (batch, tokens), device=device)
     labels[:, :2] = labels[0, -3:] = -100
     return labels
-
-
-def assert_alike(actual: torch.Tensor, expected: torch.Tensor, *leaves: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected)
-    grad = torch.randn_like(expected)
-    found, right = (torch.autograd.grad(y, leaves, grad) for y in (actual, expected))
-    for one, other in zip(found, right, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def shifted_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 // The CUDA kernels of cross-entropy: launch a plan of make_loss_plan for the arguments, on the stream of the
-// current device. They return the error of the launch; that of the run, which may be of the targets' values,
-// shows later.
+// current device. A gradient that a forward call may have over its input (LossForwardArgs::grad_input) is not
+// theirs: it is a backward launch, after the forward one. They return the error of the launch; that of the run,
+// which may be of the targets' values, shows later.
 #pragma once
 
 #include <cuda_runtime.h>
