@@ -1093,7 +1093,8 @@ class Copy:
         for path in self.tree.glob("build/kernels/*.o"):
             if isa and not path.stem.endswith(f"_{isa}"):
                 os.utime(path)
-        host = "import lanes; [lanes.build('o1', each) for each in ('kernels', 'segments', 'losses')]"
+        programs = ("kernels", "segments", "losses")
+        host = f"import lanes; [lanes.build('o1', each) for each in {programs}]"
         for built in (
             self._run("setup.py", "-q", "build_ext", "--inplace", FORCE_CPU="1"),
             self._run("-c", host, path="tests/simt"),
