@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -256,6 +257,28 @@ if DEBUG:
     SANITIZE += ["--param", "asan-instrumentation-with-call-threshold=0"]
 
 
+def translation_units(sources: list[str], folder: Path) -> dict[str, list[str]]:
+    """What to compile for `sources`, each with those that it includes. Most of what a file of
+    csrc/torch would take alone are torch's headers: those that share the first word of their names
+    are one, in `folder`, and those that share it with none another."""
+    of_torch = [source for source in sources if Path(source).parent.name == "torch"]
+    words = {source: Path(source).stem.split("_")[0] for source in of_torch}
+    shared = {word for word, number in Counter(words.values()).items() if number > 1}
+    units: dict[str, list[str]] = {}
+    for source in sources:
+        word = words.get(source)
+        unit = folder / f"{word if word in shared else 'others'}.cpp"
+        units.setdefault(str(unit) if word else source, []).append(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for unit, files in units.items():
+        if files == [unit]:
+            continue
+        text = "".join(f'#include "{os.path.relpath(file, folder)}"\n' for file in files)
+        if not Path(unit).exists() or Path(unit).read_text() != text:
+            Path(unit).write_text(text)
+    return units
+
+
 class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
     """torch's build, after the CPU kernels have been compiled for each instruction set."""
 
@@ -285,8 +308,11 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         with ThreadPoolExecutor(jobs) as pool:
             commands = list(pool.map(self.compile_kernels, product(ISAS, KERNELS)))
         self.extensions[0].extra_objects += [command["output"] for command in commands]
+        units = translation_units(self.extensions[0].sources, Path("build", "units"))
+        self.extensions[0].depends += self.extensions[0].sources  # asked where there is no ninja
+        self.extensions[0].sources = list(units)
         super().build_extensions()
-        self.write_compile_commands(commands)
+        self.write_compile_commands(commands, units)
 
     def check_compilers(self) -> None:
         """Before anything is compiled. torch and nvcc expect one word of each: torch checks the
@@ -346,8 +372,10 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
         }
         (library.parent / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
 
-    def write_compile_commands(self, commands: list[dict[str, str]]) -> None:
-        """compile_commands.json, for editors."""
+    def write_compile_commands(
+        self, commands: list[dict[str, str]], units: dict[str, list[str]]
+    ) -> None:
+        """compile_commands.json, for editors: of each source that of its unit."""
         listings = Path(self.build_temp).resolve().rglob("build.ninja") if self.use_ninja else ()
         for ninja in listings:
             listing = subprocess.run(
@@ -356,7 +384,12 @@ class BuildExt(cpp_extension.BuildExtension):  # type: ignore[misc]
                 text=True,
             )
             if listing.returncode == 0:
-                commands = commands + json.loads(listing.stdout)
+                for command in json.loads(listing.stdout):
+                    unit = os.path.relpath(command["file"])
+                    commands += [
+                        command | {"file": os.path.abspath(source)}
+                        for source in units.get(unit, [unit])
+                    ]
         try:
             (ROOT / "compile_commands.json").write_text(json.dumps(commands, indent=2) + "\n")
         except OSError as error:

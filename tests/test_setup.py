@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -238,13 +239,37 @@ def test_several_words_reach_the_kernels_and_nvcc(setup, monkeypatch, tmp_path, 
     assert run.call_args.args[0][:2] == ["env", "g++"]
 
 
+def test_translation_units(setup, tmp_path):
+    """Each source is in one of them; those of csrc/torch by the first words of their names."""
+    torch_files = ["module.cpp", "losses.cpp", "losses_library.cpp", "tensors.cpp"]
+    sources = ["csrc/cpu/isa.cpp", "csrc/cuda/losses_float32.cu"]
+    sources += [f"csrc/torch/{file}" for file in torch_files]
+    folder = tmp_path / "build" / "units"
+    units = setup.translation_units(sources, folder)
+    assert units == {
+        "csrc/cpu/isa.cpp": ["csrc/cpu/isa.cpp"],
+        "csrc/cuda/losses_float32.cu": ["csrc/cuda/losses_float32.cu"],
+        str(folder / "others.cpp"): ["csrc/torch/module.cpp", "csrc/torch/tensors.cpp"],
+        str(folder / "losses.cpp"): ["csrc/torch/losses.cpp", "csrc/torch/losses_library.cpp"],
+    }
+    for unit, files in units.items():
+        if unit not in sources:
+            included = re.findall(r'^#include "(.+)"$', Path(unit).read_text(), re.MULTILINE)
+            assert [(folder / file).resolve() for file in included] == [
+                Path(file).resolve() for file in files
+            ]
+    written = (folder / "losses.cpp").stat().st_mtime_ns
+    setup.translation_units(sources, folder)
+    assert (folder / "losses.cpp").stat().st_mtime_ns == written, "nothing to compile again"
+
+
 def test_no_ninja_beside_what_it_left(setup, monkeypatch, tmp_path):
     """compile_commands.json, for editors, then has what ninja need not be asked for."""
     monkeypatch.setattr(setup, "ROOT", tmp_path)
     (tmp_path / "build.ninja").touch()
     build = SimpleNamespace(use_ninja=False, build_temp=str(tmp_path))
     with mock.patch("subprocess.run", side_effect=FileNotFoundError):
-        setup.BuildExt.write_compile_commands(build, [{"file": "kernels.cpp"}])
+        setup.BuildExt.write_compile_commands(build, [{"file": "kernels.cpp"}], {})
     assert "kernels.cpp" in (tmp_path / "compile_commands.json").read_text()
 
 

@@ -9,37 +9,41 @@
 namespace softmax_ext::cpu {
 namespace {
 
+template <Op op, Write write, class T, class G = T>
+void launch_backward(const BackwardArgs& args, const Threads& threads) {
+  if (args.shape.inner == 1) return backward_rows<op, T, G, write>(args, threads);
+  if constexpr (std::is_same_v<T, G>) {
+    const int64_t dim = args.shape.dim, inner = args.shape.inner;
+    // Over more than a block tiles walk along inner, in whole registers.
+    const bool by_tiles =
+        dim > kBlock && dim <= kShortDim && is_in_registers<T>(inner, /*in_place=*/true);
+    const bool gathered = !is_in_registers<T>(inner, /*in_place=*/false);
+    if (is_narrow(args.shape, args.output_dtype) && !by_tiles) {
+      if (dim > (gathered ? kGatheredDim : kShortDim)) {
+        return backward_packed_columns<op, T>(args, threads);
+      }
+      return backward_short_columns<op, T>(args, threads);
+    }
+  }
+  backward_columns<op, T, G, write>(args, threads);
+}
+
+// The types are those of is_native: one, or those of the casts of mixed precision.
 template <Op op>
 void launch_backward(const BackwardArgs& args, const Threads& threads) {
+  constexpr Write kCached = Write::kCached;
+  if (args.grad_input_dtype != args.output_dtype) {
+    return args.grad_input_dtype == DType::kFloat16
+               ? launch_backward<op, kCached, float, Float16>(args, threads)
+               : launch_backward<op, kCached, float, BFloat16>(args, threads);
+  }
   const bool streamed = args.grad_input != args.grad_output && args.grad_input != args.output &&
-                        !is_placed(args) && args.grad_input_dtype == args.output_dtype &&
+                        !is_placed(args) &&
                         is_streamed(args.shape, args.dims, args.grad_input_strides, args.grad_input,
                                     args.grad_input_dtype, args.grad_input_is_new);
   visit(args.output_dtype, [&](auto element) {
-    visit(args.grad_input_dtype, [&](auto grad_element) {
-      visit(streamed, [&](auto write) {
-        using T = decltype(element);
-        using G = decltype(grad_element);
-        constexpr Write kWrite = std::is_same_v<T, G> ? write() : Write::kCached;
-        if (args.shape.inner == 1) {
-          return backward_rows<op, T, G, kWrite>(args, threads);
-        }
-        if constexpr (std::is_same_v<T, G>) {
-          const int64_t dim = args.shape.dim, inner = args.shape.inner;
-          // Over more than a block tiles walk along inner, in whole registers.
-          const bool by_tiles =
-              dim > kBlock && dim <= kShortDim && is_in_registers<T>(inner, /*in_place=*/true);
-          const bool gathered = !is_in_registers<T>(inner, /*in_place=*/false);
-          if (is_narrow(args.shape, args.output_dtype) && !by_tiles) {
-            if (dim > (gathered ? kGatheredDim : kShortDim)) {
-              return backward_packed_columns<op, T>(args, threads);
-            }
-            return backward_short_columns<op, T>(args, threads);
-          }
-        }
-        backward_columns<op, T, G, kWrite>(args, threads);
-      });
-    });
+    visit(streamed,
+          [&](auto write) { launch_backward<op, write(), decltype(element)>(args, threads); });
   });
 }
 

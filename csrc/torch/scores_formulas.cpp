@@ -77,7 +77,7 @@ at::Tensor softmax_of(const at::Tensor& z, bool log, bool by_torch) {
 }
 
 // The sum over what a tensor was broadcast to.
-at::Tensor summed_to(const at::Tensor& gradient, const at::Tensor& tensor) {
+at::Tensor sum_to_sizes_of(const at::Tensor& gradient, const at::Tensor& tensor) {
   return at::sum_to(gradient, tensor.sym_sizes()).to(tensor.scalar_type());
 }
 
@@ -132,8 +132,8 @@ ScoreTensors composed_score_gradients(const at::Tensor& g, const at::Tensor& y,
     if (wanted.sink) of_sink = grad * (1 - sum(p, -1));
   }
   ScoreTensors gradients;
-  if (wanted.sink) gradients.sink = summed_to(of_sink, tensors.sink);
-  if (wanted.mask) gradients.mask = summed_to(dz, tensors.mask);
+  if (wanted.sink) gradients.sink = sum_to_sizes_of(of_sink, tensors.sink);
+  if (wanted.mask) gradients.mask = sum_to_sizes_of(dz, tensors.mask);
   if (!wanted.input && !wanted.scale) return gradients;
   at::Tensor x;
   if (wanted.scale || options.softcap != 0) {
@@ -150,7 +150,7 @@ ScoreTensors composed_score_gradients(const at::Tensor& g, const at::Tensor& y,
     dz = dz * (1 - t * t);
   }
   if (wanted.input) gradients.input = scaled(dz).to(y.scalar_type()).to(input_dtype);
-  if (wanted.scale) gradients.scale = summed_to(dz * x * options.factor, tensors.scale);
+  if (wanted.scale) gradients.scale = sum_to_sizes_of(dz * x * options.factor, tensors.scale);
   return gradients;
 }
 

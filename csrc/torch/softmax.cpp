@@ -43,9 +43,10 @@ void launch(const BackwardArgs& args, at::Device device) {
   }
 }
 
-// The GPU kernels have the casts of mixed precision; others are made before, or after.
+// Kernels have the casts of mixed precision; others are made before, or after. Those of the CPU read an input
+// of any type.
 bool needs_cast(at::Device device, at::ScalarType load, at::ScalarType store, int inputs) {
-  return !device.is_cpu() && !is_native(to_dtype(load), to_dtype(store), inputs);
+  return !(device.is_cpu() && inputs == 1) && !is_native(to_dtype(load), to_dtype(store), inputs);
 }
 
 void run_forward(const at::Tensor& input, const Shape& shape, int64_t dim, Op op,
