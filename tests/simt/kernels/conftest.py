@@ -13,7 +13,6 @@ import pytest
 from kernel_cases import (
     SANITIZERS,
     Types,
-    Way,
     has_the_accesses_of_another,
     has_the_barriers_of_another,
 )
@@ -60,9 +59,7 @@ def only_what_moves_memory_under_sanitizers(request: pytest.FixtureRequest) -> N
     if name in OF_VALUES and not casts:
         pytest.skip("sanitizers: a test of values, run in the o1 lane")
     way, is_tsan = parameters.get("way"), request.getfixturevalue("host").lane == "tsan"
-    of_columns = request.node.path.name == "test_columns.py"
-    schedule = "columns" if of_columns else way.schedule if isinstance(way, Way) else None
-    if is_tsan and has_the_barriers_of_another(types, schedule):
+    if is_tsan and has_the_barriers_of_another(types):
         pytest.skip("tsan: the barriers of float32; asan sees the accesses")
     if (
         is_tsan
