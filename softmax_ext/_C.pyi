@@ -126,8 +126,9 @@ def cross_entropy(
     factor: float,
     softcap: float,
     wants_lse: bool,
+    wants_entropy: bool,
     in_place: bool,
-) -> Tensor | tuple[Tensor, Tensor] | None: ...
+) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None] | None: ...
 def kl_div_with_logits(
     student: Tensor,
     teacher: Tensor,

@@ -249,12 +249,13 @@ def run(entry: str, op: str, tensors: list[torch.Tensor], dim: int, dtype: Any) 
 
         def backward() -> Any:
             right = torch.zeros(of_rows(x).shape, dtype=torch.int64)
-            _, *kept = ops.cross_entropy(x, right, None, 0, *options, False)
+            _, *kept, _ = ops.cross_entropy(x, right, None, 0, *options, False, False)
             grad = of_rows(y)
             if is_whole(grad) and not is_whole(y):
                 raise RuntimeError  # all that is read of y is there
             grad = grad.to(x.dtype) if is_whole(grad) else grad
-            return ops.cross_entropy_backward(grad, None, x, right, None, *kept, 0, *options)
+            kept = (*kept, None)
+            return ops.cross_entropy_backward(grad, None, None, x, right, None, *kept, 0, *options)
 
         def backward_of_torchs_loss() -> Any:
             if is_empty_meta:
@@ -266,7 +267,7 @@ def run(entry: str, op: str, tensors: list[torch.Tensor], dim: int, dtype: Any) 
 
         if entry == "cross-entropy":
             return (
-                lambda: ops.cross_entropy(x, target(), None, 1, *options, False)[0],
+                lambda: ops.cross_entropy(x, target(), None, 1, *options, False, False)[0],
                 lambda: loss_by_torch(x, "mean").to(x.dtype),
             )
         return backward, backward_of_torchs_loss

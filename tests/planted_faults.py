@@ -59,6 +59,7 @@ SCORES_PY = "softmax_ext/functional/scores.py"
 SCORES = "tests/test_scores_values.py tests/test_scores_stand_ins.py"
 SEGMENTS = "tests/test_segments_forward.py"
 LOSSES = "tests/test_losses_values.py"
+SELECTIVE = "tests/test_selective.py"
 OF_DIVERGENCES = "tests/test_divergences.py"
 OF_PROBABILITIES = "tests/test_probabilities.py"
 HOST = "tests/simt/kernels"
@@ -287,6 +288,42 @@ FAULTS = [
         "if (grads.divisor != nullptr) g = g * value(1 / *grads.divisor);",
         "if (grads.divisor != nullptr) g = g * value(1);",
         LOSSES,
+        "avx512",
+    ),
+    Fault(
+        "the entropy's sum stays that of the smaller max, in a long row",
+        "cpu losses",
+        LOSSES_FORWARD,
+        "(state.product + (state.max - max) * sum) * factor;",
+        "state.product * factor;",
+        SELECTIVE,
+        "avx512",
+    ),
+    Fault(
+        "the entropy's sum stays that of the smaller max, in columns",
+        "cpu losses",
+        LOSSES_FORWARD,
+        "(state.product + more) * exp_of_nonpositive(",
+        "state.product * exp_of_nonpositive(",
+        SELECTIVE,
+        "avx512",
+    ),
+    Fault(
+        "the entropy's gradient is not the target's",
+        "cpu losses",
+        CPU_LOSSES,
+        "  if (rows.has_grad_entropy) {",
+        "  if (rows.has_grad_entropy && loss.smoothing != 0) {",
+        SELECTIVE,
+        "avx512",
+    ),
+    Fault(
+        "what is masked has a NaN of a gradient of the entropy",
+        "cpu losses",
+        CPU_LOSSES,
+        "grad_entropy * p * (at_least_finite(log_p) + entropy);",
+        "grad_entropy * p * (log_p + entropy);",
+        SELECTIVE,
         "avx512",
     ),
     Fault(
@@ -751,8 +788,24 @@ FAULTS = [
         "the sum of scores stays that of the smaller max",
         "cuda losses",
         CUDA_LOSSES,
-        "score = add_of(score, mul_of(weight, shift_by(max) - shift));",
-        "score = add_of(score, A(0) * shift);",
+        "score = add_of(score, mul_of(weight, less));",
+        "score = add_of(score, mul_of(A(0), less));",
+        HOST_LOSSES,
+    ),
+    Fault(
+        "the entropy's sum stays that of the smaller max",
+        "cuda losses",
+        CUDA_LOSSES,
+        "product = mul_of(add_of(product, mul_of(sum, less)), factor);",
+        "product = mul_of(product, factor);",
+        HOST_LOSSES,
+    ),
+    Fault(
+        "the entropy's gradient is not the target's",
+        "cuda losses",
+        CUDA_LOSSES,
+        "of_target = of_target - of_entropy(exp_of(log_p), log_p);",
+        "of_target = of_target - of_entropy(A(0), log_p);",
         HOST_LOSSES,
     ),
     Fault(

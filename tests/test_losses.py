@@ -258,19 +258,21 @@ def test_a_gradient_of_another_kind_is_refused() -> None:
     options = (1, -100, 0.0, 0.0, 1.0, 0.0)
     forward = torch.ops.softmax_ext.cross_entropy
     backward = torch.ops.softmax_ext.cross_entropy_backward
-    loss, lse, kept, total = forward(x, y, None, *options, False)
-    right = {"grad": loss, "g_lse": None, "x": x, "y": y, "w": None}
-    right |= {"lse": lse, "kept": kept, "total": total}
+    loss, lse, kept, total, entropy = forward(x, y, None, *options, False, True)
+    right = {"grad": loss, "g_lse": None, "g_entropy": entropy, "x": x, "y": y, "w": None}
+    right |= {"lse": lse, "kept": kept, "total": total, "entropy": entropy}
     assert backward(*right.values(), *options).shape == x.shape
     for name, value in {
         "grad": torch.ones(3),
         "g_lse": torch.ones(2),
+        "g_entropy": entropy.double(),
         "x": torch.randn(3, 4),
         "y": torch.tensor([0, 1, 9]),
         "w": torch.ones(3),
         "lse": lse.double(),
         "kept": kept[0],
         "total": total.float(),
+        "entropy": None,
     }.items():
         if name == "x":
             value = torch.randn(2, 5)
@@ -278,7 +280,7 @@ def test_a_gradient_of_another_kind_is_refused() -> None:
             backward(*{**right, name: value}.values(), *options)
     for wrong_options in [(7, *options[1:]), (*options[:5], float("nan")), (1, -100, 2.0, 0, 1, 0)]:
         with pytest.raises((RuntimeError, ValueError)):
-            forward(x, y, None, *wrong_options, False)
+            forward(x, y, None, *wrong_options, False, False)
 
 
 # ---- transforms, compilation --------------------------------------------------------------------
@@ -327,7 +329,9 @@ def test_compile(backend: str, device: str) -> None:
 def test_opcheck(reduction: int) -> None:
     x, y = logits(3, 5, dtype=torch.float32), torch.tensor([0, -100, 2])
     operator = torch.ops.softmax_ext.cross_entropy.default
-    torch.library.opcheck(operator, (x, y, None, reduction, -100, 0.1, 0.1, 1.0, 0.0, True))
+    options = (reduction, -100, 0.1, 0.1, 1.0, 0.0)
+    for wants in ((True, False), (False, True)):
+        torch.library.opcheck(operator, (x, y, None, *options, *wants))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

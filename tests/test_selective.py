@@ -1,10 +1,12 @@
 """selective_log_softmax: values and gradients against float64, memory, errors."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pairwise import all_pairs
 from test_scores_memory import allocated
 from tolerances import FLOATING
@@ -102,9 +104,94 @@ def test_classes_that_are_masked(device: str) -> None:
     assert grad[0, 1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [37, 20000])
+def test_sure_of_a_class(classes: int, dtype: torch.dtype) -> None:
+    """What is left for the others is the entropy, to its last digits."""
+    x = torch.randn(4, classes, dtype=dtype)
+    x[:, classes // 2] = torch.tensor([15.0, 30.0, 60.0, 90.0])
+    _, entropy = selective_log_softmax(x, torch.zeros(4).long(), return_entropy=True)
+    # log_softmax has no digits of 1 - p left, in float64 either.
+    others = torch.cat([x[:, : classes // 2], x[:, classes // 2 + 1 :]], 1).double()
+    below = others - x[:, classes // 2 : classes // 2 + 1].double()
+    share = below.exp().sum(1)
+    expected = share.log1p() - (below.exp() * below).sum(1) / (1 + share)
+    torch.testing.assert_close(entropy.double(), expected, rtol=16 * torch.finfo(dtype).eps, atol=0)
+
+
+OPTIONS = {
+    "plain": (0, -100, 0.0, 0.0, 1.0, 0.0),
+    "all": (1, -100, 0.1, 1e-2, 1.4, 5.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "dtype"),
+    all_pairs(
+        list(itertools.product([(7, 19), (2, 20000), (3, 40, 5), (3, 19, 70)], OPTIONS, FLOATING))
+    ),
+)
+def test_entropy_of_the_operator(shape: tuple[int, ...], options: str, dtype: torch.dtype) -> None:
+    """Beside loss and lse, of rows and columns, with all options: each gradient alone, and all."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).mul(2).to(dtype).requires_grad_()
+    target = torch.randint(shape[1], (shape[0], *shape[2:]))
+    target.view(-1)[0] = -100
+    weight = torch.rand(shape[1]).to(dtype) if options == "all" else None
+    found = torch.ops.softmax_ext.cross_entropy(x, target, weight, *OPTIONS[options], True, True)
+    reduction, _, smoothing, z_loss, factor, softcap = OPTIONS[options]
+
+    x64 = x.detach().double().requires_grad_()
+    z = x64 * factor if softcap == 0 else torch.tanh(x64 * factor / softcap) * softcap
+    lse = z.logsumexp(1)
+    loss = F.cross_entropy(
+        z,
+        target,
+        None if weight is None else weight.double(),
+        label_smoothing=smoothing,
+        reduction=["none", "mean"][reduction],
+    )
+    if z_loss:
+        assert weight is not None
+        counts = torch.where(target == -100, 0.0, weight.double()[target.clamp(min=0)])
+        loss = loss + z_loss * (counts * lse.square()).sum() / counts.sum()
+    expected = [loss, lse, torch.special.entr(z.softmax(1)).sum(1)]
+    wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    results = [found[0], found[1], found[4]]
+    for a, b in zip(results, expected, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a.double(), b, rtol=eps + 32 * wide, atol=32 * wide)
+    grads = [torch.rand(a.shape).to(a) for a in results]
+    for which in ([2], [0, 2], [0, 1, 2]):
+        (grad,) = torch.autograd.grad(
+            [results[k] for k in which], x, [grads[k] for k in which], retain_graph=True
+        )
+        (expected_grad,) = torch.autograd.grad(
+            [expected[k] for k in which], x64, [grads[k].double() for k in which], retain_graph=True
+        )
+        largest = float(expected_grad.abs().max())
+        tolerance = torch.finfo(dtype).eps + 128 * wide
+        torch.testing.assert_close(
+            grad.double(), expected_grad, rtol=tolerance, atol=tolerance * largest
+        )
+
+
+def test_bits() -> None:
+    """Of a row's entropy and its gradient: they depend on nothing but the row."""
+    for classes in (50, 9000):
+        x = torch.randn(33, classes, requires_grad=True)
+        index = torch.randint(classes, (33,))
+        _, entropy = selective_log_softmax(x, index, return_entropy=True)
+        (grad,) = torch.autograd.grad(entropy.sum(), x)
+        for row in (0, 16, 32):
+            alone = x.detach()[row : row + 1].clone().requires_grad_()
+            _, of_row = selective_log_softmax(alone, index[row : row + 1], return_entropy=True)
+            assert torch.equal(of_row[0], entropy[row])
+            assert torch.equal(torch.autograd.grad(of_row.sum(), alone)[0][0], grad[row])
+
+
 def test_memory() -> None:
-    """Log-probabilities alone: no tensor of the logits' size but the gradient; with the entropy
-    one gradient of either, and tiles."""
+    """No tensor of the logits' size but the gradient."""
     x = torch.randn(512, 8000, requires_grad=True)
     index = torch.randint(8000, (512,))
     numbers = 16 * 512 * 8
@@ -114,11 +201,12 @@ def test_memory() -> None:
         loss = sum(t.sum() for t in result) if isinstance(result, tuple) else result.sum()
         torch.autograd.grad(loss, x)
 
-    def forward() -> None:
-        selective_log_softmax(x, index)
+    def forward(with_entropy: bool) -> None:
+        selective_log_softmax(x, index, return_entropy=with_entropy)
 
-    assert allocated(forward) < numbers
-    assert allocated(lambda: step(False)) < x.nbytes + numbers
+    for with_entropy in (False, True):
+        assert allocated(partial(forward, with_entropy)) < numbers
+        assert allocated(partial(step, with_entropy)) < x.nbytes + numbers
 
 
 def test_transforms_and_compile(device: str) -> None:

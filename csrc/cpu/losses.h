@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "columns.h"
 #include "scores.h"
@@ -135,10 +136,17 @@ SOFTMAX_EXT_INLINE Vec<A> weights_of(const Loss& loss, int64_t c, Lanes lanes) {
   return load(static_cast<const A*>(loss.weight) + c, lanes, A(0));
 }
 
+// x, and the least number for -infinity: times an exp that is 0, it is 0.
+template <class V>
+SOFTMAX_EXT_INLINE V at_least_finite(V x) {
+  using A = std::decay_t<decltype(x.raw[0])>;
+  return max_of(V(std::numeric_limits<A>::lowest()), x);
+}
+
 // What is known of up to a register of rows, each in its lane: LossForwardArgs has what these are.
 template <class V>
 struct LossNumbers {
-  V lse, lse_rest, log_p;
+  V lse, lse_rest, log_p, entropy;
 };
 
 // The gradients of up to a register of rows, each in its lane, or of one in all lanes.
@@ -148,6 +156,8 @@ struct LossRows {
   V lse, rest;
   V of_target;  // what the target's gradient is, before ScoreOf::gradient
   V score;      // of the target
+  V entropy, grad_entropy;
+  bool has_grad_entropy;
 
   template <class F>
   static SOFTMAX_EXT_INLINE LossRows map(const LossRows& rows, F f) {
@@ -156,12 +166,22 @@ struct LossRows {
             f(rows.lse),
             f(rows.rest),
             f(rows.of_target),
-            f(rows.score)};
+            f(rows.score),
+            f(rows.entropy),
+            f(rows.grad_entropy),
+            rows.has_grad_entropy};
   }
 
   // The gradient of a score of another class than the target.
+  template <bool kGeneral>
   SOFTMAX_EXT_INLINE V of(V z, V weight) const {
-    return gradient.of_other(exp_of_nonpositive((z - lse) - rest), weight);
+    const V log_p = (z - lse) - rest, p = exp_of_nonpositive(log_p);
+    const V dz = gradient.of_other(p, weight);
+    return kGeneral && has_grad_entropy ? dz - of_entropy(p, log_p) : dz;
+  }
+  // What the entropy's gradient takes from that of a score.
+  SOFTMAX_EXT_INLINE V of_entropy(V p, V log_p) const {
+    return grad_entropy * p * (at_least_finite(log_p) + entropy);
   }
 };
 
@@ -189,12 +209,19 @@ SOFTMAX_EXT_INLINE LossRows<Vec<A>> loss_rows(const Loss& loss, int64_t dim, con
       rows.lse, value(loss.smoothing), value(loss.smoothing / static_cast<double>(dim)),
       value(loss.weight_sum), value(loss.z_loss));
   rows.of_target = rows.gradient.of_target(expm1_of_nonpositive(numbers.log_p), targets.weight);
+  rows.has_grad_entropy = grads.entropy != nullptr;
+  rows.entropy = numbers.entropy;
+  rows.grad_entropy = rows.has_grad_entropy ? of_rows(grads.entropy) : V(A(0));
+  if (rows.has_grad_entropy) {
+    rows.of_target =
+        rows.of_target - rows.of_entropy(exp_of_nonpositive(numbers.log_p), numbers.log_p);
+  }
   return rows;
 }
 
 // Whether the gradient of a row is 0 whatever its elements are.
 inline bool is_ignored(const Loss& loss, const LossGrads& grads, int64_t target) {
-  return target == loss.ignore_index && grads.lse == nullptr;
+  return target == loss.ignore_index && grads.lse == nullptr && grads.entropy == nullptr;
 }
 
 // The gradients of the n elements from `first` on of a row, which is one in all lanes; y may be x. A target
@@ -216,7 +243,8 @@ SOFTMAX_EXT_INLINE void store_loss_gradient(const Loss& loss, const LossGrads& g
   if (target == loss.ignore_index) target = -1;
   store_each<write, T>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
     const V z = score_of(load(x + i, lanes, A(0)));
-    V result = row.of(z, is_smooth ? weights_of<A>(loss, first + i, lanes) : V(A(0)));
+    V result =
+        row.template of<kGeneral>(z, is_smooth ? weights_of<A>(loss, first + i, lanes) : V(A(0)));
     result = score_of.gradient(result, z);
     const auto lane = static_cast<uint64_t>(target - first - i);
     if (lane < V::kSize) result.raw[lane] = of_target;
@@ -242,7 +270,7 @@ SOFTMAX_EXT_INLINE void store_loss_gradient(const Loss& loss, const LossGrads& g
   constexpr int kSize = V::kSize;
   const ScoreOf<kGeneral, V> score_of(loss);
   const bool is_smooth = kGeneral && loss.smoothing != 0;
-  const bool all_count = grads.lse != nullptr ||
+  const bool all_count = grads.lse != nullptr || grads.entropy != nullptr ||
                          std::find(target, target + width, loss.ignore_index) == target + width;
   RawInt targets[kTile<A> / kSize];
   for (int64_t v = 0; v < ceil_div(width, kSize); ++v) {
@@ -259,7 +287,7 @@ SOFTMAX_EXT_INLINE void store_loss_gradient(const Loss& loss, const LossGrads& g
       for (int k = 0; k < steps(); ++k) {
         const V w(is_smooth ? weight_of<A>(loss, d + k) : A(0));
         const V z = score_of(load(from + k * x.step + c, lanes, A(0)));
-        const V other = score_of.gradient(row.of(z, w), z);
+        const V other = score_of.gradient(row.template of<kGeneral>(z, w), z);
         const auto is_target = of_columns == static_cast<Lane>(d + k);
         V result = is_target ? row.of_target.raw : other.raw;
         if (!all_count) result = of_columns >= 0 ? result.raw : typename V::Raw{};

@@ -15,7 +15,8 @@ SOFTMAX_EXT_INLINE LossRows<Vec<A>> loss_rows(const LossBackwardArgs& args, int6
                            SOFTMAX_EXT_LAMBDA { return load_rows<A>(data, row, next, count); };
   return loss_rows<A>(args.loss, args.shape.dim, args.grads, row, next, count,
                       Targets<A>(args.loss, target, next, count),
-                      {of_rows(args.lse), of_rows(args.lse_rest), of_rows(args.log_p)});
+                      {of_rows(args.lse), of_rows(args.lse_rest), of_rows(args.log_p),
+                       args.entropy == nullptr ? Vec<A>(A(0)) : of_rows(args.entropy)});
 }
 
 template <bool kGeneral, Write write, class T>
@@ -89,7 +90,7 @@ void SOFTMAX_EXT_OF_ISA(launch_loss_backward)(const LossBackwardArgs& args,
   visit(args.dtype, [&](auto element) {
     visit(streamed, [&](auto write) {
       using T = decltype(element);
-      const bool is_general = args.loss.is_general();
+      const bool is_general = args.loss.is_general() || args.grads.entropy != nullptr;
       if (args.shape.inner > 1) {
         return is_general ? gradient_of_columns<true, write(), T>(args, threads)
                           : gradient_of_columns<false, write(), T>(args, threads);

@@ -58,11 +58,12 @@ template <class V>
 struct LossSums {
   static constexpr int kSize = V::kSize;
   ExpSum<V> exp;
-  V score;   // of w (z - shift)
-  V weight;  // of w
+  V score;    // of w (z - shift)
+  V weight;   // of w
+  V product;  // of exp(z - shift) (z - shift)
 
   friend SOFTMAX_EXT_INLINE LossSums operator+(LossSums a, LossSums b) {
-    return {a.exp + b.exp, a.score + b.score, a.weight + b.weight};
+    return {a.exp + b.exp, a.score + b.score, a.weight + b.weight, a.product + b.product};
   }
 };
 
@@ -71,28 +72,55 @@ struct LossState {
   double max;
   ExpSum<double> exp;
   double score;      // of w z
+  double product;    // of exp(z - max) (z - max)
   double of_target;  // the score of the target, in its chunk
 };
 
 SOFTMAX_EXT_INLINE LossState combine(LossState a, LossState b) {
   const double max = softmax_ext::max_of(a.max, b.max);
-  const auto rescaled = [=](const LossState& state) SOFTMAX_EXT_LAMBDA -> ExpSum<double> {
-    if (state.max == max) return state.exp;
-    return {0.0, (state.exp.ones + state.exp.others) * exp_of_difference(state.max, max)};
+  const auto rescale = [=](LossState& state) SOFTMAX_EXT_LAMBDA {
+    if (state.max == max) return;
+    const double sum = state.exp.ones + state.exp.others;
+    const double factor = exp_of_difference(state.max, max);
+    if (sum != 0) state.product = (state.product + (state.max - max) * sum) * factor;
+    state.exp = {0.0, sum * factor};
   };
-  const ExpSum<double> x = rescaled(a), y = rescaled(b);
-  return {
-      max, {x.ones + y.ones, x.others + y.others}, a.score + b.score, a.of_target + b.of_target};
+  rescale(a);
+  rescale(b);
+  return {max,
+          {a.exp.ones + b.exp.ones, a.exp.others + b.exp.others},
+          a.score + b.score,
+          a.product + b.product,
+          a.of_target + b.of_target};
 }
 
 // The sums of n scores from z on, which are those of classes from `first` on.
 template <bool kGeneral, class E, class A = compute_t<E>>
-SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, const E* z, int64_t first, int64_t n,
-                                            A max) {
+SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, bool wants_entropy, const E* z,
+                                            int64_t first, int64_t n, A max) {
   using V = Vec<A>;
   const V shift = shift_of(V(max)), zero(A(0));
-  const LossSums<V> none{{zero, zero}, zero, zero};
+  const LossSums<V> none{{zero, zero}, zero, zero, zero};
   if constexpr (kGeneral) {
+    if (wants_entropy) {
+      const bool is_smooth = loss.smoothing != 0;
+      const A fill = shift.raw[0];
+      return fold(
+          n, none,
+          [=](LossSums<V> sums, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+            const V below = load(z + i, lanes, kLowest<A>) - shift;
+            const ExpSum<V> e = exp_sum_of(below);
+            sums.exp = sums.exp + e;
+            sums.product = sums.product + e.others * at_least_finite(below);
+            if (is_smooth) {
+              const V w = weights_of<A>(loss, first + i, lanes);
+              sums.score = sums.score + w * (load(z + i, lanes, fill) - shift);
+              sums.weight = sums.weight + w;
+            }
+            return sums;
+          },
+          Add{});
+    }
     if (loss.smoothing != 0) {
       const A fill = shift.raw[0];
       return fold(
@@ -100,7 +128,7 @@ SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, const E* z, int64_
           [=](LossSums<V> sums, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
             const V w = weights_of<A>(loss, first + i, lanes);
             return sums + LossSums<V>{exp_sum_of(load(z + i, lanes, kLowest<A>) - shift),
-                                      w * (load(z + i, lanes, fill) - shift), w};
+                                      w * (load(z + i, lanes, fill) - shift), w, zero};
           },
           Add{});
     }
@@ -115,14 +143,14 @@ SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, const E* z, int64_
 }
 
 // Stores what is known of `count` rows from `row` on, `next` apart, each in its lane: log_sum is that of
-// exp(z - shift), and log_rest what it is rounded off; of_target is the target's score, and score
-// sum(w (z - shift)).
+// exp(z - shift), and log_rest what it is rounded off; of_target is the target's score, score
+// sum(w (z - shift)), and mean the sum of p (z - shift).
 template <bool kGeneral, class A>
 SOFTMAX_EXT_INLINE LossNumbers<Vec<A>> store_losses(const LossForwardArgs& args, int64_t row,
                                                     int64_t next, int64_t count,
                                                     const Targets<A>& targets, Vec<A> max,
                                                     Vec<A> log_sum, Vec<A> log_rest,
-                                                    Vec<A> of_target, Vec<A> score) {
+                                                    Vec<A> of_target, Vec<A> score, Vec<A> mean) {
   using V = Vec<A>;
   const Loss& of = args.loss;
   const V shift = shift_of(max), lowest(kLowest<A>);
@@ -147,7 +175,10 @@ SOFTMAX_EXT_INLINE LossNumbers<Vec<A>> store_losses(const LossForwardArgs& args,
   store_rows(args.lse, row, next, count, lse);
   store_rows(args.lse_rest, row, next, count, rest);
   store_rows(args.log_p, row, next, count, log_p);
-  return {lse, rest, log_p};
+  if (kGeneral && args.entropy != nullptr) {
+    store_rows(args.entropy, row, next, count, (log_sum - mean) + zero_if_nan(log_rest));
+  }
+  return {lse, rest, log_p, V(A(0))};
 }
 
 // The gradient of rows of which a forward call knows the numbers.
@@ -177,7 +208,7 @@ SOFTMAX_EXT_INLINE LossNumbers<Vec<A>> store_ignored(const LossForwardArgs& args
   for (void* const data : {args.row_loss, args.lse, args.lse_rest, args.log_p}) {
     store_rows(data, row, next, count, zero);
   }
-  return {zero, zero, zero};
+  return {zero, zero, zero, zero};
 }
 
 // Where the gradient of a call with one goes: over its input.
@@ -218,8 +249,10 @@ LossNumbers<Vec<A>> loss_of_short_rows(const LossForwardArgs& args, const Few<co
       return x[r];
     }
   };
+  const bool wants_entropy = kGeneral && args.entropy != nullptr;
   V lanes[V::kSize], ones_of_lanes[V::kSize];
   alignas(64) A maxes[V::kSize] = {}, ones[V::kSize] = {}, scores[V::kSize] = {};
+  alignas(64) A products[V::kSize] = {};
   for (int64_t r = 0; r < count; ++r) {
     if constexpr (kGeneral) {
       A* const z = scratch + r * apart;
@@ -232,19 +265,23 @@ LossNumbers<Vec<A>> loss_of_short_rows(const LossForwardArgs& args, const Few<co
   }
   max_over_lanes(lanes, count, maxes);
   for (int64_t r = 0; r < count; ++r) {
-    const auto sums = sums_of<kGeneral>(args.loss, scores_of(r), 0, dim, maxes[r]);
+    const auto sums = sums_of<kGeneral>(args.loss, wants_entropy, scores_of(r), 0, dim, maxes[r]);
     lanes[r] = sums.exp.others;
     ones_of_lanes[r] = sums.exp.ones;
     if (kGeneral && args.loss.smoothing != 0) scores[r] = sum_over_lanes(sums.score);
+    if (wants_entropy) products[r] = sum_over_lanes(sums.product);
   }
   sum_over_lanes(ones_of_lanes, count, ones);
+  const auto others = exact_sum_over_lanes(lanes, count);
+  const V of_max = load(ones, All{}, A(0));
   V log_rest;
-  const V log_sum = log_of(load(ones, All{}, A(0)), exact_sum_over_lanes(lanes, count), &log_rest);
+  const V log_sum = log_of(of_max, others, &log_rest);
   const Targets<A> targets(args.loss, target.first, target.next, count);
   const V of_target = scores_of_targets<kGeneral, T>(
       args.loss, targets, count, [&](int64_t r) SOFTMAX_EXT_LAMBDA { return x[r]; });
   return store_losses<kGeneral>(args, row, target.next, count, targets, load(maxes, All{}, A(0)),
-                                log_sum, log_rest, of_target, load(scores, All{}, A(0)));
+                                log_sum, log_rest, of_target, load(scores, All{}, A(0)),
+                                load(products, All{}, A(0)) / (of_max + others.sum));
 }
 
 template <bool kGeneral, class T>
@@ -283,11 +320,12 @@ void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
         const int64_t place = *target == args.loss.ignore_index ? -1 : *target - i;
         const auto state_of = [&](const auto* z) {
           const A max = max_over_lanes(lane_max(z, n));
-          const auto sums = sums_of<kGeneral>(args.loss, z, i, n, max);
+          const auto sums = sums_of<kGeneral>(args.loss, args.entropy != nullptr, z, i, n, max);
           const double shift = shift_by(static_cast<double>(max));
           return LossState{max,
                            {sum_over_lanes(sums.exp.ones), exact_sum_over_lanes(sums.exp.others)},
                            sum_over_lanes(sums.score) + shift * sum_over_lanes(sums.weight),
+                           sum_over_lanes(sums.product),
                            place < 0 || place >= n ? 0.0 : static_cast<double>(to_float(z[place]))};
         };
         if constexpr (kGeneral) {
@@ -319,7 +357,8 @@ void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
           numbers = store_losses<kGeneral>(
               args, row, 1, is_first, targets, V(static_cast<A>(of_row.max)), log_sum, log_rest,
               V(static_cast<A>(of_row.of_target)),
-              V(static_cast<A>(of_row.score - shift * args.loss.weight_sum)));
+              V(static_cast<A>(of_row.score - shift * args.loss.weight_sum)),
+              V(static_cast<A>(of_row.product / (of_row.exp.ones + of_row.exp.others))));
         }
         if (!has_gradient) return;
         const auto rows = loss_rows<A>(args, row, 1, 1, targets, numbers);
@@ -339,8 +378,9 @@ void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
   const Slices<const T> input(args.dims, args.input_strides, static_cast<const T*>(args.input));
   const ScoreOf<kGeneral, V> score_of(args.loss);
   const bool is_smooth = kGeneral && args.loss.smoothing != 0;
+  const bool wants_entropy = kGeneral && args.entropy != nullptr;
   struct Columns {
-    V max{kLowest<A>}, of_target{A(0)}, score{A(0)};
+    V max{kLowest<A>}, of_target{A(0)}, score{A(0)}, product{A(0)};
     ExpSum<ExactSum<V>> exp{V(A(0)), V(A(0))};
   };
   for_each_tile<A>(args.shape, threads, [&](int64_t slice, int64_t column, int64_t width) {
@@ -365,13 +405,22 @@ void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
         }
         const V shift = shift_of(max);
         ExpSum<V> sum{V(A(0)), V(A(0))};
+        V product(A(0));
         if (is_smooth) state.score = state.score + so_far * (shift_of(state.max) - shift);
         for (int k = 0; k < steps; ++k) {
           state.of_target = targets.if_is(begin + k, z[k], state.of_target);
-          sum = sum + exp_sum_of(z[k] - shift);
+          const V below = z[k] - shift;
+          const ExpSum<V> e = exp_sum_of(below);
+          sum = sum + e;
+          if (wants_entropy) product = product + e.others * at_least_finite(below);
           if (is_smooth) {
             state.score = state.score + V(weight_of<A>(args.loss, begin + k)) * (z[k] - shift);
           }
+        }
+        if (wants_entropy) {
+          const V so_far_summed = state.exp.ones.sum + state.exp.others.sum;
+          const V more = (shift_of(state.max) - shift) * so_far_summed;
+          state.product = (state.product + more) * exp_of_nonpositive(state.max - shift) + product;
         }
         state.exp = rescaled(state.exp, state.max, max);
         state.exp.ones.add(sum.ones);
@@ -400,8 +449,9 @@ void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
       if (any_is_read) {
         V log_rest;
         const V log_sum = log_of(state.exp.ones.sum, state.exp.others, &log_rest);
-        numbers = store_losses<kGeneral>(args, row + c, 1, count, targets, state.max, log_sum,
-                                         log_rest, state.of_target, state.score);
+        numbers = store_losses<kGeneral>(
+            args, row + c, 1, count, targets, state.max, log_sum, log_rest, state.of_target,
+            state.score, state.product / (state.exp.ones.sum + state.exp.others.sum));
       } else {
         numbers = store_ignored<A>(args, row + c, 1, count);
       }
@@ -439,7 +489,7 @@ int64_t SOFTMAX_EXT_OF_ISA(find_bad_target)(const int64_t* targets, int64_t rows
 void SOFTMAX_EXT_OF_ISA(launch_loss_forward)(const LossForwardArgs& args, const Threads& threads) {
   visit(args.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool is_general = args.loss.is_general();
+    const bool is_general = args.loss.is_general() || args.entropy != nullptr;
     if (args.shape.inner > 1) {
       return is_general ? loss_of_columns<true, T>(args, threads)
                         : loss_of_columns<false, T>(args, threads);

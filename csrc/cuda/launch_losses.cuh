@@ -26,7 +26,10 @@ inline dim3 loss_block_of(const LossPlan& plan) {
 template <class T>
 cudaError_t launch_loss(const LossForwardArgs& args, const LossPlan& plan, void* states,
                         cudaStream_t stream) {
-  auto* const of_parts = static_cast<LossState<computed_t<T>>*>(states);
+  using A = computed_t<T>;
+  static_assert(sizeof(LossState<A>) == limits::kLossNumbers * sizeof(A),
+                "what a plan has room for");
+  auto* const of_parts = static_cast<LossState<A>*>(states);
   LossSharing sharing = loss_sharing_of(args.shape, args.dims, plan);
   cudaError_t error =
       launch_kernel(loss_forward_kernel<T>, dim3(static_cast<unsigned>(plan.blocks)),

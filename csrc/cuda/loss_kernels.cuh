@@ -12,6 +12,8 @@
 // elements, its length and the types alone.
 #pragma once
 
+#include <cfloat>
+
 #include "score_kernels.cuh"
 #include "softmax_ext/loss_plan.h"
 
@@ -194,19 +196,22 @@ template <class A>
 struct LossState {
   A max;
   A ones, others;
-  A score;   // of w (z - shift_by(max)), where there is smoothing
-  A weight;  // of w
+  A score;    // of w (z - shift_by(max)), where there is smoothing
+  A weight;   // of w
+  A product;  // of exp(z - max) (z - max), where the entropy is wanted
 
   static __device__ __forceinline__ LossState empty() {
-    return {-static_cast<A>(INFINITY), A(0), A(0), A(0), A(0)};
+    return {-static_cast<A>(INFINITY), A(0), A(0), A(0), A(0), A(0)};
   }
   // The same for a larger max.
   __device__ __forceinline__ void raise(A larger) {
     if (larger == max) return;
-    const A shift = shift_by(larger);
-    others = mul_of(add_of(ones, others), exp_of(max - shift));
+    const A shift = shift_by(larger), less = shift_by(max) - shift;
+    const A sum = add_of(ones, others), factor = exp_of(max - shift);
+    product = mul_of(add_of(product, mul_of(sum, less)), factor);
+    others = mul_of(sum, factor);
     ones = A(0);
-    score = add_of(score, mul_of(weight, shift_by(max) - shift));
+    score = add_of(score, mul_of(weight, less));
     max = larger;
   }
   __device__ __forceinline__ void add(LossState other) {
@@ -217,6 +222,7 @@ struct LossState {
     others = add_of(others, other.others);
     score = add_of(score, other.score);
     weight = add_of(weight, other.weight);
+    product = add_of(product, other.product);
   }
   // Over the lanes of a warp that share a row.
   __device__ __forceinline__ void reduce(int lanes) {
@@ -225,6 +231,7 @@ struct LossState {
     others = warp_reduce<Sum>(others, lanes);
     score = warp_reduce<Sum>(score, lanes);
     weight = warp_reduce<Sum>(weight, lanes);
+    product = warp_reduce<Sum>(product, lanes);
   }
 };
 
@@ -267,6 +274,12 @@ __device__ __forceinline__ double log1p_of(double x) { return ::log1p(x); }
 __device__ __forceinline__ float expm1_of(float x) { return ::expm1f(x); }
 __device__ __forceinline__ double expm1_of(double x) { return ::expm1(x); }
 
+// x, and the least number for -infinity: times an exp that is 0, it is 0.
+template <class A>
+__device__ __forceinline__ A at_least_finite(A x) {
+  return max_of(sizeof(A) == 4 ? A(-FLT_MAX) : static_cast<A>(-DBL_MAX), x);
+}
+
 template <class A>
 __device__ __forceinline__ void store_loss(const LossForwardArgs& args, int64_t row, A loss, A lse,
                                            A rest, A log_p) {
@@ -297,6 +310,10 @@ __device__ __forceinline__ void store_loss(const LossForwardArgs& args, int64_t 
     loss = fma_of(smooth, static_cast<A>(of.smoothing / static_cast<double>(args.shape.dim)), loss);
   }
   store_loss(args, row, target.y < 0 ? A(0) : loss, lse, rest, log_p);
+  if (args.entropy != nullptr) {
+    const A mean = state.product / add_of(state.ones, state.others);
+    static_cast<A*>(args.entropy)[row] = log_sum - mean;
+  }
 }
 
 // states: of the parts of rows, one row's after another's; where a row has but one, null.
@@ -312,7 +329,7 @@ __device__ __forceinline__ void run_loss_forward(const LossForwardArgs& args,
   const LossTarget<A> target(args.loss, place.row, dim);
   const bool is_read = place.exists && (target.y >= 0 || args.wants_lse);
   const LossScore<A> score(args.loss);
-  const bool is_smooth = args.loss.smoothing != 0;
+  const bool is_smooth = args.loss.smoothing != 0, wants_entropy = args.entropy != nullptr;
   const T* const row = place.in(static_cast<const T*>(args.input), args.input_strides);
   const int64_t step = args.input_strides.dim;
   LossState<A> state = LossState<A>::empty();
@@ -341,9 +358,10 @@ __device__ __forceinline__ void run_loss_forward(const LossForwardArgs& args,
           const A shift = shift_by(max);
           for_each_item<kItems>(lanes, size, [&](int i) {
             const A below = z[i] - shift;
-            const A e = exp_of(below);
+            const A e = below == A(0) ? A(0) : exp_of(below);
             state.ones = add_of(state.ones, below == A(0) ? A(1) : A(0));
-            state.others = add_of(state.others, below == A(0) ? A(0) : e);
+            state.others = add_of(state.others, e);
+            if (wants_entropy) state.product = fma_of(e, at_least_finite(below), state.product);
           });
           if (!is_smooth) return;
           int i = 0;
@@ -386,10 +404,14 @@ __device__ __forceinline__ void run_loss_backward(const LossBackwardArgs& args,
   const LossScore<A> score(loss);
   const auto of_row = [&](const void* data) { return static_cast<const A*>(data)[place.row]; };
   const auto value = [](double x) { return static_cast<A>(x); };
-  const bool is_zero = target.y < 0 && grads.lse == nullptr;
+  const bool has_entropy = grads.entropy != nullptr;
+  const bool is_zero = target.y < 0 && grads.lse == nullptr && !has_entropy;
   const bool is_smooth = loss.smoothing != 0;
-  A lse = A(0), rest = A(0), of_target = A(0);
+  A lse = A(0), rest = A(0), of_target = A(0), entropy = A(0), grad_entropy = A(0);
   LossGradient<A> gradient{};
+  const auto of_entropy = [&](A p, A log_p) {
+    return mul_of(mul_of(grad_entropy, p), add_of(at_least_finite(log_p), entropy));
+  };
   if (!is_zero) {
     A g(1);
     if (grads.loss != nullptr) {
@@ -405,7 +427,13 @@ __device__ __forceinline__ void run_loss_backward(const LossBackwardArgs& args,
         LossGradient<A>::of(g, grads.lse == nullptr ? A(0) : of_row(grads.lse), target.weight, lse,
                             value(loss.smoothing), value(loss.smoothing / static_cast<double>(dim)),
                             value(sum == nullptr ? loss.weight_sum : *sum), value(loss.z_loss));
-    of_target = score.gradient(gradient.of_target(expm1_of(log_p), target.weight), log_p + lse);
+    of_target = gradient.of_target(expm1_of(log_p), target.weight);
+    if (has_entropy) {
+      entropy = of_row(args.entropy);
+      grad_entropy = of_row(grads.entropy);
+      of_target = of_target - of_entropy(exp_of(log_p), log_p);
+    }
+    of_target = score.gradient(of_target, log_p + lse);
   }
   const T* const input = place.in(static_cast<const T*>(args.input), args.input_strides);
   T* const output = place.in(static_cast<T*>(args.grad_input), args.grad_input_strides);
@@ -419,7 +447,9 @@ __device__ __forceinline__ void run_loss_backward(const LossBackwardArgs& args,
       for_each_item<kItems>(lanes, size, [&](int i) {
         const int k = lanes.lane * kWidth + place_of<kWidth>(lanes, i);
         const A w = is_smooth && k < size ? weight_of<A>(loss, first + k) : A(0);
-        const A dz = gradient.of_other(exp_of((z[i] - lse) - rest), w);
+        const A log_p = (z[i] - lse) - rest, p = exp_of(log_p);
+        A dz = gradient.of_other(p, w);
+        if (has_entropy) dz = dz - of_entropy(p, log_p);
         z[i] = first + k == target.y ? of_target : score.gradient(dz, z[i]);
       });
     }

@@ -184,7 +184,7 @@ void check_loss(const LossTensors& tensors, const LossOptions& options) {
   check_loss_options(options);
 }
 
-RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, LossWants wants,
                      const LossGradientOver* over) {
   check_loss(tensors, options);
   const at::Tensor& input = tensors.input;
@@ -205,8 +205,9 @@ RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, boo
   const auto empty_of = [&](at::IntArrayRef sizes) {
     return empty(sizes, wide, input.device()).tensor;
   };
-  RowLosses results{empty_of(of_rows), empty_of(of_rows), empty_of(two_of(of_rows)), at::Tensor(),
-                    at::Tensor()};
+  RowLosses results{empty_of(of_rows), empty_of(of_rows), empty_of(two_of(of_rows)),
+                    at::Tensor(),      at::Tensor(),      at::Tensor()};
+  if (wants.entropy) results.entropy = empty_of(of_rows);
   const bool on_cuda = input.is_cuda(), is_mean = options.reduction == at::Reduction::Mean;
   if (on_cuda) {
     results.total = empty({}, at::kDouble, input.device()).tensor;
@@ -218,6 +219,7 @@ RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, boo
     results.losses.zero_();
     results.lse.fill_(-INFINITY);
     results.kept.zero_();
+    if (wants.entropy) results.entropy.zero_();
     if (on_cuda) {
       results.total.zero_();
       results.reduced.fill_(is_mean ? NAN : 0.0);
@@ -234,9 +236,10 @@ RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, boo
                        results.lse.mutable_data_ptr(),
                        results.kept.mutable_data_ptr(),
                        second_of(results.kept),
-                       wants_lse,
+                       wants.lse || wants.entropy,
                        /*grad_input=*/nullptr,
-                       /*grads=*/{}};
+                       /*grads=*/{},
+                       wants.entropy ? results.entropy.mutable_data_ptr() : nullptr};
   if (over != nullptr) {
     args.grad_input = rows.tensor.mutable_data_ptr();
     args.grads.loss = data_of(grad_loss);
@@ -261,11 +264,11 @@ RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, boo
   return results;
 }
 
-LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, LossWants wants,
                          const LossGradientOver* over) {
-  const RowLosses rows = row_losses(tensors, options, wants_lse, over);
+  const RowLosses rows = row_losses(tensors, options, wants, over);
   const at::Tensor& input = tensors.input;
-  LossResults results{at::Tensor(), rows.lse, rows.kept, rows.total};
+  LossResults results{at::Tensor(), rows.lse, rows.kept, rows.total, rows.entropy};
   if (options.reduction == at::Reduction::None) {
     results.loss = rows.losses.to(input.scalar_type());
     return results;
@@ -296,9 +299,8 @@ void check_gradient_over(const LossGradientOver& over, const LossTensors& tensor
   check("grad_lse", over.lse, /*may_be_one=*/false);
 }
 
-void check_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
-                         const LossTensors& tensors, const LossResults& results,
-                         const LossOptions& options) {
+void check_loss_gradient(const LossResultGrads& grads, const LossTensors& tensors,
+                         const LossResults& results, const LossOptions& options) {
   check_loss(tensors, options);
   const at::Tensor& input = tensors.input;
   const at::ScalarType wide = at::toOpMathType(input.scalar_type());
@@ -306,18 +308,22 @@ void check_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse
   const c10::SymIntArrayRef none, of_rows = tensors.target.sym_sizes();
   c10::SymDimVector two(of_rows.begin(), of_rows.end());
   two.insert(two.begin(), 2);
-  checks.check_given("grad_loss", grad_loss, input.scalar_type(),
+  checks.check_given("grad_loss", grads.loss, input.scalar_type(),
                      options.reduction == at::Reduction::None ? of_rows : none);
   checks.check_given("lse", results.lse, wide, of_rows);
   checks.check_given("kept", results.kept, wide, two);
   checks.check_given("total", results.total, at::kDouble, none);
-  if (grad_lse.defined()) checks.check_given("grad_lse", grad_lse, wide, of_rows);
+  if (grads.lse.defined()) checks.check_given("grad_lse", grads.lse, wide, of_rows);
+  if (!grads.entropy.defined()) return;
+  checks.check_given("grad_entropy", grads.entropy, wide, of_rows);
+  TORCH_CHECK(results.entropy.defined(), kFunction,
+              "(): expected argument 'entropy' with a 'grad_entropy', but got None");
+  checks.check_given("entropy", results.entropy, wide, of_rows);
 }
 
-at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
-                         const LossTensors& tensors, const LossResults& results,
-                         const LossOptions& options) {
-  check_loss_gradient(grad_loss, grad_lse, tensors, results, options);
+at::Tensor loss_backward(const LossResultGrads& grads, const LossTensors& tensors,
+                         const LossResults& results, const LossOptions& options) {
+  check_loss_gradient(grads, tensors, results, options);
   const at::Tensor& input = tensors.input;
   const at::ScalarType wide = at::toOpMathType(input.scalar_type());
   const bool is_reduced = options.reduction != at::Reduction::None;
@@ -326,9 +332,13 @@ at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse
   const Classes classes(tensors, options, shape.dim);
   const NewTensor grad_input = empty(rows.tensor.sizes(), input.scalar_type(), input.device());
   if (input.numel() == 0) return rows.moved_back(grad_input.tensor);
-  const at::Tensor g = grad_loss.to(wide).contiguous(), lse = results.lse.contiguous();
+  const at::Tensor g = grads.loss.to(wide).contiguous(), lse = results.lse.contiguous();
   const at::Tensor kept = results.kept.contiguous();
-  const at::Tensor g_lse = grad_lse.defined() ? grad_lse.contiguous() : at::Tensor();
+  const auto side_by_side = [](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor.contiguous() : tensor;
+  };
+  const at::Tensor g_lse = side_by_side(grads.lse), g_entropy = side_by_side(grads.entropy);
+  const at::Tensor entropy = side_by_side(results.entropy);
   LossBackwardArgs args{
       rows.tensor.const_data_ptr(),
       grad_input.tensor.mutable_data_ptr(),
@@ -344,7 +354,8 @@ at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse
       second_of(kept),
       {g.const_data_ptr(), is_reduced ? 0 : 1,
        options.reduction == at::Reduction::Mean ? results.total.const_data_ptr<double>() : nullptr,
-       data_of(g_lse)}};
+       data_of(g_lse), data_of(g_entropy)},
+      data_of(entropy)};
   find_strides(
       {{&rows.tensor, &args.input_strides}, {&grad_input.tensor, &args.grad_input_strides}},
       rows.dim, args.dims);
@@ -356,9 +367,10 @@ at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse
   return rows.moved_back(grad_input.tensor);
 }
 
-at::Tensor composed_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
-                                  const LossTensors& tensors, const LossOptions& options) {
+at::Tensor composed_loss_gradient(const LossResultGrads& grads, const LossTensors& tensors,
+                                  const LossOptions& options) {
   const auto& [input, target, weight] = tensors;
+  const auto& [grad_loss, grad_lse, grad_entropy] = grads;
   const int64_t dim = class_dim(input);
   const at::Tensor z = scores_of(input, options);
   const auto zero = [&] { return at::scalar_tensor(0, z.options()); };
@@ -391,6 +403,12 @@ at::Tensor composed_loss_gradient(const at::Tensor& grad_loss, const at::Tensor&
   at::Tensor of_share = share.unsqueeze(dim) * log_p.exp();
   if (!grad_lse.defined()) of_share = at::where(counts.unsqueeze(dim), of_share, zero());
   dz = dz + of_share;
+  if (grad_entropy.defined()) {
+    // p log p is 0 at p = 0.
+    const at::Tensor p = log_p.exp();
+    const at::Tensor finite = at::where(p == 0, zero(), log_p);
+    dz = dz - grad_entropy.unsqueeze(dim) * p * (finite - (p * finite).sum(dim, /*keepdim=*/true));
+  }
   if (options.softcap != 0) dz = dz * (1 - (z / options.softcap).square());
   if (options.factor != 1) dz = dz * options.factor;
   return dz.to(input.scalar_type());

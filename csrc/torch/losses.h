@@ -25,9 +25,19 @@ struct LossOptions {
 
 // Of a call: the loss, of the input's dtype; of the rows, of the type computed in, lse and, one behind the
 // other, what it is rounded off and the log-probability of the target; the sum of the weights of the targets,
-// a double, which a mean is divided by.
+// a double, which a mean is divided by; and the entropy of the rows, if it is wanted.
 struct LossResults {
-  at::Tensor loss, lse, kept, total;
+  at::Tensor loss, lse, kept, total, entropy;
+};
+
+// What a call is to give besides the loss.
+struct LossWants {
+  bool lse = false, entropy = false;
+};
+
+// The gradients of what a call gave, of their dtypes; all but the first may be undefined.
+struct LossResultGrads {
+  at::Tensor loss, lse, entropy;
 };
 
 // The gradient that a call makes of its logits, over these: that of the sum, over the rows, of loss (a number,
@@ -40,7 +50,7 @@ struct LossGradientOver {
 // The losses of the rows, of the type computed in, and the others. On CUDA their sum or mean as well, a double,
 // which the host has no look at.
 struct RowLosses {
-  at::Tensor losses, lse, kept, total, reduced;
+  at::Tensor losses, lse, kept, total, reduced, entropy;
 };
 
 inline int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 : 0; }
@@ -52,26 +62,24 @@ void check_loss_options(const LossOptions& options);
 
 // The same of what is over the input of a call, and of a gradient's call.
 void check_gradient_over(const LossGradientOver& over, const LossTensors& tensors);
-void check_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
-                         const LossTensors& tensors, const LossResults& results,
-                         const LossOptions& options);
+void check_loss_gradient(const LossResultGrads& grads, const LossTensors& tensors,
+                         const LossResults& results, const LossOptions& options);
 
 // By the kernels; each checks all that they rely on, also that targets are in range.
-RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, LossWants wants,
                      const LossGradientOver* over = nullptr);
-LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+LossResults loss_forward(const LossTensors& tensors, const LossOptions& options, LossWants wants,
                          const LossGradientOver* over = nullptr);
-at::Tensor loss_backward(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
-                         const LossTensors& tensors, const LossResults& results,
-                         const LossOptions& options);
+at::Tensor loss_backward(const LossResultGrads& grads, const LossTensors& tensors,
+                         const LossResults& results, const LossOptions& options);
 
 // The gradient by differentiable operators.
-at::Tensor composed_loss_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
-                                  const LossTensors& tensors, const LossOptions& options);
+at::Tensor composed_loss_gradient(const LossResultGrads& grads, const LossTensors& tensors,
+                                  const LossOptions& options);
 
-// With autograd, of tensors that kernels_take: loss, and lse if it is wanted. in_place: where there is a
-// gradient to be made, it is made now, over the logits, which are of no more use then.
-LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+// With autograd, of tensors that kernels_take: loss, and what else is wanted. in_place: where there is a
+// gradient to be made, it is made now, over the logits, which are of no more use then; it is of the loss alone.
+LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options, LossWants wants,
                           bool in_place);
 
 // Gives the nodes' Python objects their names and attributes; once, at import.

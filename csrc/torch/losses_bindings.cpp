@@ -6,10 +6,10 @@
 namespace softmax_ext {
 namespace {
 
-// Loss and lse, or None where the call is not one for the kernels.
+// Loss, and what else is wanted, or None where the call is not one for the kernels.
 py::object bind(py::handle input, py::handle target, py::handle weight, int64_t reduction,
                 int64_t ignore_index, double label_smoothing, double z_loss, double factor,
-                double softcap, bool wants_lse, bool in_place) {
+                double softcap, bool wants_lse, bool wants_entropy, bool in_place) {
   HANDLE_TH_ERRORS
   const at::Tensor& x = to_tensor("cross_entropy", "input", input);
   const at::Tensor& y = to_tensor("cross_entropy", "target", target);
@@ -24,12 +24,14 @@ py::object bind(py::handle input, py::handle target, py::handle weight, int64_t 
     const py::gil_scoped_release no_gil;
     results =
         cross_entropy(tensors, {reduction, ignore_index, label_smoothing, z_loss, factor, softcap},
-                      wants_lse, in_place);
+                      {wants_lse, wants_entropy}, in_place);
   }
-  auto loss = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(results.loss)));
-  if (!wants_lse) return loss;
-  auto lse = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(results.lse)));
-  return py::make_tuple(std::move(loss), std::move(lse));
+  const auto wrapped = [](at::Tensor& tensor) {
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(tensor)));
+  };
+  if (!wants_lse && !wants_entropy) return wrapped(results.loss);
+  return py::make_tuple(wrapped(results.loss), wants_lse ? wrapped(results.lse) : py::none(),
+                        wants_entropy ? wrapped(results.entropy) : py::none());
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
@@ -40,7 +42,7 @@ void bind_losses(py::module_& module) {
   module.def("cross_entropy", bind, py::arg("input"), py::arg("target"), py::arg("weight"),
              py::arg("reduction"), py::arg("ignore_index"), py::arg("label_smoothing"),
              py::arg("z_loss"), py::arg("factor"), py::arg("softcap"), py::arg("wants_lse"),
-             py::arg("in_place"));
+             py::arg("wants_entropy"), py::arg("in_place"));
 }
 
 }  // namespace softmax_ext

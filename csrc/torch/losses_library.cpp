@@ -21,18 +21,20 @@ namespace softmax_ext {
 namespace {
 
 using Maybe = std::optional<at::Tensor>;
-using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Five = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 constexpr const char* kForward = "softmax_ext::cross_entropy";
 constexpr const char* kBackward = "softmax_ext::cross_entropy_backward";
 constexpr const char* kForwardSchema =
     "softmax_ext::cross_entropy(Tensor input, Tensor target, Tensor? weight, int reduction, "
     "int ignore_index, float label_smoothing, float z_loss, float factor, float softcap, "
-    "bool wants_lse) -> (Tensor loss, Tensor lse, Tensor kept, Tensor total)";
+    "bool wants_lse, bool wants_entropy) -> (Tensor loss, Tensor lse, Tensor kept, Tensor total, "
+    "Tensor entropy)";
 constexpr const char* kBackwardSchema =
-    "softmax_ext::cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, Tensor input, "
-    "Tensor target, Tensor? weight, Tensor lse, Tensor kept, Tensor total, int reduction, "
-    "int ignore_index, float label_smoothing, float z_loss, float factor, float softcap) -> Tensor";
+    "softmax_ext::cross_entropy_backward(Tensor grad_loss, Tensor? grad_lse, "
+    "Tensor? grad_entropy, Tensor input, Tensor target, Tensor? weight, Tensor lse, Tensor kept, "
+    "Tensor total, Tensor? entropy, int reduction, int ignore_index, float label_smoothing, "
+    "float z_loss, float factor, float softcap) -> Tensor";
 
 constexpr const char* kRows = "softmax_ext::cross_entropy_of_rows_";
 constexpr const char* kRowsSchema =
@@ -50,7 +52,8 @@ Maybe if_defined(const at::Tensor& tensor) {
 
 struct CrossEntropyGradient {
   static constexpr const char* kName = "SoftmaxExtCrossEntropyBackward";
-  static constexpr std::array kSaved = {"self", "target", "weight", "lse", "kept", "total"};
+  static constexpr std::array kSaved = {"self", "target", "weight", "lse",
+                                        "kept", "total",  "entropy"};
   static constexpr std::array kMembers = {"reduction", "ignore_index", "label_smoothing",
                                           "z_loss",    "factor",       "softcap"};
 
@@ -62,10 +65,13 @@ struct CrossEntropyGradient {
   }
 
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
-                                            const std::array<at::Tensor, 6>& saved) const {
+                                            const std::array<at::Tensor, 7>& saved) const {
     const at::Tensor grad_lse = grads.size() > 1 ? grads[1] : at::Tensor();
-    if (!grads[0].defined() && !grad_lse.defined()) return {at::Tensor()};
-    const auto& [input, target, saved_weight, lse, kept, total] = saved;
+    const at::Tensor grad_entropy = grads.size() > 2 ? grads[2] : at::Tensor();
+    if (!grads[0].defined() && !grad_lse.defined() && !grad_entropy.defined()) {
+      return {at::Tensor()};
+    }
+    const auto& [input, target, saved_weight, lse, kept, total, entropy] = saved;
     const Maybe weight = if_defined(saved_weight);
     const at::Tensor grad_loss =
         grads[0].defined() ? grads[0]
@@ -73,23 +79,27 @@ struct CrossEntropyGradient {
             ? at::zeros_like(lse, lse.options().dtype(input.scalar_type()))
             : at::zeros_like(total, total.options().dtype(input.scalar_type()));
     const LossTensors tensors{input, target, weight};
+    const LossResultGrads of_results{grad_loss, grad_lse, grad_entropy};
     const auto taken = [](const at::Tensor& tensor) {
       return !tensor.defined() || kernels_take(tensor);
     };
     if (at::GradMode::is_enabled()) {
-      return {composed_loss_gradient(grad_loss, grad_lse, tensors, options())};
+      return {composed_loss_gradient(of_results, tensors, options())};
     }
-    if (taken(grad_loss) && taken(grad_lse) && std::all_of(saved.begin(), saved.end(), taken)) {
-      return {loss_backward(grad_loss, grad_lse, tensors, {{}, lse, kept, total}, options())};
+    if (taken(grad_loss) && taken(grad_lse) && taken(grad_entropy) &&
+        std::all_of(saved.begin(), saved.end(), taken)) {
+      return {loss_backward(of_results, tensors, {{}, lse, kept, total, entropy}, options())};
     }
     static const auto handle =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow(kBackward, "")
-            .typed<at::Tensor(const at::Tensor&, const Maybe&, const at::Tensor&, const at::Tensor&,
-                              const Maybe&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                              int64_t, int64_t, double, double, double, double)>();
-    return {handle.call(grad_loss, if_defined(grad_lse), input, target, weight, lse, kept, total,
-                        reduction, ignore_index, label_smoothing, z_loss, factor, softcap)};
+            .typed<at::Tensor(const at::Tensor&, const Maybe&, const Maybe&, const at::Tensor&,
+                              const at::Tensor&, const Maybe&, const at::Tensor&, const at::Tensor&,
+                              const at::Tensor&, const Maybe&, int64_t, int64_t, double, double,
+                              double, double)>();
+    return {handle.call(grad_loss, if_defined(grad_lse), if_defined(grad_entropy), input, target,
+                        weight, lse, kept, total, if_defined(entropy), reduction, ignore_index,
+                        label_smoothing, z_loss, factor, softcap)};
   }
 };
 
@@ -110,9 +120,11 @@ struct CrossEntropyInPlaceGradient {
 
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
                                             const std::array<at::Tensor, 1>& saved) const {
-    TORCH_CHECK(grads.size() < 2 || !grads[1].defined(),
-                "cross_entropy(): lse has no gradient where inplace_backward=True has made that of "
-                "the loss in forward");
+    for (size_t k = 1; k < grads.size(); ++k) {
+      TORCH_CHECK(!grads[k].defined(), "cross_entropy(): ", k == 1 ? "lse" : "entropy",
+                  " has no gradient where inplace_backward=True has made that of the loss in "
+                  "forward");
+    }
     if (!grads[0].defined()) return {at::Tensor()};
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "cross_entropy(): the gradient of inplace_backward=True cannot be differentiated "
@@ -147,26 +159,30 @@ struct OverwrittenGradient {
 auto members(OverwrittenGradient&) { return std::tuple<>(); }
 auto members(const OverwrittenGradient&) { return std::tuple<>(); }
 
+// The node's outputs are loss, lse and entropy, in this order, as far as they are wanted: an entropy comes with
+// the lse.
 template <class Node>
-void set_history(const LossResults& results, bool wants_lse, const Node& node) {
+void set_history(const LossResults& results, LossWants wants, const Node& node) {
   torch::autograd::set_history(results.loss, node);
-  if (wants_lse) torch::autograd::set_history(results.lse, node);
+  if (wants.lse || wants.entropy) torch::autograd::set_history(results.lse, node);
+  if (wants.entropy) torch::autograd::set_history(results.entropy, node);
 }
 
 void record(const LossResults& results, const LossTensors& tensors, const LossOptions& options,
-            bool wants_lse) {
+            LossWants wants) {
   const auto& [input, target, weight] = tensors;
   const auto node =
       make_node(torch::autograd::collect_next_edges(input),
                 CrossEntropyGradient{options.reduction, options.ignore_index, options.smoothing,
                                      options.z_loss, options.factor, options.softcap});
-  set_history(results, wants_lse, node);
+  set_history(results, wants, node);
   node->save(0, input, /*is_output=*/false);
   node->save(1, target, /*is_output=*/false);
   if (weight) node->save(2, *weight, /*is_output=*/false);
-  node->save(3, results.lse, /*is_output=*/wants_lse);
+  node->save(3, results.lse, /*is_output=*/wants.lse || wants.entropy);
   node->save(4, results.kept, /*is_output=*/false);
   node->save(5, results.total, /*is_output=*/false);
+  if (wants.entropy) node->save(6, results.entropy, /*is_output=*/true);
 }
 
 void check_weight(const Maybe& weight) {
@@ -177,16 +193,18 @@ void check_weight(const Maybe& weight) {
 
 // ---- what the dispatcher has --------------------------------------------------------------------
 
-Four forward_kernel(const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
-                    SOFTMAX_EXT_LOSS_OPTIONS, bool wants_lse) {
-  const LossResults results =
-      loss_forward({input, target, weight},
-                   {reduction, ignore_index, label_smoothing, z_loss, factor, softcap}, wants_lse);
-  return {results.loss, results.lse, results.kept, results.total};
+// An operator has no result that may be missing: an entropy that is not wanted has no elements.
+Five forward_kernel(const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
+                    SOFTMAX_EXT_LOSS_OPTIONS, bool wants_lse, bool wants_entropy) {
+  LossResults results = loss_forward(
+      {input, target, weight}, {reduction, ignore_index, label_smoothing, z_loss, factor, softcap},
+      {wants_lse, wants_entropy});
+  if (!wants_entropy) results.entropy = at::empty({0}, results.lse.options());
+  return {results.loss, results.lse, results.kept, results.total, results.entropy};
 }
 
-Four forward_meta(const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
-                  SOFTMAX_EXT_LOSS_OPTIONS, bool) {
+Five forward_meta(const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
+                  SOFTMAX_EXT_LOSS_OPTIONS, bool, bool wants_entropy) {
   check_loss({input, target, weight},
              {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
   const auto wide = input.options().dtype(at::toOpMathType(input.scalar_type()));
@@ -198,11 +216,12 @@ Four forward_meta(const at::Tensor& input, const at::Tensor& target, const Maybe
   c10::SymDimVector two(target.sym_sizes().begin(), target.sym_sizes().end());
   two.insert(two.begin(), 2);
   return {loss, of_rows(wide), at::empty_symint(two, wide),
-          at::empty({}, input.options().dtype(at::kDouble))};
+          at::empty({}, input.options().dtype(at::kDouble)),
+          wants_entropy ? of_rows(wide) : at::empty({0}, wide)};
 }
 
-Four forward_autograd(const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
-                      SOFTMAX_EXT_LOSS_OPTIONS, bool wants_lse) {
+Five forward_autograd(const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
+                      SOFTMAX_EXT_LOSS_OPTIONS, bool wants_lse, bool wants_entropy) {
   TORCH_CHECK_NOT_IMPLEMENTED(!input._fw_grad(/*level=*/0).defined(), kForward,
                               ": forward-mode differentiation is not implemented");
   check_weight(weight);
@@ -212,43 +231,51 @@ Four forward_autograd(const at::Tensor& input, const at::Tensor& target, const M
     static const auto handle =
         c10::Dispatcher::singleton()
             .findSchemaOrThrow(kForward, "")
-            .typed<Four(const at::Tensor&, const at::Tensor&, const Maybe&, int64_t, int64_t,
-                        double, double, double, double, bool)>();
-    std::tie(results.loss, results.lse, results.kept, results.total) =
+            .typed<Five(const at::Tensor&, const at::Tensor&, const Maybe&, int64_t, int64_t,
+                        double, double, double, double, bool, bool)>();
+    std::tie(results.loss, results.lse, results.kept, results.total, results.entropy) =
         handle.call(input, target, weight, reduction, ignore_index, label_smoothing, z_loss, factor,
-                    softcap, wants_lse);
+                    softcap, wants_lse, wants_entropy);
   }
   if (torch::autograd::compute_requires_grad(input)) {
     record(results, {input, target, weight},
-           {reduction, ignore_index, label_smoothing, z_loss, factor, softcap}, wants_lse);
+           {reduction, ignore_index, label_smoothing, z_loss, factor, softcap},
+           {wants_lse, wants_entropy});
   }
-  return {results.loss, results.lse, results.kept, results.total};
+  return {results.loss, results.lse, results.kept, results.total, results.entropy};
+}
+
+LossResultGrads grads_of(const at::Tensor& loss, const Maybe& lse, const Maybe& entropy) {
+  return {loss, lse.value_or(at::Tensor()), entropy.value_or(at::Tensor())};
 }
 
 at::Tensor backward_kernel(const at::Tensor& grad_loss, const Maybe& grad_lse,
-                           const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
-                           const at::Tensor& lse, const at::Tensor& kept, const at::Tensor& total,
+                           const Maybe& grad_entropy, const at::Tensor& input,
+                           const at::Tensor& target, const Maybe& weight, const at::Tensor& lse,
+                           const at::Tensor& kept, const at::Tensor& total, const Maybe& entropy,
                            SOFTMAX_EXT_LOSS_OPTIONS) {
-  return loss_backward(grad_loss, grad_lse.value_or(at::Tensor()), {input, target, weight},
-                       {{}, lse, kept, total},
+  return loss_backward(grads_of(grad_loss, grad_lse, grad_entropy), {input, target, weight},
+                       {{}, lse, kept, total, entropy.value_or(at::Tensor())},
                        {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
 }
 
 at::Tensor backward_composed(const at::Tensor& grad_loss, const Maybe& grad_lse,
-                             const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
-                             const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                             const Maybe& grad_entropy, const at::Tensor& input,
+                             const at::Tensor& target, const Maybe& weight, const at::Tensor&,
+                             const at::Tensor&, const at::Tensor&, const Maybe&,
                              SOFTMAX_EXT_LOSS_OPTIONS) {
   return composed_loss_gradient(
-      grad_loss, grad_lse.value_or(at::Tensor()), {input, target, weight},
+      grads_of(grad_loss, grad_lse, grad_entropy), {input, target, weight},
       {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
 }
 
 at::Tensor backward_meta(const at::Tensor& grad_loss, const Maybe& grad_lse,
-                         const at::Tensor& input, const at::Tensor& target, const Maybe& weight,
-                         const at::Tensor& lse, const at::Tensor& kept, const at::Tensor& total,
+                         const Maybe& grad_entropy, const at::Tensor& input,
+                         const at::Tensor& target, const Maybe& weight, const at::Tensor& lse,
+                         const at::Tensor& kept, const at::Tensor& total, const Maybe& entropy,
                          SOFTMAX_EXT_LOSS_OPTIONS) {
-  check_loss_gradient(grad_loss, grad_lse.value_or(at::Tensor()), {input, target, weight},
-                      {{}, lse, kept, total},
+  check_loss_gradient(grads_of(grad_loss, grad_lse, grad_entropy), {input, target, weight},
+                      {{}, lse, kept, total, entropy.value_or(at::Tensor())},
                       {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
   return at::empty_symint(input.sym_sizes(), input.options());
 }
@@ -262,7 +289,7 @@ std::tuple<at::Tensor, at::Tensor> rows_kernel(const at::Tensor& input, const at
   const RowLosses rows =
       row_losses({input, target, weight},
                  {at::Reduction::None, ignore_index, label_smoothing, z_loss, factor, softcap},
-                 /*wants_lse=*/true, grad_loss || grad_lse ? &over : nullptr);
+                 {/*lse=*/true, /*entropy=*/false}, grad_loss || grad_lse ? &over : nullptr);
   return {rows.losses, rows.lse};
 }
 
@@ -283,7 +310,7 @@ std::tuple<at::Tensor, at::Tensor> rows_meta(const at::Tensor& input, const at::
 }
 
 LossResults cross_entropy_in_place(const LossTensors& tensors, const LossOptions& options,
-                                   bool wants_lse) {
+                                   LossWants wants) {
   const at::Tensor& input = tensors.input;
   check_loss(tensors, options);
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
@@ -296,10 +323,10 @@ LossResults cross_entropy_in_place(const LossTensors& tensors, const LossOptions
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const LossGradientOver over;
-    results = loss_forward(tensors, options, wants_lse, &over);
+    results = loss_forward(tensors, options, wants, &over);
   }
   torch::autograd::increment_version(input);
-  set_history(results, wants_lse, node);
+  set_history(results, wants, node);
   node->save(0, input.detach(), /*is_output=*/false);
   torch::autograd::rebase_history(input, overwritten);
   return results;
@@ -307,20 +334,20 @@ LossResults cross_entropy_in_place(const LossTensors& tensors, const LossOptions
 
 }  // namespace
 
-LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options, bool wants_lse,
+LossResults cross_entropy(const LossTensors& tensors, const LossOptions& options, LossWants wants,
                           bool in_place) {
   SOFTMAX_EXT_RECORD(kForward, tensors.input, tensors.target);
   check_weight(tensors.weight);
   if (in_place && torch::autograd::compute_requires_grad(tensors.input)) {
-    return cross_entropy_in_place(tensors, options, wants_lse);
+    return cross_entropy_in_place(tensors, options, wants);
   }
   LossResults results;
   {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    results = loss_forward(tensors, options, wants_lse);
+    results = loss_forward(tensors, options, wants);
   }
   if (torch::autograd::compute_requires_grad(tensors.input)) {
-    record(results, tensors, options, wants_lse);
+    record(results, tensors, options, wants);
   }
   return results;
 }

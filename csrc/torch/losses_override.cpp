@@ -54,9 +54,8 @@ at::Tensor cross_entropy_loss(const at::Tensor& input, const at::Tensor& target,
         input, target, weight, reduction, ignore_index, label_smoothing);
   }
   if (*targets == Targets::kIndices) {
-    return above_autograd
-               ? cross_entropy(tensors, options, /*wants_lse=*/false, /*in_place=*/false).loss
-               : loss_forward(tensors, options, /*wants_lse=*/false).loss;
+    return above_autograd ? cross_entropy(tensors, options, LossWants{}, /*in_place=*/false).loss
+                          : loss_forward(tensors, options, LossWants{}).loss;
   }
   return above_autograd ? cross_entropy_of_probabilities(tensors, options, /*wants_lse=*/false).loss
                         : probabilities_forward(tensors, options).loss;

@@ -169,20 +169,30 @@ def _composed(
     return loss, lse if wants_lse else None
 
 
-def _loss_and_lse(
+class _Results(NamedTuple):
+    """What a call gives: lse if it is wanted, and the entropy if this is for kernels, too."""
+
+    loss: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def _results(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     options: _Options,
-    wants_lse: bool,
+    *,
+    wants_lse: bool = False,
+    wants_entropy: bool = False,
     in_place: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> _Results:
     for_kernels = _is_for_kernels(input, target, weight, options)
     if target.dtype == torch.int32:
         target = target.long()
     if not for_kernels:
         result = _by_kernels_of_probabilities(input, target, weight, options, wants_lse)
-        return result or _composed(input, target, weight, options, wants_lse)
+        return _Results(*(result or _composed(input, target, weight, options, wants_lse)))
     device = input.device.type
     if torch.is_autocast_enabled(device):
         # As torch's: in float32.
@@ -190,18 +200,29 @@ def _loss_and_lse(
             if input.dtype in (torch.float16, torch.bfloat16):
                 input = input.float()
                 weight = None if weight is None else weight.float()
-            return _loss_and_lse(input, target, weight, options, wants_lse, in_place)
+            return _results(
+                input,
+                target,
+                weight,
+                options,
+                wants_lse=wants_lse,
+                wants_entropy=wants_entropy,
+                in_place=in_place,
+            )
     target = target.long()
     if is_dynamo_compiling():
         if device in _DEVICES:
             operator = torch.ops.softmax_ext.cross_entropy
-            loss, lse, _, _ = operator(input, target, weight, *options, wants_lse)
-            return loss, lse if wants_lse else None
+            loss, lse, _, _, entropy = operator(
+                input, target, weight, *options, wants_lse, wants_entropy
+            )
+            return _Results(loss, lse if wants_lse else None, entropy if wants_entropy else None)
     else:
-        result = _C.cross_entropy(input, target, weight, *options, wants_lse, in_place)
-        if result is not None:
-            return result if wants_lse else (result, None)
-    return _composed(input, target, weight, options, wants_lse)
+        wants = (wants_lse, wants_entropy)
+        found = _C.cross_entropy(input, target, weight, *options, *wants, in_place)
+        if found is not None:
+            return _Results(*found) if any(wants) else _Results(found)
+    return _Results(*_composed(input, target, weight, options, wants_lse))
 
 
 @overload
@@ -358,7 +379,9 @@ def cross_entropy(
         _factor(name, temperature),
         _softcap(name, softcap),
     )
-    loss, lse = _loss_and_lse(input, target, weight, options, return_lse, inplace_backward)
+    loss, lse, _ = _results(
+        input, target, weight, options, wants_lse=return_lse, in_place=inplace_backward
+    )
     return (loss, lse) if lse is not None else loss
 
 

@@ -2,80 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-from softmax_ext.functional.linear_losses import _is_transformed, _wide
-from softmax_ext.functional.losses import _FLOATING, _factor, cross_entropy
+from softmax_ext.functional.linear_losses import _wide
+from softmax_ext.functional.losses import _FLOATING, _factor, _Options, _results
 from softmax_ext.functional.softmax import log_softmax
 
 __all__ = ["selective_log_softmax"]
 
-# Of the rows whose entropy is had at once: on the CPU they stay in a cache.
-_TILE_BYTES = {"cpu": 1 << 20}
-_TILE_BYTES_ELSEWHERE = 64 << 20
-
-
-def _logarithms(logits: Tensor, factor: float) -> Tensor:
-    """Of the probabilities, in the type computed in; the least number for what has none."""
-    wide = _wide(logits.dtype)
-    if factor != 1.0:
-        logits = logits.to(wide) * factor
-    return log_softmax(logits, -1, dtype=wide).clamp(min=torch.finfo(wide).min)
+# No class is ignored: -1 is out of range as any other.
+_OF_EACH_ROW = _Options(0, -(2**63), 0.0, 0.0, 1.0, 0.0)
 
 
 def _composed_entropy(logits: Tensor, factor: float) -> Tensor:
-    log_p = _logarithms(logits, factor)
+    """By torch's functions, with what torch has of devices and transforms."""
+    wide = _wide(logits.dtype)
+    if factor != 1.0:
+        logits = logits.to(wide) * factor
+    log_p = log_softmax(logits, -1, dtype=wide).clamp(min=torch.finfo(wide).min)
     return -(log_p.exp() * log_p).sum(-1)
-
-
-class _Entropy(torch.autograd.Function):
-    """Of rows, a few at a time."""
-
-    @staticmethod
-    def _tiles(logits: Tensor) -> int:
-        tile = _TILE_BYTES.get(logits.device.type, _TILE_BYTES_ELSEWHERE)
-        return max(1, tile // (max(1, logits.size(1)) * _wide(logits.dtype).itemsize))
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, factor: float) -> Tensor:
-        entropy = logits.new_empty(logits.size(0), dtype=_wide(logits.dtype))
-        rows = _Entropy._tiles(logits)
-        for x, h in zip(torch.split(logits, rows), torch.split(entropy, rows), strict=True):
-            log_p = _logarithms(x, factor)
-            h.copy_(log_p.exp().mul_(log_p).sum(-1).neg_())
-        ctx.factor = factor
-        ctx.save_for_backward(logits, entropy)
-        return entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, entropy = ctx.saved_tensors
-        factor = ctx.factor
-        if torch.is_grad_enabled():
-            log_p = _logarithms(logits, factor)
-            p = log_p.exp()
-            centered = log_p - (p * log_p).sum(-1, keepdim=True)
-            return (p * centered * (-factor * grad).unsqueeze(-1)).to(logits.dtype), None
-        grad_input = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        rows = _Entropy._tiles(logits)
-        parts = (torch.split(t, rows) for t in (logits, grad_input, entropy, grad))
-        for x, dx, h, g in zip(*parts, strict=True):
-            log_p = _logarithms(x, factor)
-            p = log_p.exp()
-            dx.copy_(log_p.add_(h.unsqueeze(-1)).mul_(p).mul_((-factor * g).unsqueeze(-1)))
-        return grad_input, None
-
-
-def _entropy(logits: Tensor, factor: float) -> Tensor:
-    if is_compiling() or _is_transformed():
-        return _composed_entropy(logits, factor)
-    entropy: Tensor = _Entropy.apply(logits, factor)  # type: ignore[no-untyped-call]
-    return entropy
 
 
 @overload
@@ -101,7 +51,7 @@ def selective_log_softmax(
 
     One class a row is had by the kernels of :func:`softmax_ext.cross_entropy`: one pass over the
     logits forward and one backward. Several share its logsumexp. The entropy,
-    :math:`-\sum p \log p`, is had a few rows at a time; no tensor of the logits' size is made but
+    :math:`-\sum p \log p`, comes of the same passes. No tensor of the logits' size is made but
     their gradient.
 
     Args:
@@ -163,15 +113,10 @@ def selective_log_softmax(
     is_one = index.shape == rows
     flat = logits.reshape(-1, logits.size(-1))
     chosen = index.long().reshape(flat.size(0), 1 if is_one else index.size(-1))
-    # No class is ignored: -1 is out of range as any other.
-    ignore_index = -(2**63)
+    options = _OF_EACH_ROW._replace(factor=factor)
     if is_one:
-        loss = cross_entropy(
-            flat,
-            chosen.squeeze(1),
-            ignore_index=ignore_index,
-            reduction="none",
-            temperature=temperature,
+        loss, _, entropy = _results(
+            flat, chosen.squeeze(1), None, options, wants_entropy=return_entropy
         )
         log_p = -loss
     else:
@@ -182,16 +127,19 @@ def selective_log_softmax(
                     f"{name}(): expected argument 'index' to be in [0, {flat.size(1)}), but got "
                     f"{low if low < 0 else high}"
                 )
-        _, lse = cross_entropy(
+        _, lse, entropy = _results(
             flat,
             chosen.new_zeros(flat.size(0)),
-            ignore_index=ignore_index,
-            reduction="none",
-            temperature=temperature,
-            return_lse=True,
+            None,
+            options,
+            wants_lse=True,
+            wants_entropy=return_entropy,
         )
+        assert lse is not None
         log_p = (flat.gather(1, chosen).to(lse.dtype) * factor - lse.unsqueeze(1)).to(flat.dtype)
     log_p = log_p.reshape(index.shape)
     if not return_entropy:
         return log_p
-    return log_p, _entropy(flat, factor).reshape(rows)
+    if entropy is None:
+        entropy = _composed_entropy(flat, factor)
+    return log_p, entropy.reshape(rows)

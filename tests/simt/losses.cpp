@@ -49,6 +49,8 @@ void answer(const Request& request) {
   const void* const lse = read("lse", rows * of_wide);
   const void* const lse_rest = read("lse_rest", rows * of_wide);
   const void* const log_p = read("log_p", rows * of_wide);
+  const void* const grad_entropy = read("grad_entropy", rows * of_wide);
+  const void* const entropy = read("entropy", rows * of_wide);
   const auto* const divisor = static_cast<const double*>(read("divisor", sizeof(double)));
 
   const auto option = [&](const char* name) { return std::stod(request.text(name)); };
@@ -60,7 +62,8 @@ void answer(const Request& request) {
                   option("z_loss"),
                   option("factor"),
                   option("softcap")};
-  const LossGrads grads{grad_loss, request.number("grad_loss") == 1 ? 0 : 1, divisor, grad_lse};
+  const LossGrads grads{grad_loss, request.number("grad_loss") == 1 ? 0 : 1, divisor, grad_lse,
+                        grad_entropy};
 
   std::deque<Buffer> outputs;
   const auto write = [&](size_t bytes) -> void* { return outputs.emplace_back(bytes, 0).data(); };
@@ -78,13 +81,15 @@ void answer(const Request& request) {
                                nullptr,
                                {}};
   LossBackwardArgs backward_args{input, nullptr, dtype, shape,    dims,  strides, grad_strides,
-                                 true,  loss,    lse,   lse_rest, log_p, grads};
+                                 true,  loss,    lse,   lse_rest, log_p, grads,   entropy};
   cuda::LossTotals totals{};
   if (forward) {
     for (void** data :
          {&forward_args.row_loss, &forward_args.lse, &forward_args.lse_rest, &forward_args.log_p}) {
       *data = write(rows * of_wide);
     }
+    void* const of_rows = write(rows * of_wide);
+    if (request.number("wants_entropy") != 0) forward_args.entropy = of_rows;
     for (double** data : {&totals.weight, &totals.loss}) {
       *data = static_cast<double*>(write(sizeof(double)));
     }

@@ -19,6 +19,7 @@ class Losses:
     lse: torch.Tensor
     lse_rest: torch.Tensor
     log_p: torch.Tensor
+    entropy: torch.Tensor  # NaN where it was not wanted
     total: torch.Tensor
     reduced: torch.Tensor
     plan: dict[str, int]  # threads along a row, its parts, blocks that sum losses
@@ -37,18 +38,18 @@ class LossesHost(Host):
         weight: torch.Tensor | None = None,
         **how: Any,
     ) -> Losses:
-        """how: OPTIONS, wants_lse, is_mean."""
+        """how: OPTIONS, wants_lse, wants_entropy, is_mean."""
         wide = torch.promote_types(input.dtype, torch.float32)
         rows = target.numel()
         of_rows = rows * wide.itemsize
         plan, body = self._call(
-            "forward", input, None, 4 * of_rows + 16, {"target": target, "weight": weight}, how
+            "forward", input, None, 5 * of_rows + 16, {"target": target, "weight": weight}, how
         )
         numbers = [
             torch.frombuffer(bytearray(body[k * of_rows : (k + 1) * of_rows]), dtype=wide)
-            for k in range(4)
+            for k in range(5)
         ]
-        totals = torch.frombuffer(bytearray(body[4 * of_rows :]), dtype=torch.float64)
+        totals = torch.frombuffer(bytearray(body[5 * of_rows :]), dtype=torch.float64)
         return Losses(*(n.view(target.shape) for n in numbers), totals[0], totals[1], plan)
 
     def backward(  # type: ignore[override]
@@ -59,6 +60,7 @@ class LossesHost(Host):
         losses: Losses,
         grad_loss: torch.Tensor | None,
         grad_lse: torch.Tensor | None = None,
+        grad_entropy: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         **how: Any,
     ) -> torch.Tensor:
@@ -73,6 +75,8 @@ class LossesHost(Host):
             "lse": losses.lse,
             "lse_rest": losses.lse_rest,
             "log_p": losses.log_p,
+            "grad_entropy": grad_entropy,
+            "entropy": None if grad_entropy is None else losses.entropy,
             "divisor": how.pop("divisor", None),
         }
         _, body = self._call("backward", input, out, memory.nbytes, reads, how)
@@ -104,6 +108,7 @@ class LossesHost(Host):
             "resident": 1,
             "orders": self.orders,
             "wants_lse": 0,
+            "wants_entropy": 0,
             "is_mean": 0,
             "in_place": 0,
             "input": 1,
@@ -111,7 +116,8 @@ class LossesHost(Host):
         assert how.keys() <= request.keys(), how
         weight = reads["weight"]
         request |= how | {"weight_sum": classes if weight is None else float(weight.sum())}
-        for name in ("weight", "grad_loss", "grad_lse", "lse", "lse_rest", "log_p", "divisor"):
+        numbers = ("grad_loss", "grad_lse", "lse", "lse_rest", "log_p", "grad_entropy", "entropy")
+        for name in ("weight", *numbers, "divisor"):
             tensor = reads.get(name)
             # A gradient of one number: 1, one of each row: 2.
             request[name] = 0 if tensor is None else 1

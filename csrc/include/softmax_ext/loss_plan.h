@@ -9,6 +9,7 @@ namespace softmax_ext {
 
 namespace limits {
 constexpr int kLossThreads = 256;  // of a block
+constexpr int kLossNumbers = 6;    // of the state of a part of a row
 // A row of at most so many elements is had by a warp or a part of one, a longer one by blocks.
 constexpr int64_t kLossWarpRow = 1024;
 // Elements of a row that a block has: few enough that one row is had by several, and that all of them are
@@ -50,8 +51,7 @@ inline LossPlan make_loss_plan(const Shape& shape, DType dtype) {
   plan.blocks = ceil_div(rows * plan.parts, plan.rows);
   plan.summands = std::max(limits::kLossSummands, ceil_div(rows, limits::kLossSums));
   plan.sums = ceil_div(rows, plan.summands);
-  constexpr int64_t kNumbers = 5;  // of the state of a part
-  const int64_t states = plan.parts > 1 ? rows * plan.parts * kNumbers : 0;
+  const int64_t states = plan.parts > 1 ? rows * plan.parts * limits::kLossNumbers : 0;
   const int64_t bytes = dtype == DType::kFloat64 ? 8 : 4;
   plan.scratch_bytes = static_cast<size_t>(2 * plan.sums * 8 + states * bytes);
   return plan;

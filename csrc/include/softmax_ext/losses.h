@@ -4,6 +4,7 @@
 //   z    = x factor, or softcap tanh(x factor / softcap)
 //   lse  = log(sum(exp(z)))
 //   loss = w[y] ((1 - e) (lse - z[y]) + z_loss lse^2) + e / dim sum(w (lse - z))
+//   entropy = lse - sum(exp(z - lse) z)
 //
 // and 0 where the target is ignore_index: of such a row nothing is read unless its lse is wanted.
 //
@@ -36,8 +37,9 @@ struct Loss {
 struct LossGrads {
   const void* loss;  // of the rows' losses; of one for all if loss_step is 0, and not 1; null: 1
   int64_t loss_step;
-  const double* divisor;  // of these, or null
-  const void* lse;        // of the rows, or null
+  const double* divisor;          // of these, or null
+  const void* lse;                // of the rows, or null
+  const void* entropy = nullptr;  // of the rows, or null
 };
 
 struct LossForwardArgs {
@@ -54,6 +56,7 @@ struct LossForwardArgs {
   bool wants_lse;    // of rows that are ignored too
   void* grad_input;  // null, or the memory of the input, over which the gradient is written
   LossGrads grads;
+  void* entropy = nullptr;  // null where it is not wanted, as without wants_lse
 };
 
 struct LossBackwardArgs {
@@ -69,6 +72,7 @@ struct LossBackwardArgs {
   const void* lse_rest;
   const void* log_p;
   LossGrads grads;
+  const void* entropy = nullptr;  // of the rows, where grads has one
 };
 
 // The gradient of the scores of a row, or of one in each lane:

@@ -35,7 +35,14 @@ OPTIONS: dict[str, dict[str, float]] = {
     "factor": {"factor": 1.5},
     "all": {"smoothing": 0.2, "z_loss": 1e-3, "softcap": 5.0, "factor": 0.5},
 }
-GRADIENTS = ("of each row", "of a mean", "of lse too", "of lse alone, in place")
+GRADIENTS = (
+    "of each row",
+    "of a mean",
+    "of lse too",
+    "of lse alone, in place",
+    "of the entropy too",
+    "of the entropy alone, in place",
+)
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +67,9 @@ def case(
 
 def reference(
     x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, **options: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In float64: the logits, the losses and lse of the rows, the weights of their targets."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """In float64: the logits, the losses and lse of the rows, the weights of their targets, and the
+    entropies."""
     x = x.double().requires_grad_()
     z = x * options.get("factor", 1.0)
     if softcap := options.get("softcap"):
@@ -73,7 +81,8 @@ def reference(
     lse = z.logsumexp(1)
     counts = target != -100
     weights = counts.double() if w is None else w[target.where(counts, torch.tensor(0))] * counts
-    return x, loss + options.get("z_loss", 0.0) * weights * lse**2, lse, weights
+    loss = loss + options.get("z_loss", 0.0) * weights * lse**2
+    return x, loss, lse, weights, torch.special.entr(z.softmax(1)).sum(1)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, ulps: float, atol: float) -> None:
@@ -99,12 +108,17 @@ def test_values_and_gradients(
     sizes, along, parts = SHAPES[shape]
     x, target, weight = case(sizes, dtype, weighted)
     how = OPTIONS[options]
-    found = losses.forward(x, target, weight, wants_lse=1, is_mean=1, **how)
+    wants_entropy = int("entropy" in gradient)
+    found = losses.forward(
+        x, target, weight, wants_lse=1, wants_entropy=wants_entropy, is_mean=1, **how
+    )
     assert (found.plan["along"], found.plan["parts"]) == (along, parts)
-    x64, loss, lse, weights = reference(x, target, weight, **how)
+    x64, loss, lse, weights, entropy = reference(x, target, weight, **how)
     eps = torch.finfo(found.loss.dtype).eps
     assert_close(found.loss, loss, 8, 32 * eps)
     assert_close(found.lse, lse, 2, 4 * eps)
+    if wants_entropy:
+        assert_close(found.entropy, entropy, 16, 16 * eps)
     assert_close(found.total, weights.sum(), 4, 0)
     torch.testing.assert_close(
         found.reduced, loss.detach().sum() / weights.sum(), rtol=8 * eps, atol=32 * eps
@@ -112,7 +126,7 @@ def test_values_and_gradients(
 
     g, g_lse = torch.rand(loss.shape).to(found.loss), torch.rand(loss.shape).to(found.loss) / 8
     given: dict[str, Any] = {"grad_loss": g}
-    of_loss, of_lse = g.double(), torch.zeros_like(lse)
+    of_loss, of_lse, of_entropy = g.double(), torch.zeros_like(lse), torch.zeros_like(lse)
     if gradient == "of a mean":
         given = {"grad_loss": g.new_tensor(0.75), "divisor": weights.sum()}
         of_loss = torch.full_like(loss, 0.75) / weights.sum()
@@ -122,8 +136,14 @@ def test_values_and_gradients(
     elif gradient == "of lse alone, in place":
         given = {"grad_loss": torch.zeros_like(g), "grad_lse": g_lse, "in_place": 1}
         of_loss, of_lse = torch.zeros_like(loss), g_lse.double()
+    elif gradient == "of the entropy too":
+        given |= {"grad_entropy": g_lse}
+        of_entropy = g_lse.double()
+    elif gradient == "of the entropy alone, in place":
+        given = {"grad_loss": torch.zeros_like(g), "grad_entropy": g_lse, "in_place": 1}
+        of_loss, of_entropy = torch.zeros_like(loss), g_lse.double()
     dx = losses.backward(x, target, weight, found, **given, **how)
-    torch.autograd.backward([loss, lse], [of_loss, of_lse])
+    torch.autograd.backward([loss, lse, entropy], [of_loss, of_lse, of_entropy])
     assert x64.grad is not None
     finfo = torch.finfo(dtype)
     atol = float(x64.grad.abs().max()) * 32 * eps + 0.51 * finfo.smallest_normal * finfo.eps
