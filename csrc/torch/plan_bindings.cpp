@@ -94,7 +94,7 @@ py::dict members(const Plan& plan) {
 }
 
 // Of all members, by their names.
-Plan plan_of(const py::kwargs& values) {
+Plan plan_from(const py::kwargs& values) {
   Plan plan{};
   Plan::each_member([&](const char* name, auto member) {
     if (!values.contains(name))
@@ -153,7 +153,7 @@ std::optional<Plan> score_plan(int64_t rows, int64_t dim, at::ScalarType dtype, 
 
 void bind_plan(py::module_& module) {
   py::class_<Plan> type(module, "Plan");
-  type.def(py::init(&plan_of));
+  type.def(py::init(&plan_from));
   Plan::each_member([&](const char* name, auto member) { type.def_readonly(name, member); });
   type.def_property_readonly("threads", &Plan::threads);
   type.def_property_readonly("kernel", &Plan::kernel);
