@@ -801,7 +801,7 @@ FAULTS = [
         HOST_LOSSES,
     ),
     Fault(
-        "the entropy's gradient is not the target's",
+        "the target's gradient of the entropy has no share in it",
         "cuda losses",
         CUDA_LOSSES,
         "of_target = of_target - of_entropy(exp_of(log_p), log_p);",
