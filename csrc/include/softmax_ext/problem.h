@@ -132,7 +132,7 @@ struct BackwardArgs {
   const void* output;
   void* grad_input;
   DType output_dtype;      // floating; of grad_output and output
-  DType grad_input_dtype;  // floating
+  DType grad_input_dtype;  // the output's, or of 16 bits where that is float32
   Shape shape;
   Op op;
   bool grad_input_is_new = true;  // its memory may not have been written yet

@@ -130,18 +130,12 @@ def test_values_and_gradients(
     if gradient == "of a mean":
         given = {"grad_loss": g.new_tensor(0.75), "divisor": weights.sum()}
         of_loss = torch.full_like(loss, 0.75) / weights.sum()
-    elif gradient == "of lse too":
-        given |= {"grad_lse": g_lse}
-        of_lse = g_lse.double()
-    elif gradient == "of lse alone, in place":
-        given = {"grad_loss": torch.zeros_like(g), "grad_lse": g_lse, "in_place": 1}
-        of_loss, of_lse = torch.zeros_like(loss), g_lse.double()
-    elif gradient == "of the entropy too":
-        given |= {"grad_entropy": g_lse}
-        of_entropy = g_lse.double()
-    elif gradient == "of the entropy alone, in place":
-        given = {"grad_loss": torch.zeros_like(g), "grad_entropy": g_lse, "in_place": 1}
-        of_loss, of_entropy = torch.zeros_like(loss), g_lse.double()
+    elif gradient != "of each row":
+        given |= {"grad_entropy" if wants_entropy else "grad_lse": g_lse}
+        (of_entropy if wants_entropy else of_lse).copy_(g_lse)
+        if gradient.endswith("alone, in place"):
+            given |= {"grad_loss": torch.zeros_like(g), "in_place": 1}
+            of_loss = torch.zeros_like(loss)
     dx = losses.backward(x, target, weight, found, **given, **how)
     torch.autograd.backward([loss, lse, entropy], [of_loss, of_lse, of_entropy])
     assert x64.grad is not None
