@@ -86,19 +86,19 @@ struct ColumnBackward : Backward<op, V> {
 // and then its log has as many digits as what is added to that.
 constexpr int64_t kFewSteps = kBlock;
 
-// y = value, computed from elements of type From. Streamed, y is aligned to what a register of results
+// y = value, computed from elements of type From. Past the caches, y is aligned to what a register of results
 // has.
-template <Write write, class From, class T, class Lanes>
-SOFTMAX_EXT_INLINE void write_vector(T* y, Lanes lanes, Vec<compute_t<From>> value) {
-  if constexpr (write == Write::kStreamed && kWhole<Lanes>) {
+template <class From, class T, class Lanes>
+SOFTMAX_EXT_INLINE void write_vector(bool streamed, T* y, Lanes lanes, Vec<compute_t<From>> value) {
+  if (streamed && kWhole<Lanes>) {
     stream(y, value);
   } else {
     store_as<From>(y, lanes, value);
   }
 }
 
-template <Op op, class T, Write write>
-void forward_columns(const ForwardArgs& args, const Threads& threads) {
+template <Op op, class T>
+void forward_columns(const ForwardArgs& args, const Threads& threads, bool streamed) {
   using A = compute_t<T>;
   using V = Vec<A>;
   constexpr int kSize = V::kSize;
@@ -156,14 +156,14 @@ void forward_columns(const ForwardArgs& args, const Threads& threads) {
       const T* x = x_tile + d * x_step;
       T* y = y_tile + d * y_step;
       for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-        write_vector<write, T>(y + c, lanes, formulas[c / kSize].of(load(x + c, lanes, A(0))));
+        write_vector<T>(streamed, y + c, lanes, formulas[c / kSize].of(load(x + c, lanes, A(0))));
       });
     }
   });
 }
 
-template <Op op, class T, class G, Write write>
-void backward_columns(const BackwardArgs& args, const Threads& threads) {
+template <Op op, class T, class G>
+void backward_columns(const BackwardArgs& args, const Threads& threads, bool streamed) {
   using A = compute_t<T>;
   using V = Vec<A>;
   constexpr int kSize = V::kSize;
@@ -172,7 +172,7 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
   const int64_t grad_step = tensors.grads.slices.step, y_step = tensors.outputs.step;
   const int64_t grad_input_step = tensors.grad_inputs.step;
   const bool ahead =
-      kAhead<op, write> && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
+      is_ahead<op>(streamed) && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   // The processor does not foresee the first lines of a step that lies in another page.
   const bool far = y_step * static_cast<int64_t>(sizeof(T)) >= 4096;
   // What is in the first caches waits for instructions; elsewhere memory is walked step by step.
@@ -190,9 +190,7 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
         const T* grad = grad_tile + d * grad_step;
         const T* y = y_tile + d * y_step;
         for_each_vector<kSize>(width, [=, &block_sums](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
-          if constexpr (kAhead<op, write>) {
-            if (ahead) __builtin_prefetch(y + c);
-          }
+          if (ahead) __builtin_prefetch(y + c);
           if (steps() == 1 && far) {
             __builtin_prefetch(grad + grad_step + c);
             __builtin_prefetch(y + y_step + c);
@@ -218,9 +216,9 @@ void backward_columns(const BackwardArgs& args, const Threads& threads) {
       for_each_vector<kSize>(width, [=, &formulas](int64_t c, auto lanes) SOFTMAX_EXT_LAMBDA {
         const ColumnBackward<op, V> formula = formulas[c / kSize];
         for (int64_t k = 0; k < steps(); ++k) {
-          write_vector<write, T>(grad_input + k * grad_input_step + c, lanes,
-                                 formula.of(load(grad + k * grad_step + c, lanes, A(0)),
-                                            load(y + k * y_step + c, lanes, A(0))));
+          write_vector<T>(streamed, grad_input + k * grad_input_step + c, lanes,
+                          formula.of(load(grad + k * grad_step + c, lanes, A(0)),
+                                     load(y + k * y_step + c, lanes, A(0))));
         }
       });
     });

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "formulas.h"
 #include "softmax_ext/problem.h"
@@ -32,7 +31,7 @@ inline bool is_streamed(const Shape& shape, const Dims& dims, const Strides& str
                         const void* output, DType dtype, bool is_new) {
   constexpr int64_t kBeyondCaches = int64_t{1} << 25, kLine = 64;
   const int64_t size = size_of(dtype);
-  if (is_new || shape.numel() * size < kBeyondCaches) return false;
+  if (!kStreams || is_new || shape.numel() * size < kBeyondCaches) return false;
   const int64_t stretch = (shape.inner == 1 ? shape.dim : shape.inner) * size;
   const uintptr_t address = reinterpret_cast<uintptr_t>(output);
   bool whole_lines = stretch % kLine == 0 && (shape.inner == 1 || strides.dim * size % kLine == 0);
@@ -40,13 +39,6 @@ inline bool is_streamed(const Shape& shape, const Dims& dims, const Strides& str
   if (shape.inner > 1 && !(whole_lines && address % kLine == 0)) return false;
   // Memory from elsewhere may begin between two elements.
   return address % size == 0 && stretch >= (whole_lines ? 8 : 16) * kLine;
-}
-
-// f(std::integral_constant<Write, ...>{}).
-template <class F>
-void visit(bool streamed, F f) {
-  if (streamed) return f(std::integral_constant<Write, Write::kStreamed>{});
-  f(std::integral_constant<Write, Write::kCached>{});
 }
 
 }  // namespace

@@ -8,13 +8,14 @@
 namespace softmax_ext::cpu {
 namespace {
 
-template <Divergence kind, Write write, class T, class A = compute_t<T>>
-SOFTMAX_EXT_INLINE void store_divergence_gradient(const DivergenceBackwardArgs& args, int64_t row,
-                                                  const T* x, const T* y, T* grad, bool of_teacher,
-                                                  int64_t n) {
+template <Divergence kind, class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE void store_divergence_gradient(bool streamed, const DivergenceBackwardArgs& args,
+                                                  int64_t row, const T* x, const T* y, T* grad,
+                                                  bool of_teacher, int64_t n) {
   using V = Vec<A>;
   if (is_left_out<A>(args.of, row)) {
-    return store_each<write, T>(grad, n, [](int64_t, auto) SOFTMAX_EXT_LAMBDA { return V(A(0)); });
+    return store_each<T>(streamed, grad, n,
+                         [](int64_t, auto) SOFTMAX_EXT_LAMBDA { return V(A(0)); });
   }
   double g = static_cast<double>(static_cast<const A*>(args.grad)[row * args.grad_step]);
   g *= args.grad_factor * args.of.factor;
@@ -25,7 +26,7 @@ SOFTMAX_EXT_INLINE void store_divergence_gradient(const DivergenceBackwardArgs& 
   const V factor(static_cast<A>(args.of.factor)), beta(static_cast<A>(args.of.beta));
   const V share(static_cast<A>(g)), zero(A(0));
   const auto store_gradient = [=](auto gradient) SOFTMAX_EXT_LAMBDA {
-    store_each<write, T>(grad, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+    store_each<T>(streamed, grad, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       return share * gradient(elements_of<kind>(of_row, factor, beta, load(x + i, lanes, A(0)),
                                                 load(y + i, lanes, A(0))));
     });
@@ -43,8 +44,9 @@ SOFTMAX_EXT_INLINE void store_divergence_gradient(const DivergenceBackwardArgs& 
   }
 }
 
-template <Divergence kind, Write write, class T>
-void divergence_gradients_of_rows(const DivergenceBackwardArgs& args, const Threads& threads) {
+template <Divergence kind, class T>
+void divergence_gradients_of_rows(const DivergenceBackwardArgs& args, const Threads& threads,
+                                  bool streamed) {
   using A = compute_t<T>;
   const int64_t dim = args.shape.dim, chunks = ceil_div(dim, kChunk<A>);
   const Slices<const T> teacher(args.dims, args.teacher_strides,
@@ -59,9 +61,9 @@ void divergence_gradients_of_rows(const DivergenceBackwardArgs& args, const Thre
                    for (const bool of_teacher : {false, true}) {
                      void* const grad = of_teacher ? args.grad_teacher : args.grad_student;
                      if (grad == nullptr) continue;
-                     store_divergence_gradient<kind, write>(
-                         args, row, x, y, static_cast<T*>(grad) + row * dim + first, of_teacher,
-                         std::min(kChunk<A>, dim - first));
+                     store_divergence_gradient<kind>(streamed, args, row, x, y,
+                                                     static_cast<T*>(grad) + row * dim + first,
+                                                     of_teacher, std::min(kChunk<A>, dim - first));
                    }
                  }
                });
@@ -79,9 +81,7 @@ void SOFTMAX_EXT_OF_ISA(launch_divergence_backward)(const DivergenceBackwardArgs
   }
   visit(args.dtype, [&](auto element) {
     visit(divergence_of(args.of.beta), [&](auto kind) {
-      visit(streamed, [&](auto write) {
-        divergence_gradients_of_rows<kind(), write(), decltype(element)>(args, threads);
-      });
+      divergence_gradients_of_rows<kind(), decltype(element)>(args, threads, streamed);
     });
   });
 }

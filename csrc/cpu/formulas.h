@@ -77,12 +77,11 @@ SOFTMAX_EXT_INLINE forward_t<op, T> formula_of(OnlineState<double> row) {
 template <class Lanes>
 constexpr bool kWhole = std::is_same_v<Lanes, All>;
 
-// How an output is written.
-enum class Write { kCached, kStreamed };
-
 // A first look at the output while stores pass the caches would wait behind them.
-template <Op op, Write write>
-constexpr bool kAhead = op == Op::kLogSoftmax && write == Write::kStreamed;
+template <Op op>
+constexpr bool is_ahead(bool streamed) {
+  return op == Op::kLogSoftmax && streamed;
+}
 
 }  // namespace
 }  // namespace softmax_ext::cpu

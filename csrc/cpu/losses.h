@@ -226,22 +226,22 @@ inline bool is_ignored(const Loss& loss, const LossGrads& grads, int64_t target)
 
 // The gradients of the n elements from `first` on of a row, which is one in all lanes; y may be x. A target
 // that is ignored is no class, also where ignore_index is one.
-template <bool kGeneral, Write write, class T, class A = compute_t<T>>
-SOFTMAX_EXT_INLINE void store_loss_gradient(const Loss& loss, const LossGrads& grads, const T* x,
-                                            T* y, int64_t first, int64_t n, int64_t target,
-                                            const LossRows<Vec<A>>& row) {
+template <bool kGeneral, class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE void store_loss_gradient(bool streamed, const Loss& loss, const LossGrads& grads,
+                                            const T* x, T* y, int64_t first, int64_t n,
+                                            int64_t target, const LossRows<Vec<A>>& row) {
   using V = Vec<A>;
   x += first;
   y += first;
   if (is_ignored(loss, grads, target)) {
-    store_each<write, T>(y, n, [](int64_t, auto) SOFTMAX_EXT_LAMBDA { return V(A(0)); });
+    store_each<T>(streamed, y, n, [](int64_t, auto) SOFTMAX_EXT_LAMBDA { return V(A(0)); });
     return;
   }
   const ScoreOf<kGeneral, V> score_of(loss);
   const A of_target = score_of.gradient(row.of_target, row.score).raw[0];
   const bool is_smooth = kGeneral && loss.smoothing != 0;
   if (target == loss.ignore_index) target = -1;
-  store_each<write, T>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+  store_each<T>(streamed, y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
     const V z = score_of(load(x + i, lanes, A(0)));
     V result =
         row.template of<kGeneral>(z, is_smooth ? weights_of<A>(loss, first + i, lanes) : V(A(0)));
@@ -260,10 +260,10 @@ struct LossTile {
 };
 
 // The gradients of `width` columns side by side, of which rows has a register each; y may be x.
-template <bool kGeneral, Write write, class T, class V>
-SOFTMAX_EXT_INLINE void store_loss_gradient(const Loss& loss, const LossGrads& grads, int64_t dim,
-                                            int64_t width, const int64_t* target, LossRows<V>* rows,
-                                            LossTile<const T> x, LossTile<T> y) {
+template <bool kGeneral, class T, class V>
+SOFTMAX_EXT_INLINE void store_loss_gradient(bool streamed, const Loss& loss, const LossGrads& grads,
+                                            int64_t dim, int64_t width, const int64_t* target,
+                                            LossRows<V>* rows, LossTile<const T> x, LossTile<T> y) {
   using A = compute_t<T>;
   using RawInt = typename V::RawInt;
   using Lane = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
@@ -291,7 +291,7 @@ SOFTMAX_EXT_INLINE void store_loss_gradient(const Loss& loss, const LossGrads& g
         const auto is_target = of_columns == static_cast<Lane>(d + k);
         V result = is_target ? row.of_target.raw : other.raw;
         if (!all_count) result = of_columns >= 0 ? result.raw : typename V::Raw{};
-        write_vector<write, T>(to + k * y.step + c, lanes, result);
+        write_vector<T>(streamed, to + k * y.step + c, lanes, result);
       }
     });
   });

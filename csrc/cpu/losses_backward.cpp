@@ -19,8 +19,8 @@ SOFTMAX_EXT_INLINE LossRows<Vec<A>> loss_rows(const LossBackwardArgs& args, int6
                        args.entropy == nullptr ? Vec<A>(A(0)) : of_rows(args.entropy)});
 }
 
-template <bool kGeneral, Write write, class T>
-void gradient_of_rows(const LossBackwardArgs& args, const Threads& threads) {
+template <bool kGeneral, class T>
+void gradient_of_rows(const LossBackwardArgs& args, const Threads& threads, bool streamed) {
   using A = compute_t<T>;
   const int64_t dim = args.shape.dim;
   const Strides of_rows = row_strides(args.dims, 1);
@@ -37,29 +37,28 @@ void gradient_of_rows(const LossBackwardArgs& args, const Threads& threads) {
             const Few<T>& y) {
           const auto rows = rows_of(targets.first, targets.next, count);
           for (int64_t r = 0; r < count; ++r) {
-            store_loss_gradient<kGeneral, write>(args.loss, args.grads, x[r], y[r], 0, dim,
-                                                 targets.first[r * targets.next], of_lane(rows, r));
+            store_loss_gradient<kGeneral>(streamed, args.loss, args.grads, x[r], y[r], 0, dim,
+                                          targets.first[r * targets.next], of_lane(rows, r));
           }
         },
         input, target, output);
     return;
   }
   const int64_t chunks = ceil_div(dim, kChunk<A>);
-  parallel_for(threads, args.shape.rows() * chunks, grain<A>(kChunk<A>),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t row = begin / chunks; row * chunks < end; ++row) {
-                   const int64_t first = std::max<int64_t>(begin - row * chunks, 0) * kChunk<A>;
-                   const int64_t n = std::min(dim, (end - row * chunks) * kChunk<A>) - first;
-                   const int64_t* const target = args.loss.target + row;
-                   store_loss_gradient<kGeneral, write>(args.loss, args.grads, input[row],
-                                                        output[row], first, n, *target,
-                                                        of_lane(rows_of(target, 1, 1), 0));
-                 }
-               });
+  parallel_for(
+      threads, args.shape.rows() * chunks, grain<A>(kChunk<A>), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin / chunks; row * chunks < end; ++row) {
+          const int64_t first = std::max<int64_t>(begin - row * chunks, 0) * kChunk<A>;
+          const int64_t n = std::min(dim, (end - row * chunks) * kChunk<A>) - first;
+          const int64_t* const target = args.loss.target + row;
+          store_loss_gradient<kGeneral>(streamed, args.loss, args.grads, input[row], output[row],
+                                        first, n, *target, of_lane(rows_of(target, 1, 1), 0));
+        }
+      });
 }
 
-template <bool kGeneral, Write write, class T>
-void gradient_of_columns(const LossBackwardArgs& args, const Threads& threads) {
+template <bool kGeneral, class T>
+void gradient_of_columns(const LossBackwardArgs& args, const Threads& threads, bool streamed) {
   using A = compute_t<T>;
   using V = Vec<A>;
   constexpr int kSize = V::kSize;
@@ -75,9 +74,9 @@ void gradient_of_columns(const LossBackwardArgs& args, const Threads& threads) {
       rows[c / kSize] =
           loss_rows<A>(args, row + c, 1, std::min<int64_t>(kSize, width - c), target + c);
     }
-    store_loss_gradient<kGeneral, write, T>(args.loss, args.grads, args.shape.dim, width, target,
-                                            rows, {input[slice] + column, step},
-                                            {output[slice] + column, y_step});
+    store_loss_gradient<kGeneral, T>(streamed, args.loss, args.grads, args.shape.dim, width, target,
+                                     rows, {input[slice] + column, step},
+                                     {output[slice] + column, y_step});
   });
 }
 
@@ -88,16 +87,14 @@ void SOFTMAX_EXT_OF_ISA(launch_loss_backward)(const LossBackwardArgs& args,
   const bool streamed = is_streamed(args.shape, args.dims, args.grad_input_strides, args.grad_input,
                                     args.dtype, args.grad_input_is_new);
   visit(args.dtype, [&](auto element) {
-    visit(streamed, [&](auto write) {
-      using T = decltype(element);
-      const bool is_general = args.loss.is_general() || args.grads.entropy != nullptr;
-      if (args.shape.inner > 1) {
-        return is_general ? gradient_of_columns<true, write(), T>(args, threads)
-                          : gradient_of_columns<false, write(), T>(args, threads);
-      }
-      is_general ? gradient_of_rows<true, write(), T>(args, threads)
-                 : gradient_of_rows<false, write(), T>(args, threads);
-    });
+    using T = decltype(element);
+    const bool is_general = args.loss.is_general() || args.grads.entropy != nullptr;
+    if (args.shape.inner > 1) {
+      return is_general ? gradient_of_columns<true, T>(args, threads, streamed)
+                        : gradient_of_columns<false, T>(args, threads, streamed);
+    }
+    is_general ? gradient_of_rows<true, T>(args, threads, streamed)
+               : gradient_of_rows<false, T>(args, threads, streamed);
   });
 }
 

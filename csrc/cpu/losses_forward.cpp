@@ -302,9 +302,9 @@ void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
               loss_rows<A>(args, targets.first - args.loss.target, targets.next, count,
                            Targets<A>(args.loss, targets.first, targets.next, count), numbers);
           for (int64_t r = 0; r < count; ++r) {
-            store_loss_gradient<kGeneral, Write::kCached>(
-                args.loss, args.grads, x[r], gradient_over(args, x[r]), 0, dim,
-                targets.first[r * targets.next], of_lane(rows, r));
+            store_loss_gradient<kGeneral>(/*streamed=*/false, args.loss, args.grads, x[r],
+                                          gradient_over(args, x[r]), 0, dim,
+                                          targets.first[r * targets.next], of_lane(rows, r));
           }
         },
         input, target);
@@ -362,9 +362,9 @@ void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
         }
         if (!has_gradient) return;
         const auto rows = loss_rows<A>(args, row, 1, 1, targets, numbers);
-        store_loss_gradient<kGeneral, Write::kCached>(args.loss, args.grads, input[row],
-                                                      gradient_over(args, input[row]), i, n,
-                                                      *target, of_lane(rows, 0));
+        store_loss_gradient<kGeneral>(/*streamed=*/false, args.loss, args.grads, input[row],
+                                      gradient_over(args, input[row]), i, n, *target,
+                                      of_lane(rows, 0));
       });
 }
 
@@ -460,9 +460,8 @@ void loss_of_columns(const LossForwardArgs& args, const Threads& threads) {
       }
     }
     if (args.grad_input == nullptr) return;
-    store_loss_gradient<kGeneral, Write::kCached, T>(args.loss, args.grads, dim, width, target,
-                                                     rows, {tile, step},
-                                                     {gradient_over(args, tile), step});
+    store_loss_gradient<kGeneral, T>(/*streamed=*/false, args.loss, args.grads, dim, width, target,
+                                     rows, {tile, step}, {gradient_over(args, tile), step});
   });
 }
 

@@ -8,8 +8,9 @@
 namespace softmax_ext::cpu {
 namespace {
 
-template <bool kGeneral, Write write, class T>
-void gradients_of_probabilities(const ProbabilityBackwardArgs& args, const Threads& threads) {
+template <bool kGeneral, class T>
+void gradients_of_probabilities(const ProbabilityBackwardArgs& args, const Threads& threads,
+                                bool streamed) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const int64_t dim = args.shape.dim, chunks = ceil_div(dim, kChunk<A>);
@@ -35,22 +36,21 @@ void gradients_of_probabilities(const ProbabilityBackwardArgs& args, const Threa
       }
       if (args.grad_lse != nullptr) of_all = of_all + V(static_cast<const A*>(args.grad_lse)[row]);
       of_all = of_all * share;
-      store_each<write, T>(static_cast<T*>(args.grad_input) + row * dim + first, n,
-                           [=, &loss](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-                             const V z = score_of(load(x + i, lanes, A(0)));
-                             const V u = weights_of<A>(loss, first + i, lanes) *
-                                         fma_of(load(p + i, lanes, A(0)), of_target, of_each);
-                             return score_of.gradient(
-                                 of_all * exp_of_nonpositive(z - shift) - g * u, z);
-                           });
+      store_each<T>(streamed, static_cast<T*>(args.grad_input) + row * dim + first, n,
+                    [=, &loss](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+                      const V z = score_of(load(x + i, lanes, A(0)));
+                      const V u = weights_of<A>(loss, first + i, lanes) *
+                                  fma_of(load(p + i, lanes, A(0)), of_target, of_each);
+                      return score_of.gradient(of_all * exp_of_nonpositive(z - shift) - g * u, z);
+                    });
     }
     if (args.grad_target != nullptr) {
-      store_each<write, T>(static_cast<T*>(args.grad_target) + row * dim + first, n,
-                           [=, &loss](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-                             const V z = score_of(load(x + i, lanes, A(0)));
-                             return g * of_target * weights_of<A>(loss, first + i, lanes) *
-                                    (log_sum - (z - shift));
-                           });
+      store_each<T>(streamed, static_cast<T*>(args.grad_target) + row * dim + first, n,
+                    [=, &loss](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+                      const V z = score_of(load(x + i, lanes, A(0)));
+                      return g * of_target * weights_of<A>(loss, first + i, lanes) *
+                             (log_sum - (z - shift));
+                    });
     }
   };
   parallel_for(threads, args.shape.rows() * chunks, grain<A>(2 * std::min(dim, kChunk<A>)),
@@ -71,11 +71,9 @@ void SOFTMAX_EXT_OF_ISA(launch_probability_backward)(const ProbabilityBackwardAr
   }
   const bool is_general = args.loss.factor != 1 || args.loss.softcap != 0;
   visit(args.dtype, [&](auto element) {
-    visit(streamed, [&](auto write) {
-      using T = decltype(element);
-      is_general ? gradients_of_probabilities<true, write(), T>(args, threads)
-                 : gradients_of_probabilities<false, write(), T>(args, threads);
-    });
+    using T = decltype(element);
+    is_general ? gradients_of_probabilities<true, T>(args, threads, streamed)
+               : gradients_of_probabilities<false, T>(args, threads, streamed);
   });
 }
 

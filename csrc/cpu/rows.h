@@ -54,12 +54,13 @@ SOFTMAX_EXT_INLINE Vec<A> lane_sum_of_exp(const T* x, A* kept, int64_t n, A max,
       Add{});
 }
 
-// y[i] = value(i, lanes), computed from elements of type From, for each vector of [0, n).
-template <Write write, class From, class T, class Value>
-SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
+// y[i] = value(i, lanes), computed from elements of type From, for each vector of [0, n). streamed: past the
+// caches.
+template <class From, class T, class Value>
+SOFTMAX_EXT_INLINE void store_each(bool streamed, T* y, int64_t n, Value value) {
   constexpr int64_t kSize = Vec<compute_t<From>>::kSize;
   int64_t begin = 0;
-  if constexpr (write == Write::kStreamed) {
+  if (streamed) [[unlikely]] {  // short rows never are
     constexpr int64_t kBytes = kSize * sizeof(T);
     const int64_t beyond = static_cast<int64_t>(reinterpret_cast<uintptr_t>(y)) % kBytes;
     if (beyond != 0) {
@@ -73,10 +74,10 @@ SOFTMAX_EXT_INLINE void store_each(T* y, int64_t n, Value value) {
   });
 }
 
-template <Write write, class T, class Formula>
-SOFTMAX_EXT_INLINE void store_output(const T* x, T* y, int64_t n, Formula formula) {
+template <class T, class Formula>
+SOFTMAX_EXT_INLINE void store_output(bool streamed, const T* x, T* y, int64_t n, Formula formula) {
   using A = compute_t<T>;
-  store_each<write, T>(y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+  store_each<T>(streamed, y, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
     return formula.of(load(x + i, lanes, A(0)));
   });
 }
@@ -127,18 +128,19 @@ void forward_rows_of_a_register(const Few<const T>& x, const Few<T>& y, int64_t 
 
 // `rows` rows of n elements, together or alone at most one chunk. Step by step for all of them, which
 // hides the latency of each step.
-template <Op op, Write write, class T>
-void forward_short_rows(const Few<const T>& x, const Few<T>& y, int64_t n, int64_t rows) {
+template <Op op, class T>
+void forward_short_rows(const Few<const T>& x, const Few<T>& y, int64_t n, int64_t rows,
+                        bool streamed) {
   using A = compute_t<T>;
   using V = Vec<A>;
   if (n <= V::kSize) return forward_rows_of_a_register<op>(x, y, n, rows);
   // The exps are kept in the output's memory, or beside it where that is narrower, or streamed to.
   constexpr bool kKeep = op == Op::kSoftmax;
-  constexpr bool kStreamed = write == Write::kStreamed;
-  constexpr bool kInOutput = std::is_same_v<T, A> && !kStreamed;
-  alignas(64) A scratch[kKeep && !kInOutput ? kChunk<A> : 1];
+  alignas(64) A scratch[kKeep ? kChunk<A> : 1];
   const auto kept_of = [&](int64_t r) SOFTMAX_EXT_LAMBDA -> A* {
-    if constexpr (kInOutput) return y[r];
+    if constexpr (std::is_same_v<T, A>) {
+      if (!streamed) return y[r];
+    }
     return scratch + (kKeep ? r * n : 0);
   };
   V lanes[V::kSize];
@@ -146,7 +148,7 @@ void forward_short_rows(const Few<const T>& x, const Few<T>& y, int64_t n, int64
   for (int64_t r = 0; r < rows; ++r) lanes[r] = lane_max(x[r], n);
   max_over_lanes(lanes, rows, maxes);
   for (int64_t r = 0; r < rows; ++r) {
-    lanes[r] = lane_sum_of_exp<kKeep>(x[r], kept_of(r), n, maxes[r], /*keep_all=*/kStreamed);
+    lanes[r] = lane_sum_of_exp<kKeep>(x[r], kept_of(r), n, maxes[r], /*keep_all=*/streamed);
   }
   const ExactSum<V> sum = exact_sum_over_lanes(lanes, rows);
   const auto formulas = formula_of<op, T>(load(maxes, All{}, A(0)), sum.sum, sum.rest);
@@ -154,12 +156,13 @@ void forward_short_rows(const Few<const T>& x, const Few<T>& y, int64_t n, int64
     const auto formula = of_lane(formulas, r);
     const T* row = x[r];
     const A* kept = kept_of(r);
-    store_each<write, T>(y[r], n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-      if constexpr (kKeep && (kWhole<decltype(lanes)> || kStreamed)) {
-        return formula.of_exp(load(kept + i, lanes, A(0)));
-      } else {
-        return formula.of(load(row + i, lanes, A(0)));
+    store_each<T>(streamed, y[r], n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+      if constexpr (kKeep) {
+        if (kWhole<decltype(lanes)> || streamed) {
+          return formula.of_exp(load(kept + i, lanes, A(0)));
+        }
       }
+      return formula.of(load(row + i, lanes, A(0)));
     });
   }
 }
@@ -237,8 +240,8 @@ void reduce_and_store(int64_t rows, int64_t dim, const Input& input, const Threa
   });
 }
 
-template <Op op, class T, Write write>
-void forward_rows(const ForwardArgs& args, const Threads& threads) {
+template <Op op, class T>
+void forward_rows(const ForwardArgs& args, const Threads& threads, bool streamed) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const int64_t rows = args.shape.rows(), dim = args.shape.dim;
@@ -255,7 +258,7 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
               for (int64_t i = 0; i < dim; i += kLine) __builtin_prefetch(x[r] + i);
             }
           }
-          forward_short_rows<op, write>(x, y, dim, count);
+          forward_short_rows<op>(x, y, dim, count, streamed);
         },
         input.slices, output);
     return;
@@ -264,15 +267,15 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
   // relative to the chunk's max, and so are weighted by exp(that - the row's max). An output that is
   // streamed keeps none, but has the same bits.
   constexpr bool kByChunk = op == Op::kSoftmax && std::is_same_v<T, A>;
-  constexpr bool kKeep = kByChunk && write == Write::kCached;
   const bool by_chunk = kByChunk && dim * static_cast<int64_t>(sizeof(A)) <= kKeptRow;
+  const bool keeps = by_chunk && !streamed;
   reduce_and_store<OnlineState<double>, A>(
       rows, dim, input, threads,
       [&](int64_t row, int64_t i, int64_t n) {
         const T* x = input.slices[row] + i;
         const A max = max_over_lanes(lane_max(x, n));
-        if constexpr (kKeep) {
-          if (by_chunk) {
+        if constexpr (kByChunk) {
+          if (keeps) {
             const auto sum = lane_sum_of_exp<true>(x, output[row] + i, n, max, /*keep_all=*/true);
             return OnlineState<double>{max, exact_sum_over_lanes(sum)};
           }
@@ -291,15 +294,15 @@ void forward_rows(const ForwardArgs& args, const Threads& threads) {
             const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
             const V shift = shift_of(V(static_cast<A>(of_chunk.max)));
             const T* kept = y;
-            store_each<write, T>(y, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-              const V e = kKeep ? load(kept + k, lanes, A(0))
+            store_each<T>(streamed, y, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+              const V e = keeps ? load(kept + k, lanes, A(0))
                                 : exp_of_nonpositive(load(x + k, lanes, kLowest<A>) - shift);
               return formula.of_exp(e * weight);
             });
             return;
           }
         }
-        store_output<write>(x, y, n, formula);
+        store_output(streamed, x, y, n, formula);
       });
 }
 
@@ -316,32 +319,33 @@ SOFTMAX_EXT_INLINE V lane_sum_of_terms(const T* grad, const T* y, int64_t n, boo
       Add{});
 }
 
-template <Op op, Write write, class T, class G, class A = compute_t<T>>
-SOFTMAX_EXT_INLINE void store_gradient(const T* grad, const T* y, G* grad_input, int64_t n, A sum) {
+template <Op op, class T, class G, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE void store_gradient(bool streamed, const T* grad, const T* y, G* grad_input,
+                                       int64_t n, A sum) {
   const Backward<op, Vec<A>> formula{sum};
-  store_each<write, T>(grad_input, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+  store_each<T>(streamed, grad_input, n, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
     return formula.of(load(grad + k, lanes, A(0)), load(y + k, lanes, A(0)));
   });
 }
 
-template <Op op, Write write, class T, class G>
+template <Op op, class T, class G>
 void backward_short_rows(Few<const T> grads, Few<const T> outputs, Few<G> grad_inputs, int64_t dim,
-                         int64_t rows) {
+                         int64_t rows, bool streamed) {
   using A = compute_t<T>;
   using V = Vec<A>;
   V lanes[V::kSize];
   alignas(64) A sums[V::kSize];
   for (int64_t r = 0; r < rows; ++r) {
-    lanes[r] = lane_sum_of_terms<op>(grads[r], outputs[r], dim, kAhead<op, write>);
+    lanes[r] = lane_sum_of_terms<op>(grads[r], outputs[r], dim, is_ahead<op>(streamed));
   }
   rounded_sum_over_lanes(lanes, rows, sums);
   for (int64_t r = 0; r < rows; ++r) {
-    store_gradient<op, write>(grads[r], outputs[r], grad_inputs[r], dim, sums[r]);
+    store_gradient<op>(streamed, grads[r], outputs[r], grad_inputs[r], dim, sums[r]);
   }
 }
 
-template <Op op, class T, class G, Write write>
-void backward_rows(const BackwardArgs& args, const Threads& threads) {
+template <Op op, class T, class G>
+void backward_rows(const BackwardArgs& args, const Threads& threads, bool streamed) {
   using A = compute_t<T>;
   const int64_t dim = args.shape.dim;
   const Gradients<T, G> tensors(args);
@@ -350,12 +354,12 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
         args.shape, args.dims, tensors.grads, kChunk<A> / 4, threads,
         [&](int64_t count, const Few<const T>& grads, const Few<const T>& outputs,
             const Few<G>& grad_inputs) {
-          backward_short_rows<op, write>(grads, outputs, grad_inputs, dim, count);
+          backward_short_rows<op>(grads, outputs, grad_inputs, dim, count, streamed);
         },
         tensors.grads.slices, tensors.outputs, tensors.grad_inputs);
     return;
   }
-  const bool ahead = kAhead<op, write> && dim * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
+  const bool ahead = is_ahead<op>(streamed) && dim * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
   reduce_and_store<Sum, A>(
       args.shape.rows(), dim, tensors.grads, threads,
       [&](int64_t row, int64_t i, int64_t n) {
@@ -363,8 +367,8 @@ void backward_rows(const BackwardArgs& args, const Threads& threads) {
                                                               tensors.outputs[row] + i, n, ahead))};
       },
       [&](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
-        store_gradient<op, write>(tensors.grads.slices[row] + i, tensors.outputs[row] + i,
-                                  tensors.grad_inputs[row] + i, n, static_cast<A>(of_row.sum));
+        store_gradient<op>(streamed, tensors.grads.slices[row] + i, tensors.outputs[row] + i,
+                           tensors.grad_inputs[row] + i, n, static_cast<A>(of_row.sum));
       });
 }
 

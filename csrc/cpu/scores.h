@@ -448,18 +448,18 @@ struct Unplaced {
 };
 
 // y is `value` but for the registers of a chunk of n, which are result(i, lanes).
-template <Write write, class T, class A = compute_t<T>, class Result>
-SOFTMAX_EXT_INLINE void store_chunk(T* y, int64_t n, Registers<A> registers, A value,
+template <class T, class A = compute_t<T>, class Result>
+SOFTMAX_EXT_INLINE void store_chunk(bool streamed, T* y, int64_t n, Registers<A> registers, A value,
                                     Result result) {
   const auto fill = [=](T* to, int64_t count) SOFTMAX_EXT_LAMBDA {
-    store_each<write, T>(to, count,
-                         [=](int64_t, auto) SOFTMAX_EXT_LAMBDA { return Vec<A>(value); });
+    store_each<T>(streamed, to, count,
+                  [=](int64_t, auto) SOFTMAX_EXT_LAMBDA { return Vec<A>(value); });
   };
   const int64_t end = std::min(registers.end, n);
   if (registers.begin > 0) fill(y, registers.begin);
-  store_each<write, T>(y + registers.begin, end - registers.begin,
-                       [=](int64_t i, auto lanes)
-                           SOFTMAX_EXT_LAMBDA { return result(registers.begin + i, lanes); });
+  store_each<T>(streamed, y + registers.begin, end - registers.begin,
+                [=](int64_t i, auto lanes)
+                    SOFTMAX_EXT_LAMBDA { return result(registers.begin + i, lanes); });
   if (end < n) fill(y + end, n - end);
 }
 

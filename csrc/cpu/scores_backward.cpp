@@ -119,9 +119,9 @@ SOFTMAX_EXT_INLINE V unless_zero(V dz, V value) {
 
 // Stores the gradients of the n elements from `first` on, at most a chunk. sum: of the row's terms. kMore: as
 // wants_more.
-template <ScoreOp op, Write write, bool kMore, class T, class A = compute_t<T>>
-SOFTMAX_EXT_INLINE Stored store_gradients(const GradientRow<T>& row, int64_t first, int64_t n,
-                                          A sum, bool is_safe) {
+template <ScoreOp op, bool kMore, class T, class A = compute_t<T>>
+SOFTMAX_EXT_INLINE Stored store_gradients(bool streamed, const GradientRow<T>& row, int64_t first,
+                                          int64_t n, A sum, bool is_safe) {
   using V = Vec<A>;
   constexpr bool kOfLse = op == ScoreOp::kLogSumExp;
   const Range range = within(row.scores.range, first, n);
@@ -141,35 +141,34 @@ SOFTMAX_EXT_INLINE Stored store_gradients(const GradientRow<T>& row, int64_t fir
   const bool needs_input = has_softcap || row.grad_scale != nullptr;
   const T* const x = kMore && needs_input ? row.input + first : nullptr;
   A* const grad_mask = row.grad_mask == nullptr ? nullptr : row.grad_mask + first;
-  store_chunk<write>(row.grad_input + first, n, Registers<A>(range), A(0),
-                     [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-                       V dz;
-                       if constexpr (kOfLse) {
-                         dz = formula.of(V(), exp_of_nonpositive(load(z + i, All{}, A(0)) - lse));
-                         dz = filled(dz, lanes, A(0));
-                       } else {
-                         const V output = load(y + i, lanes, A(0));
-                         dz = formula.of(load(grad + i, lanes, A(0)), output);
-                         if (op == ScoreOp::kLogSoftmax && is_safe)
-                           dz = zero_where_lowest(dz, output);
-                       }
-                       if (grad_mask != nullptr) {
-                         const V terms = load(grad_mask + i, All{}, A(0));
-                         store(grad_mask + i, All{}, terms + filled(dz, lanes, A(0)));
-                       }
-                       if constexpr (kMore) {
-                         if (sums_mask) *of_mask = *of_mask + filled(dz, lanes, A(0));
-                         if (x != nullptr) {
-                           const V input = load(x + i, lanes, A(0));
-                           if (has_softcap) {
-                             const V t = capped_of(input * scale, softcap, inverse) * inverse;
-                             dz = unless_zero(dz, dz * (V(A(1)) - t * t));
-                           }
-                           *of_scale = *of_scale + unless_zero(dz, dz * input);
-                         }
-                       }
-                       return dz * scale;
-                     });
+  store_chunk(streamed, row.grad_input + first, n, Registers<A>(range), A(0),
+              [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+                V dz;
+                if constexpr (kOfLse) {
+                  dz = formula.of(V(), exp_of_nonpositive(load(z + i, All{}, A(0)) - lse));
+                  dz = filled(dz, lanes, A(0));
+                } else {
+                  const V output = load(y + i, lanes, A(0));
+                  dz = formula.of(load(grad + i, lanes, A(0)), output);
+                  if (op == ScoreOp::kLogSoftmax && is_safe) dz = zero_where_lowest(dz, output);
+                }
+                if (grad_mask != nullptr) {
+                  const V terms = load(grad_mask + i, All{}, A(0));
+                  store(grad_mask + i, All{}, terms + filled(dz, lanes, A(0)));
+                }
+                if constexpr (kMore) {
+                  if (sums_mask) *of_mask = *of_mask + filled(dz, lanes, A(0));
+                  if (x != nullptr) {
+                    const V input = load(x + i, lanes, A(0));
+                    if (has_softcap) {
+                      const V t = capped_of(input * scale, softcap, inverse) * inverse;
+                      dz = unless_zero(dz, dz * (V(A(1)) - t * t));
+                    }
+                    *of_scale = *of_scale + unless_zero(dz, dz * input);
+                  }
+                }
+                return dz * scale;
+              });
   if constexpr (!kMore) return {};
   return {exact_sum_over_lanes(sums[0]), exact_sum_over_lanes(sums[1])};
 }
@@ -193,9 +192,9 @@ SOFTMAX_EXT_INLINE void store_of_row(const GradientRow<T>& row, A sum, Stored st
 }
 
 // `count` rows from `begin` on, of at most a chunk, or one.
-template <ScoreOp op, Write write, bool kMore, class T>
+template <ScoreOp op, bool kMore, class T>
 void score_gradients_of_rows(const ScoreBackwardArgs& args, const GradientRows<T>& rows,
-                             int64_t begin, int64_t count) {
+                             int64_t begin, int64_t count, bool streamed) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const int64_t dim = args.shape.dim;
@@ -221,8 +220,8 @@ void score_gradients_of_rows(const ScoreBackwardArgs& args, const GradientRows<T
     const GradientRow<T> row = rows[begin + r];
     Stored stored;
     for (int64_t i = 0; i < dim; i += kChunk<A>) {
-      stored.add(store_gradients<op, write, kMore>(row, i, std::min(kChunk<A>, dim - i), sums[r],
-                                                   is_safe));
+      stored.add(store_gradients<op, kMore>(streamed, row, i, std::min(kChunk<A>, dim - i), sums[r],
+                                            is_safe));
     }
     if constexpr (kMore) store_of_row<op>(row, sums[r], stored);
   }
@@ -234,8 +233,9 @@ constexpr int64_t few_rows(int64_t dim) {
   return std::clamp<int64_t>(kChunk<A> / 4 / dim, 1, Vec<A>::kSize);
 }
 
-template <ScoreOp op, Write write, class T>
-void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& threads) {
+template <ScoreOp op, class T>
+void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& threads,
+                                  bool streamed) {
   using A = compute_t<T>;
   const int64_t dim = args.shape.dim, chunks = ceil_div(dim, kChunk<A>);
   const bool is_safe = args.scores.is_safe();
@@ -257,7 +257,8 @@ void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& 
       },
       [&](int64_t row, int64_t i, int64_t n, Sum, Sum of_row) {
         const A sum = static_cast<A>(of_row.sum);
-        const Stored of_chunk = store_gradients<op, write, true>(row_of(row), i, n, sum, is_safe);
+        const Stored of_chunk =
+            store_gradients<op, true>(streamed, row_of(row), i, n, sum, is_safe);
         if (has_more) stored.data()[row * chunks + i / kChunk<A>] = of_chunk;
         if (i == 0) sums.data()[row] = sum;
       });
@@ -268,8 +269,9 @@ void score_gradients_of_long_rows(const ScoreBackwardArgs& args, const Threads& 
   }
 }
 
-template <ScoreOp op, Write write, bool kMore, class T>
-void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& threads) {
+template <ScoreOp op, bool kMore, class T>
+void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& threads,
+                               bool streamed) {
   using A = compute_t<T>;
   // So many terms of an element's sum are added to each other before they are to the rest.
   constexpr int64_t kTerms = 32;
@@ -328,7 +330,7 @@ void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& thr
           const int64_t count = std::min(few, left);
           GradientRows<T> of_run(args, Place{&dims, index, static_cast<int>(along)});
           of_run.add_to(terms.data() + (row - first) * apart, apart);
-          score_gradients_of_rows<op, write, kMore>(args, of_run, 0, count);
+          score_gradients_of_rows<op, kMore>(args, of_run, 0, count, streamed);
           row += count;
         }
         if ((b - share_begin + 1) % kTerms == 0 || b + 1 == share_end) {
@@ -353,12 +355,12 @@ void score_gradients_with_mask(const ScoreBackwardArgs& args, const Threads& thr
   });
 }
 
-template <ScoreOp op, Write write, bool kMore, class T>
-void score_gradients(const ScoreBackwardArgs& args, const Threads& threads) {
+template <ScoreOp op, bool kMore, class T>
+void score_gradients(const ScoreBackwardArgs& args, const Threads& threads, bool streamed) {
   using A = compute_t<T>;
   const int64_t dim = args.shape.dim;
   if (args.grad_mask != nullptr) {
-    return score_gradients_with_mask<op, write, kMore, T>(args, threads);
+    return score_gradients_with_mask<op, kMore, T>(args, threads, streamed);
   }
   const int64_t few = few_rows<A>(dim);
   for_each_place<A>(args.shape, args.dims, few,
@@ -366,8 +368,8 @@ void score_gradients(const ScoreBackwardArgs& args, const Threads& threads) {
                     threads, [&](const Place& place, int64_t size) {
                       const GradientRows<T> rows(args, place);
                       for (int64_t r = 0; r < size; r += few) {
-                        score_gradients_of_rows<op, write, kMore>(args, rows, r,
-                                                                  std::min(few, size - r));
+                        score_gradients_of_rows<op, kMore>(args, rows, r, std::min(few, size - r),
+                                                           streamed);
                       }
                     });
 }
@@ -377,17 +379,15 @@ void launch_score_backward(const ScoreBackwardArgs& args, const Threads& threads
   const bool streamed = is_streamed(args.shape, args.dims, args.grad_input_strides, args.grad_input,
                                     args.grad_input_dtype, args.grad_input_is_new);
   visit(args.output_dtype, [&](auto element) {
-    visit(streamed, [&](auto write) {
-      using T = decltype(element);
-      if (args.grad_mask == nullptr && args.shape.dim > kChunk<compute_t<T>>) {
-        return score_gradients_of_long_rows<op, write(), T>(args, threads);
-      }
-      // Of logsumexp, the scores are made again: beside that, the sums cost little.
-      if constexpr (op != ScoreOp::kLogSumExp) {
-        if (!wants_more(args)) return score_gradients<op, write(), false, T>(args, threads);
-      }
-      score_gradients<op, write(), true, T>(args, threads);
-    });
+    using T = decltype(element);
+    if (args.grad_mask == nullptr && args.shape.dim > kChunk<compute_t<T>>) {
+      return score_gradients_of_long_rows<op, T>(args, threads, streamed);
+    }
+    // Of logsumexp, the scores are made again: beside that, the sums cost little.
+    if constexpr (op != ScoreOp::kLogSumExp) {
+      if (!wants_more(args)) return score_gradients<op, false, T>(args, threads, streamed);
+    }
+    score_gradients<op, true, T>(args, threads, streamed);
   });
 }
 

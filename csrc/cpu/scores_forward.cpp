@@ -69,9 +69,9 @@ struct ScoreRows {
 };
 
 // `count` rows of at most a chunk, or one.
-template <Op op, Write write, class T>
+template <Op op, class T>
 void score_short_rows(const ScoreForwardArgs& args, const ScoreRows<T>& at, int64_t first,
-                      int64_t count) {
+                      int64_t count, bool streamed) {
   using A = compute_t<T>;
   using V = Vec<A>;
   constexpr bool kKeep = op == Op::kSoftmax;
@@ -99,7 +99,7 @@ void score_short_rows(const ScoreForwardArgs& args, const ScoreRows<T>& at, int6
         sum_of_exp(z, Registers<A>(range_of(r)), maxes[r], [&](int64_t i, V e) SOFTMAX_EXT_LAMBDA {
           if constexpr (kKeep) store(z + i, All{}, e);
           // While there is enough to compute.
-          if constexpr (write == Write::kStreamed) at.fetch(first + count + r, i);
+          if (streamed) at.fetch(first + count + r, i);
         });
   }
   ExactSum<V> sum = exact_sum_over_lanes(lanes, count);
@@ -130,20 +130,20 @@ void score_short_rows(const ScoreForwardArgs& args, const ScoreRows<T>& at, int6
     if constexpr (kKeep) {
       if (is_nan) place_scores(x[r], again, 0, dim, rows[r]);
     }
-    store_chunk<write>(y, dim, registers, kDead<op, A>,
-                       [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-                         if constexpr (kKeep) {
-                           return formula.of_exp(load(z + i, lanes, A(0)));
-                         } else {
-                           return formula.of(load(z + i, lanes, A(0)));
-                         }
-                       });
+    store_chunk(streamed, y, dim, registers, kDead<op, A>,
+                [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+                  if constexpr (kKeep) {
+                    return formula.of_exp(load(z + i, lanes, A(0)));
+                  } else {
+                    return formula.of(load(z + i, lanes, A(0)));
+                  }
+                });
     if (is_nan) store_dead(kKeep ? again : z, y, dim, registers, kDead<op, A>);
   }
 }
 
-template <Op op, Write write, class T>
-void score_long_rows(const ScoreForwardArgs& args, const Threads& threads) {
+template <Op op, class T>
+void score_long_rows(const ScoreForwardArgs& args, const Threads& threads, bool streamed) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const int64_t dim = args.shape.dim;
@@ -164,7 +164,7 @@ void score_long_rows(const ScoreForwardArgs& args, const Threads& threads) {
   const bool by_chunk =
       kByChunk && args.output != nullptr && dim * static_cast<int64_t>(sizeof(A)) <= kKeptRow;
   // What is NaN is looked at again.
-  const bool keeps = by_chunk && write == Write::kCached && !(is_safe && args.input == args.output);
+  const bool keeps = by_chunk && !streamed && !(is_safe && args.input == args.output);
   reduce_and_store<OnlineState<double>, A>(
       args.shape.rows(), dim, Unplaced{}, threads,
       [&](int64_t row, int64_t i, int64_t n) {
@@ -222,33 +222,33 @@ void score_long_rows(const ScoreForwardArgs& args, const Threads& threads) {
         const V weight(static_cast<A>(exp_of_difference(of_chunk.max, of_row.max)));
         const V shift = shift_of(V(static_cast<A>(of_chunk.max)));
         const A* const scores = z;
-        store_chunk<write>(
-            y, n, registers, kDead<op, A>, [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
-              if constexpr (kByChunk) {
-                if (keeps) return formula.of_exp(load(y + k, lanes, A(0)) * weight);
-                const V s = load(scores + k, lanes, A(0));
-                return by_chunk ? formula.of_exp(exp_of_nonpositive(s - shift) * weight)
-                                : formula.of(s);
-              } else {
-                return formula.of(load(scores + k, lanes, A(0)));
-              }
-            });
+        store_chunk(streamed, y, n, registers, kDead<op, A>,
+                    [=](int64_t k, auto lanes) SOFTMAX_EXT_LAMBDA {
+                      if constexpr (kByChunk) {
+                        if (keeps) return formula.of_exp(load(y + k, lanes, A(0)) * weight);
+                        const V s = load(scores + k, lanes, A(0));
+                        return by_chunk ? formula.of_exp(exp_of_nonpositive(s - shift) * weight)
+                                        : formula.of(s);
+                      } else {
+                        return formula.of(load(scores + k, lanes, A(0)));
+                      }
+                    });
         if (is_nan) store_dead(z, y, n, registers, kDead<op, A>);
       });
 }
 
-template <Op op, Write write, class T>
-void score_rows(const ScoreForwardArgs& args, const Threads& threads) {
+template <Op op, class T>
+void score_rows(const ScoreForwardArgs& args, const Threads& threads, bool streamed) {
   using A = compute_t<T>;
   const int64_t dim = args.shape.dim;
-  if (dim > kChunk<A>) return score_long_rows<op, write, T>(args, threads);
+  if (dim > kChunk<A>) return score_long_rows<op, T>(args, threads, streamed);
   const int64_t apart = round_up(dim, Vec<A>::kSize) + Vec<A>::kSize;
   const int64_t few = std::clamp<int64_t>(kChunk<A> / apart, 1, Vec<A>::kSize);
   for_each_place<A>(args.shape, args.dims, few, {&args.input_strides, &args.output_strides},
                     threads, [&](const Place& place, int64_t size) {
                       const ScoreRows<T> rows(args, place);
                       for (int64_t r = 0; r < size; r += few) {
-                        score_short_rows<op, write, T>(args, rows, r, std::min(few, size - r));
+                        score_short_rows<op, T>(args, rows, r, std::min(few, size - r), streamed);
                       }
                     });
 }
@@ -258,9 +258,8 @@ void launch_score_forward(const ScoreForwardArgs& args, const Threads& threads) 
   const bool streamed = args.output != args.input && args.output != nullptr &&
                         is_streamed(args.shape, args.dims, args.output_strides, args.output,
                                     args.output_dtype, args.output_is_new);
-  visit(args.output_dtype, [&](auto element) {
-    visit(streamed, [&](auto write) { score_rows<op, write(), decltype(element)>(args, threads); });
-  });
+  visit(args.output_dtype,
+        [&](auto element) { score_rows<op, decltype(element)>(args, threads, streamed); });
 }
 
 }  // namespace

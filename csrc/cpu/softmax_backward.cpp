@@ -9,9 +9,9 @@
 namespace softmax_ext::cpu {
 namespace {
 
-template <Op op, Write write, class T, class G = T>
-void launch_backward(const BackwardArgs& args, const Threads& threads) {
-  if (args.shape.inner == 1) return backward_rows<op, T, G, write>(args, threads);
+template <Op op, class T, class G = T>
+void launch_backward(const BackwardArgs& args, const Threads& threads, bool streamed) {
+  if (args.shape.inner == 1) return backward_rows<op, T, G>(args, threads, streamed);
   if constexpr (std::is_same_v<T, G>) {
     const int64_t dim = args.shape.dim, inner = args.shape.inner;
     // Over more than a block tiles walk along inner, in whole registers.
@@ -25,26 +25,23 @@ void launch_backward(const BackwardArgs& args, const Threads& threads) {
       return backward_short_columns<op, T>(args, threads);
     }
   }
-  backward_columns<op, T, G, write>(args, threads);
+  backward_columns<op, T, G>(args, threads, streamed);
 }
 
 // The types are those of is_native: one, or those of the casts of mixed precision.
 template <Op op>
 void launch_backward(const BackwardArgs& args, const Threads& threads) {
-  constexpr Write kCached = Write::kCached;
   if (args.grad_input_dtype != args.output_dtype) {
     return args.grad_input_dtype == DType::kFloat16
-               ? launch_backward<op, kCached, float, Float16>(args, threads)
-               : launch_backward<op, kCached, float, BFloat16>(args, threads);
+               ? launch_backward<op, float, Float16>(args, threads, /*streamed=*/false)
+               : launch_backward<op, float, BFloat16>(args, threads, /*streamed=*/false);
   }
   const bool streamed = args.grad_input != args.grad_output && args.grad_input != args.output &&
                         !is_placed(args) &&
                         is_streamed(args.shape, args.dims, args.grad_input_strides, args.grad_input,
                                     args.grad_input_dtype, args.grad_input_is_new);
-  visit(args.output_dtype, [&](auto element) {
-    visit(streamed,
-          [&](auto write) { launch_backward<op, write(), decltype(element)>(args, threads); });
-  });
+  visit(args.output_dtype,
+        [&](auto element) { launch_backward<op, decltype(element)>(args, threads, streamed); });
 }
 
 }  // namespace

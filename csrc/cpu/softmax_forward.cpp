@@ -15,17 +15,15 @@ void launch_forward(const ForwardArgs& args, const Threads& threads) {
                         is_streamed(args.shape, args.dims, args.output_strides, args.output,
                                     args.output_dtype, args.output_is_new);
   visit(args.output_dtype, [&](auto element) {
-    visit(streamed, [&](auto write) {
-      using T = decltype(element);
-      if (args.shape.inner == 1) {
-        forward_rows<op, T, write()>(args, threads);
-      } else if (is_narrow(args.shape, args.output_dtype)) {
-        if (args.shape.dim <= kShortDim) return forward_short_columns<op, T>(args, threads);
-        forward_packed_columns<op, T>(args, threads);
-      } else {
-        forward_columns<op, T, write()>(args, threads);
-      }
-    });
+    using T = decltype(element);
+    if (args.shape.inner == 1) {
+      forward_rows<op, T>(args, threads, streamed);
+    } else if (is_narrow(args.shape, args.output_dtype)) {
+      if (args.shape.dim <= kShortDim) return forward_short_columns<op, T>(args, threads);
+      forward_packed_columns<op, T>(args, threads);
+    } else {
+      forward_columns<op, T>(args, threads, streamed);
+    }
   });
 }
 

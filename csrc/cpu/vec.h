@@ -173,8 +173,9 @@ SOFTMAX_EXT_INLINE void round_to(double x, T* to) {
 
 // ---- loads and stores: lanes without an element hold `fill` -------------------------------------
 //
-// stream is a store past the caches, to memory aligned to what it writes; other threads may see it
-// only after a fence.
+// stream is a store past the caches, where the instruction set has one, to memory aligned to what it
+// writes; other threads may see it only after a fence.
+constexpr bool kStreams = kRegisterBytes > 16;
 
 // Of masked accesses and streaming stores, which the compiler does not check: reads what is not theirs.
 template <class T>
