@@ -218,6 +218,27 @@ def test_no_share(beta: float, compose: bool) -> None:
             assert (grad[(of == 0) & is_finite.unsqueeze(-1)] == 0).all()
 
 
+@pytest.mark.parametrize("threads", [1, 7], ids=["exps kept", "exps made again"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_chunk_of_no_share(beta: float, threads: int) -> None:
+    """It adds nothing, however far below 0 the other chunks are."""
+    student, teacher = (tensor.detach() - 300 for tensor in logits(2, 9000, dtype=torch.float32))
+    x, y = (F.pad(t, (5000, 0), value=INFINITE).requires_grad_() for t in (student, teacher))
+    u, v = student.requires_grad_(), teacher.requires_grad_()
+    count = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = kl_div_with_logits(x, y, beta=beta)
+        grads = torch.autograd.grad(found, (x, y))
+    finally:
+        torch.set_num_threads(count)
+    expected = kl_div_with_logits(u, v, beta=beta)
+    torch.testing.assert_close(found, expected)
+    for grad, right in zip(grads, torch.autograd.grad(expected, (u, v)), strict=True):
+        assert (grad[:, :5000] == 0).all()
+        torch.testing.assert_close(grad[:, 5000:], right)
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_nan_and_infinity(beta: float) -> None:
     student, teacher = logits(5, 40, dtype=torch.float32)

@@ -60,13 +60,11 @@ struct Elements {
   V log_p, log_q;  // log(p / m), log(q / m); for beta 0 and 1 m is the other one
 };
 
-// Of the elements x of the teacher and y of the student of a row, which is the same in all lanes.
+// Of elements of a row, which is the same in all lanes: p and q, and a and b, the scores of the teacher and the
+// student below the row's largest.
 template <Divergence kind, class V>
-SOFTMAX_EXT_INLINE Elements<V> elements_of(const DivergenceRow<V>& row, V factor, V beta, V x,
-                                           V y) {
-  const V a = (x - row.teacher_max) * factor, b = (y - row.student_max) * factor;
-  const V p = exp_of_nonpositive(a) * row.teacher_share;
-  const V q = exp_of_nonpositive(b) * row.student_share;
+SOFTMAX_EXT_INLINE Elements<V> elements_of(const DivergenceRow<V>& row, V beta, V a, V b, V p,
+                                           V q) {
   const V d = (a - b) - row.log_ratio;
   if constexpr (kind != Divergence::kBetween) return {p, q, d, -d};
   // log(m / p) = log(1 + (1 - beta) (exp(-d) - 1)), and log(m / q) with beta and d: of the larger one of p and q.

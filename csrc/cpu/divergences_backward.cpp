@@ -27,8 +27,11 @@ SOFTMAX_EXT_INLINE void store_divergence_gradient(bool streamed, const Divergenc
   const V share(static_cast<A>(g)), zero(A(0));
   const auto store_gradient = [=](auto gradient) SOFTMAX_EXT_LAMBDA {
     store_each<T>(streamed, grad, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
-      return share * gradient(elements_of<kind>(of_row, factor, beta, load(x + i, lanes, A(0)),
-                                                load(y + i, lanes, A(0))));
+      const V a = (load(x + i, lanes, A(0)) - of_row.teacher_max) * factor;
+      const V b = (load(y + i, lanes, A(0)) - of_row.student_max) * factor;
+      const V p = exp_of_nonpositive(a) * of_row.teacher_share;
+      const V q = exp_of_nonpositive(b) * of_row.student_share;
+      return share * gradient(elements_of<kind>(of_row, beta, a, b, p, q));
     });
   };
   if (of_teacher) {
