@@ -437,6 +437,9 @@ def extension() -> Any:
         )
     sources += [str(p) for p in sorted(Path("csrc/cuda").glob("*.cu"))]
     nvcc = ["-O3", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all"]
+    # As torch's own library is; any driver for CUDA 13 reads it, not every one for CUDA 12.
+    if release(nvcc_version() or "0.0") >= (13, 0):
+        nvcc += ["--compress-mode=size"]
     if "-Werror" in WARNINGS:
         nvcc += ["-Werror=all-warnings"]
     return cpp_extension.CUDAExtension(

@@ -1,4 +1,5 @@
-"""The CUDA kernels' machine code, from nvcc alone, without a GPU: with --cuda-code.
+"""The CUDA kernels' machine code, without a GPU: with --cuda-code. From the extension where it has
+that, otherwise from nvcc.
 
 No instance has local memory or spills registers to it, the vectorised ones access 16 bytes at a
 time, and each keeps to its line of benchmarks/cuda_budgets.txt.
@@ -19,6 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+
+import softmax_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -146,20 +149,33 @@ EXCUSED_ANYWHERE = re.compile(r"scores_\w+ \w+ float64")
 NO_DISASSEMBLER = "no nvdisasm beside nvcc, on PATH or in the triton package"
 
 
-def find_disassembler() -> str | None:
-    """nvdisasm: beside nvcc, on PATH, or in the triton package."""
+@cache
+def find(program: str) -> str | None:
+    """Of nvdisasm and cuobjdump: beside nvcc, on PATH, or in the triton package."""
     folders = [Path(NVCC).resolve().parent] if NVCC else []
     triton = importlib.util.find_spec("triton")
     for location in (triton.submodule_search_locations or []) if triton else []:
         folders.append(Path(location) / "backends" / "nvidia" / "bin")
     for folder in folders:
-        if (folder / "nvdisasm").is_file():
-            return str(folder / "nvdisasm")
-    return shutil.which("nvdisasm")
+        if (folder / program).is_file():
+            return str(folder / program)
+    return shutil.which(program)
 
 
-def run(*command: str | Path) -> str:
-    result = subprocess.run(command, capture_output=True, text=True)
+def built_for(architecture: str) -> Path | None:
+    """The extension, if it is of the sources as they are, has code and PTX, and can be read."""
+    library = Path(softmax_ext._C.__file__)
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    if any(path.stat().st_mtime > library.stat().st_mtime for path in sources):
+        return None
+    known = softmax_ext.build_info().architectures or ""
+    major, minor = architecture.removeprefix("sm_")[:-1], architecture[-1]
+    is_built = f"{major}.{minor}+PTX" in known.replace(";", " ").split()
+    return library if is_built and find("cuobjdump") and find("nvdisasm") else None
+
+
+def run(*command: str | Path, cwd: str | None = None) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -184,40 +200,65 @@ def count_accesses(instance: Instance, code: str) -> Figures:
     return figures | {"local": len(re.findall(r"\b(?:LDL|STL)\b", code))}
 
 
-def measure(source: Path, architecture: str) -> list[tuple[Instance, Figures]]:
-    disassembler = find_disassembler()
-    with TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernels.cubin")
-        flags = [*FLAGS, "-keep", "-keep-dir", folder, f"-arch={architecture}"]
-        log = run(str(NVCC), *flags, source, "-o", cubin)
-        ptx = Path(folder, f"{source.stem}.ptx").read_text()
-        assembly = run(disassembler, "-c", cubin) if disassembler else ""
+def measured(usage: dict[str, Figures], ptx: str, cubin: Path) -> list[tuple[Instance, Figures]]:
+    """usage: what ptxas says of the kernels of a file, by their names in it."""
+    disassembler = find("nvdisasm")
+    assembly = run(disassembler, "-c", cubin) if disassembler else ""
     directives = dict(re.findall(r"\.entry (\w+)\([^)]*\)([^{]*)\{", ptx))
     code = {
         re.split(r"[,\s]", section, maxsplit=1)[0]: section
         for section in re.split(r"^\s*\.section\s+\.text\.", assembly, flags=re.MULTILINE)[1:]
     }
-    measured = []
-    for entry in log.split("Compiling entry function '")[1:]:
-        name = entry.split("'")[0]
+    instances = []
+    for name, figures in usage.items():
         demangled = run("c++filt", name)
         if any(kernel in demangled for kernel in OF_NUMBERS):
             continue
         instance = instance_of(demangled)
-        # A line for the kernel, and one for each function that it calls.
-        memory = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        columns = zip(*re.findall(memory, entry), strict=True)
-        stack, stores, loads = (sum(map(int, column)) for column in columns)
-        figures = {
-            "registers": int(re.findall(r"Used (\d+) registers", entry)[0]),
-            "limit": registers_left(directives[name]),
-            "stack": stack,
-            "spills": stores + loads,
-        }
+        figures["limit"] = registers_left(directives[name])
         if disassembler:
             figures |= count_accesses(instance, code[name])
-        measured.append((instance, figures))
-    return measured
+        instances.append((instance, figures))
+    return instances
+
+
+def compiled(source: Path, architecture: str) -> list[tuple[Instance, Figures]]:
+    with TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        flags = [*FLAGS, "-keep", "-keep-dir", folder, f"-arch={architecture}"]
+        log = run(str(NVCC), *flags, source, "-o", cubin)
+        usage = {}
+        for entry in log.split("Compiling entry function '")[1:]:
+            # A line for the kernel, and one for each function that it calls.
+            memory = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+            columns = zip(*re.findall(memory, entry), strict=True)
+            stack, stores, loads = (sum(map(int, column)) for column in columns)
+            usage[entry.split("'")[0]] = {
+                "registers": int(re.findall(r"Used (\d+) registers", entry)[0]),
+                "stack": stack,
+                "spills": stores + loads,
+            }
+        return measured(usage, Path(folder, f"{source.stem}.ptx").read_text(), cubin)
+
+
+def built(library: Path, architecture: str) -> list[tuple[Instance, Figures]]:
+    """What is spilled is in the stack here, and has no figure of its own."""
+    reader = str(find("cuobjdump"))
+    with TemporaryDirectory() as folder:
+        run(reader, "-xelf", "all", "-xptx", "all", library, cwd=folder)
+        # cuobjdump numbers the files of all architectures, and PTX apart from machine code.
+        ptx = "".join(path.read_text() for path in Path(folder).glob(f"*.{architecture}.ptx"))
+
+        def of_cubin(cubin: Path) -> list[tuple[Instance, Figures]]:
+            found = re.findall(
+                r"Function (\w+):\s+REG:(\d+) STACK:(\d+) ", run(reader, "-res-usage", cubin)
+            )
+            usage = {name: {"registers": int(r), "stack": int(s)} for name, r, s in found}
+            return measured(usage, ptx, cubin)
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            parts = list(pool.map(of_cubin, Path(folder).glob(f"*.{architecture}.cubin")))
+    return [instance for part in parts for instance in part]
 
 
 # --- The table -----------------------------------------------------------------------------------
@@ -319,15 +360,18 @@ def report(changes: list[Change]) -> str:
 
 @pytest.fixture(scope="session")
 def build() -> Build:
-    """build(architecture): the instances of all files, compiled once."""
+    """build(architecture): the instances of all files, had once."""
     if NVCC is None:
         pytest.fail("--cuda-code: no nvcc on PATH", pytrace=False)
 
     @cache
     def build_all(architecture: str) -> list[tuple[Instance, Figures]]:
-        with ThreadPoolExecutor(WORKERS) as pool:
-            results = pool.map(lambda source: measure(source, architecture), SOURCES)
-            instances = [instance for result in results for instance in result]
+        if library := built_for(architecture):
+            instances = built(library, architecture)
+        else:
+            with ThreadPoolExecutor(WORKERS) as pool:
+                results = pool.map(lambda source: compiled(source, architecture), SOURCES)
+                instances = [instance for result in results for instance in result]
         names = Counter(instance.name for instance, _ in instances)
         assert [name for name, count in names.items() if count > 1] == []
         return instances
@@ -338,7 +382,7 @@ def build() -> Build:
 @pytest.fixture(scope="session")
 def budgets(build: Build, request: pytest.FixtureRequest) -> tuple[str, Table]:
     if request.config.getoption("--update-cuda-budgets"):
-        if find_disassembler() is None:
+        if find("nvdisasm") is None:
             pytest.fail(f"--update-cuda-budgets: {NO_DISASSEMBLER}", pytrace=False)
         table = {arch: {i.name: figures for i, figures in build(arch)} for arch in ARCHITECTURES}
         TABLE.write_text(write_table(nvcc_release(), table))
@@ -373,7 +417,7 @@ def test_every_instance_keeps_its_budget(
 def test_vectorised_instances_access_16_bytes(build: Build, architecture: str) -> None:
     """Whatever the table says: at least the accesses of one tile."""
     instances = build(architecture)
-    if find_disassembler() is None:
+    if find("nvdisasm") is None:
         pytest.fail(f"--cuda-code: {NO_DISASSEMBLER}", pytrace=False)
     for instance, found in instances:
         if not instance.wide:
