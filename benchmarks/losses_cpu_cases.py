@@ -75,6 +75,11 @@ class LossCase(Case):
     def takes_exp(self) -> bool:
         return False  # the floor is a copy
 
+    @property
+    def tolerances(self) -> int:
+        # Of 16 bits torch rounds each step of a divergence, and then takes their difference.
+        return 8 if self.op == "kl_div_with_logits" and DTYPES[self.dtype].itemsize == 2 else 1
+
 
 def cases(threads: Iterable[int], dtypes: Iterable[str], modes: Iterable[str]) -> list[Case]:
     found: list[Case] = []
