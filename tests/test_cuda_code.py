@@ -165,7 +165,7 @@ def find(program: str) -> str | None:
 def built_for(architecture: str) -> Path | None:
     """The extension, if it is of the sources as they are, has code and PTX, and can be read."""
     library = Path(softmax_ext._C.__file__)
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()] + [ROOT / "setup.py"]
     if any(path.stat().st_mtime > library.stat().st_mtime for path in sources):
         return None
     known = softmax_ext.build_info().architectures or ""
