@@ -41,7 +41,7 @@ def all_cases() -> list[Case]:
     losses = [
         case
         for case in losses_cpu_cases.cases([1], DTYPES, MODES)
-        if case.op == "cross_entropy" and case.layout != "probabilities"
+        if case.op in ("cross_entropy", "kl_div_with_logits")
     ]
     return cases + segments_cpu_cases.cases([1], DTYPES[1:], ["softmax"], MODES) + losses
 

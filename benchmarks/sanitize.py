@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -75,6 +77,30 @@ def losses_are_finite(generator: torch.Generator) -> bool:
     return True
 
 
+def losses_of_pairs_are_finite(generator: torch.Generator) -> bool:
+    """Of logits and probabilities, and of two tensors of logits: rows as above."""
+    for shape in ((300, 10), (5, 1001), (3, 8192), (3, 50257)):
+        values = torch.randn(2, *shape, generator=generator)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            weight = torch.ones(shape[0])
+            weight[1] = 0
+            x, y = values.to(dtype).cuda()
+            losses: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [
+                lambda x, y: softmax_ext.cross_entropy(x, y, label_smoothing=0.1, z_loss=1e-3),
+                *(
+                    partial(softmax_ext.kl_div_with_logits, beta=beta, weight=weight.cuda())
+                    for beta in (0.0, 0.5, 1.0)
+                ),
+            ]
+            for loss in losses:
+                both = [tensor.detach().requires_grad_() for tensor in (x, y)]
+                results = [loss(*both), *torch.autograd.grad(loss(*both), both)]
+                if not all(result.detach().cpu().isfinite().all() for result in results):
+                    print(f"a loss of two tensors of {shape} {dtype} is not finite")
+                    return False
+    return True
+
+
 def main() -> int:
     generator = torch.Generator().manual_seed(0)
     for shape, dim in SHAPES:
@@ -93,7 +119,8 @@ def main() -> int:
                     return 1
     for dtype in (torch.int32, torch.bfloat16):  # a cast before the kernel, and one in it
         softmax_ext.softmax(torch.arange(3000).to(dtype).cuda(), -1, dtype=torch.float32)
-    if not segments_are_finite(generator) or not losses_are_finite(generator):
+    parts = (segments_are_finite, losses_are_finite, losses_of_pairs_are_finite)
+    if not all(are_finite(generator) for are_finite in parts):
         return 1
     torch.cuda.synchronize()
     print(DONE)

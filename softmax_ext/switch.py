@@ -80,7 +80,7 @@ def enable() -> None:
 
     So is aten::cross_entropy_loss, which torch composes of two operators: F.cross_entropy,
     nn.CrossEntropyLoss and F.linear_cross_entropy without `options` are one call of the kernels of
-    :func:`softmax_ext.cross_entropy` where these take it (class indices as int64; on the CPU class
+    :func:`softmax_ext.cross_entropy` where these take it (class indices as int64; class
     probabilities of the logits' dtype and (C) or (N, C)). Under transforms, forward-mode AD and
     modes it is composed as without the switch.
 

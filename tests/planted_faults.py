@@ -31,6 +31,8 @@ DEVICE = "csrc/cuda/device.cuh"
 CUDA_SCORES = "csrc/cuda/score_kernels.cuh"
 CUDA_SEGMENTS = "csrc/cuda/segment_kernels.cuh"
 CUDA_LOSSES = "csrc/cuda/loss_kernels.cuh"
+CUDA_PROBABILITIES = "csrc/cuda/probability_kernels.cuh"
+CUDA_DIVERGENCES = "csrc/cuda/divergence_kernels.cuh"
 SEGMENT_LIST = "csrc/cuda/launch_segments.cu"
 CPU_SLICES = "csrc/cpu/slices.h"
 CPU_ROWS = "csrc/cpu/rows.h"
@@ -45,7 +47,8 @@ SEGMENTS_BACKWARD = "csrc/cpu/segments_backward.cpp"
 SEGMENTS_ORDER = "csrc/cpu/segments_order.cpp"
 CPU_LOSSES = "csrc/cpu/losses.h"
 LOSSES_FORWARD = "csrc/cpu/losses_forward.cpp"
-DIVERGENCES = "csrc/cpu/divergences.h"
+DIVERGENCES = "csrc/include/softmax_ext/divergences.h"
+CPU_DIVERGENCES = "csrc/cpu/divergences.h"
 DIVERGENCES_FORWARD = "csrc/cpu/divergences_forward.cpp"
 PROBABILITIES_FORWARD = "csrc/cpu/probabilities_forward.cpp"
 LOSSES_SWITCH = "csrc/torch/losses_override.cpp"
@@ -67,6 +70,7 @@ HOST_STRIDES = f"{HOST}/test_strides.py"
 HOST_SCORES = f"{HOST}/test_scores.py"
 HOST_SEGMENTS = f"{HOST}/test_segments.py"
 HOST_LOSSES = f"{HOST}/test_cross_entropy.py"
+HOST_PAIRS = f"{HOST}/test_loss_pairs.py"
 
 
 @dataclass(frozen=True)
@@ -330,15 +334,15 @@ FAULTS = [
         "close distributions by their difference",
         "cpu divergences",
         DIVERGENCES,
-        "(d.raw <= one.raw) & (d.raw >= (-one).raw);",
-        "(d.raw <= (-one).raw) & (d.raw >= one.raw);",
+        "where(is_less(square, one), a",
+        "where(is_less(one, square), a",
         OF_DIVERGENCES,
         "avx512",
     ),
     Fault(
         "a row of the weight 0 is read",
         "cpu divergences",
-        DIVERGENCES,
+        CPU_DIVERGENCES,
         "return of.weight != nullptr && static_cast<const A*>(of.weight)[row] == 0;",
         "return of.weight != nullptr && static_cast<const A*>(of.weight)[row] < 0;",
         OF_DIVERGENCES,
@@ -347,9 +351,9 @@ FAULTS = [
     Fault(
         "the middle is the teacher",
         "cpu divergences",
-        DIVERGENCES_FORWARD,
-        "sum.student = sum.student + divergence_term<A>(q, m, log_q);",
-        "sum.student = sum.student + divergence_term<A>(q, p, log_q);",
+        DIVERGENCES,
+        "student = student + divergence_term<A>(of.q, m, of.log_q);",
+        "student = student + divergence_term<A>(of.q, of.p, of.log_q);",
         OF_DIVERGENCES,
         "avx512",
     ),
@@ -846,9 +850,49 @@ FAULTS = [
         "the parts of a row but the first are left out",
         "cuda losses",
         CUDA_LOSSES,
-        "for (int k = lanes.lane; k < parts; k += lanes.lanes) state.add(",
-        "for (int k = lanes.lane; k < 1; k += lanes.lanes) state.add(",
+        "for (int k = lanes.lane; k < parts; k += lanes.lanes) add(",
+        "for (int k = lanes.lane; k < parts && k < 1; k += lanes.lanes) add(",
         HOST_LOSSES,
+    ),
+    Fault(
+        "a row of logits keeps the sum of its smaller max",
+        "cuda losses",
+        CUDA_DIVERGENCES,
+        "sum = mul_of(sum, exp_of(mul_of(max - shift_by(larger), factor)));",
+        "sum = mul_of(sum, factor);",
+        HOST_PAIRS,
+    ),
+    Fault(
+        "a row of the weight 0 is read on CUDA",
+        "cuda losses",
+        CUDA_DIVERGENCES,
+        "place.exists && rows.weight != A(0);",
+        "place.exists;",
+        HOST_PAIRS,
+    ),
+    Fault(
+        "the divergence's gradient has no weight",
+        "cuda losses",
+        CUDA_DIVERGENCES,
+        "(args.grad_factor * args.of.factor) * rows.weight;",
+        "(args.grad_factor * args.of.factor);",
+        HOST_PAIRS,
+    ),
+    Fault(
+        "probabilities behind a row's end count",
+        "cuda losses",
+        CUDA_PROBABILITIES,
+        "if (k < size) state.add_weighted(",
+        "if (k >= 0) state.add_weighted(",
+        HOST_PAIRS,
+    ),
+    Fault(
+        "the gradient of probabilities has none of lse",
+        "cuda losses",
+        CUDA_PROBABILITIES,
+        "if (args.grad_lse != nullptr) share = share + ",
+        "if (args.grad_lse != nullptr) share = share + A(0) * ",
+        HOST_PAIRS,
     ),
     # --- torch's operators, autograd, the switch, Python ---
     Fault(
@@ -927,8 +971,8 @@ FAULTS = [
         "probabilities with an index to ignore",
         "switch",
         LOSSES_SWITCH,
-        "input.is_cpu() && options.ignore_index < 0;",
-        "input.is_cpu();",
+        "input.numel() > 0 && options.ignore_index < 0;",
+        "input.numel() > 0;",
         "tests/test_switch.py",
     ),
     Fault(

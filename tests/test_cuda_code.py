@@ -53,8 +53,17 @@ PARAMETERS = {
     "segment_block": ["op", "columns", "type"],
     "segment_combine": ["type"],
     "loss": ["type"],
+    "probability": ["type"],
+    "divergence": ["type"],
 }
-BY_ELEMENTS = ("scores", "short_scores", "segment_combine", "loss")
+BY_ELEMENTS = (
+    "scores",
+    "short_scores",
+    "segment_combine",
+    "loss",
+    "probability",
+    "divergence",
+)
 OPS = {
     "(softmax_ext::Op)0": "softmax",
     "(softmax_ext::Op)1": "log_softmax",

@@ -19,34 +19,43 @@ INFOS = [info for info in op_db if info.name == "nn.functional.linear_cross_entr
 has_torchs = pytest.mark.skipif(not INFOS, reason="this torch has no linear_cross_entropy")
 
 
+LEAVES = ("input", "linear_weight", "linear_bias")
+
+
 def chunks(rows: int) -> Any:
     """As torch.nn.LinearCrossEntropyOptions, which not every torch has."""
     return SimpleNamespace(batch_chunk_size=rows)
 
 
 def case(
-    dtype: torch.dtype, rows: int = 33, features: int = 12, classes: int = 21
+    dtype: torch.dtype,
+    rows: int = 33,
+    features: int = 12,
+    classes: int = 21,
+    device: str = "cpu",
 ) -> dict[str, torch.Tensor]:
     """Leaves, weights of the classes, and targets of which one in four is ignored."""
     generator = torch.Generator().manual_seed(rows)
     random = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     target = torch.randint(classes, (rows,), generator=generator)
     target[1::4] = -100
-    return {
-        "input": random(rows, features).to(dtype).requires_grad_(),
-        "linear_weight": (random(classes, features) * features**-0.5).to(dtype).requires_grad_(),
-        "linear_bias": random(classes).to(dtype).requires_grad_(),
+    tensors = {
+        "input": random(rows, features).to(dtype),
+        "linear_weight": (random(classes, features) * features**-0.5).to(dtype),
+        "linear_bias": random(classes).to(dtype),
         "weight": torch.rand(classes, generator=generator).add(0.5).to(dtype),
         "target": target,
     }
-
-
-LEAVES = ("input", "linear_weight", "linear_bias")
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    for name in LEAVES:
+        tensors[name].requires_grad_()
+    return tensors
 
 
 def by_torch(tensors: dict[str, torch.Tensor], **options: Any) -> list[torch.Tensor]:
     """In float64: loss and lse, which have gradients for leaves of their own, and these."""
-    leaves = [tensors[name].detach().double().requires_grad_() for name in LEAVES]
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    leaves = [tensors[name].double().requires_grad_() for name in LEAVES]
     logits = F.linear(*leaves)
     x, loss, lse = reference(logits, tensors["target"], tensors.get("weight"), **options)
     return [loss, lse, x, logits, *leaves]
@@ -76,8 +85,9 @@ def test_forward_and_backward(
     chunk: int,
     as_callable: bool,
     with_lse: bool,
+    device: str,
 ) -> None:
-    tensors = case(dtype)
+    tensors = case(dtype, device=device)
     if not weighted:
         del tensors["weight"]
     input, linear_weight, linear_bias = (tensors[name] for name in LEAVES)
@@ -102,12 +112,12 @@ def test_forward_and_backward(
     # Logits of 16 bits are off by half of an ulp each.
     eps = torch.finfo(dtype).eps
     tolerance = {"rtol": 8 * eps, "atol": 8 * eps}
-    torch.testing.assert_close(loss.double(), expected, **tolerance)
+    torch.testing.assert_close(loss.double().cpu(), expected, **tolerance)
     g = torch.rand(loss.shape)
     outputs, grads = [loss], [g.to(loss)]
     outputs64, grads64 = [expected], [g.double()]
     if lse is not None:
-        torch.testing.assert_close(lse.double(), expected_lse, **tolerance)
+        torch.testing.assert_close(lse.double().cpu(), expected_lse, **tolerance)
         g_lse = torch.rand(lse.shape) / 8
         outputs, grads = [*outputs, lse], [*grads, g_lse.to(lse)]
         outputs64, grads64 = [*outputs64, expected_lse], [*grads64, g_lse.double()]
@@ -121,7 +131,7 @@ def test_forward_and_backward(
         assert leaf64.grad is not None
         largest = float(leaf64.grad.abs().max())
         torch.testing.assert_close(
-            found.double(), leaf64.grad, rtol=8 * eps, atol=8 * eps * largest
+            found.double().cpu(), leaf64.grad, rtol=8 * eps, atol=8 * eps * largest
         )
 
 

@@ -24,7 +24,7 @@ SOFTMAX_EXT_INLINE void store_divergence_gradient(bool streamed, const Divergenc
   }
   const DivergenceRow<V> of_row = in_lanes(static_cast<const DivergenceRow<A>*>(args.kept)[row]);
   const V factor(static_cast<A>(args.of.factor)), beta(static_cast<A>(args.of.beta));
-  const V share(static_cast<A>(g)), zero(A(0));
+  const V share(static_cast<A>(g));
   const auto store_gradient = [=](auto gradient) SOFTMAX_EXT_LAMBDA {
     store_each<T>(streamed, grad, n, [=](int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
       const V a = (load(x + i, lanes, A(0)) - of_row.teacher_max) * factor;
@@ -35,15 +35,11 @@ SOFTMAX_EXT_INLINE void store_divergence_gradient(bool streamed, const Divergenc
     });
   };
   if (of_teacher) {
-    store_gradient([=](Elements<V> e) SOFTMAX_EXT_LAMBDA {
-      const V log_p = e.p.raw == zero.raw ? zero.raw : e.log_p.raw;
-      return gradient_of_teacher<kind>(of_row, beta, e.p, e.q, log_p);
-    });
+    store_gradient([=](const DivergenceElements<V>& of)
+                       SOFTMAX_EXT_LAMBDA { return gradient_of_teacher<kind>(of_row, beta, of); });
   } else {
-    store_gradient([=](Elements<V> e) SOFTMAX_EXT_LAMBDA {
-      const V log_q = e.q.raw == zero.raw ? zero.raw : e.log_q.raw;
-      return gradient_of_student<kind>(of_row, beta, e.p, e.q, log_q);
-    });
+    store_gradient([=](const DivergenceElements<V>& of)
+                       SOFTMAX_EXT_LAMBDA { return gradient_of_student<kind>(of_row, beta, of); });
   }
 }
 

@@ -94,7 +94,7 @@ SOFTMAX_EXT_INLINE TermSums terms_of(const DivergenceOptions& of, const Divergen
                                      int64_t n) {
   using V = Vec<A>;
   const DivergenceRow<V> lanes_of_row = in_lanes(row);
-  const V factor(static_cast<A>(of.factor)), beta(static_cast<A>(of.beta)), one(A(1));
+  const V factor(static_cast<A>(of.factor)), beta(static_cast<A>(of.beta));
   const V of_teacher = teacher.share_of(row.teacher_max, row.teacher_share, of.factor);
   const V of_student = student.share_of(row.student_max, row.student_share, of.factor);
   const Terms<V> terms = fold(
@@ -102,20 +102,12 @@ SOFTMAX_EXT_INLINE TermSums terms_of(const DivergenceOptions& of, const Divergen
       [=](Terms<V> sum, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
         const V x = load(teacher.logits + i, lanes, kLowest<A>);
         const V y = load(student.logits + i, lanes, kLowest<A>);
-        const auto [p, q, log_p, log_q] =
+        const auto elements =
             elements_of<kind>(lanes_of_row, beta, (x - lanes_of_row.teacher_max) * factor,
                               (y - lanes_of_row.student_max) * factor,
                               teacher.probability(i, lanes, x, factor, of_teacher),
                               student.probability(i, lanes, y, factor, of_student));
-        if constexpr (kind == Divergence::kForward) {
-          sum.teacher = sum.teacher + divergence_term<A>(p, q, log_p);
-        } else if constexpr (kind == Divergence::kReverse) {
-          sum.student = sum.student + divergence_term<A>(q, p, log_q);
-        } else {
-          const V m = fma_of(beta, p, (one - beta) * q);
-          sum.teacher = sum.teacher + divergence_term<A>(p, m, log_p);
-          sum.student = sum.student + divergence_term<A>(q, m, log_q);
-        }
+        add_terms<kind, A>(elements, beta, sum.teacher, sum.student);
         return sum;
       },
       Add{});
@@ -166,7 +158,7 @@ void divergence_of_rows(const DivergenceForwardArgs& args, const Threads& thread
     }
     kept[row].teacher_kl = static_cast<A>(p);
     kept[row].student_kl = static_cast<A>(q);
-    double loss = kind == Divergence::kBetween ? of.beta * p + (1 - of.beta) * q : p + q;
+    double loss = divergence_loss(of.beta, p, q);
     if (of.weight != nullptr) loss *= static_cast<double>(static_cast<const A*>(of.weight)[row]);
     losses[row] = static_cast<A>(loss);
   };

@@ -30,6 +30,23 @@ struct Computed<double> {
 template <class T>
 using computed_t = typename Computed<T>::type;
 
+// launch(element) with one of the type.
+template <class Launch>
+cudaError_t with_type(DType dtype, Launch launch) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return launch(__half{});
+    case DType::kBFloat16:
+      return launch(__nv_bfloat16{});
+    case DType::kFloat32:
+      return launch(float{});
+    case DType::kFloat64:
+      return launch(double{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 // exp takes many instructions: it is worth more to take it once than to save a meeting, or a store to
 // shared memory.
 template <class T>

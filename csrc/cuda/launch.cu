@@ -1,7 +1,6 @@
 #include "launch.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "device.cuh"
 
 namespace softmax_ext::cuda {
 
@@ -13,23 +12,6 @@ cudaError_t launch_scores_typed(const Args& args, const Plan& plan, void* scratc
                                 cudaStream_t stream);
 
 namespace {
-
-// launch(element) with one of the type.
-template <class Launch>
-cudaError_t with_type(DType dtype, Launch launch) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return launch(__half{});
-    case DType::kBFloat16:
-      return launch(__nv_bfloat16{});
-    case DType::kFloat32:
-      return launch(float{});
-    case DType::kFloat64:
-      return launch(double{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
 
 template <class Args>
 cudaError_t launch(const Args& args, const Plan& plan, void* scratch, cudaStream_t stream) {

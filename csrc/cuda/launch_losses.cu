@@ -5,11 +5,8 @@
 namespace softmax_ext::cuda {
 
 // Instantiated in the file of each type.
-template <class T>
-cudaError_t launch_loss(const LossForwardArgs& args, const LossPlan& plan, void* states,
-                        cudaStream_t stream);
-template <class T>
-cudaError_t launch_loss(const LossBackwardArgs& args, const LossPlan& plan, cudaStream_t stream);
+template <class T, class Args>
+cudaError_t launch_loss(const Args& args, const LossPlan& plan, void* states, cudaStream_t stream);
 
 namespace {
 
@@ -70,9 +67,17 @@ __global__ void __launch_bounds__(limits::kLossThreads)
   *totals.loss = is_mean ? loss / weight : loss;
 }
 
+template <class Args>
+cudaError_t launch(const Args& args, const LossPlan& plan, void* states, cudaStream_t stream) {
+  if (!takes_scores(args.shape, args.dims)) return cudaErrorInvalidValue;
+  return with_type(args.dtype, [&](auto element) {
+    return launch_loss<decltype(element)>(args, plan, states, stream);
+  });
+}
+
 template <class T, class A = computed_t<T>>
-cudaError_t launch(const LossForwardArgs& args, const LossPlan& plan, void* scratch,
-                   const LossTotals& totals, bool is_mean, cudaStream_t stream) {
+cudaError_t launch_with_totals(const LossForwardArgs& args, const LossPlan& plan, void* scratch,
+                               const LossTotals& totals, bool is_mean, cudaStream_t stream) {
   double* const sums = static_cast<double*>(scratch);
   const dim3 grid(static_cast<unsigned>(plan.sums)), block(limits::kLossThreads);
   const int64_t rows = args.shape.rows();
@@ -96,35 +101,34 @@ cudaError_t launch(const LossForwardArgs& args, const LossPlan& plan, void* scra
 cudaError_t launch_loss_forward(const LossForwardArgs& args, const LossPlan& plan, void* scratch,
                                 const LossTotals& totals, bool is_mean, cudaStream_t stream) {
   if (!takes_scores(args.shape, args.dims)) return cudaErrorInvalidValue;
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return launch<__half>(args, plan, scratch, totals, is_mean, stream);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(args, plan, scratch, totals, is_mean, stream);
-    case DType::kFloat32:
-      return launch<float>(args, plan, scratch, totals, is_mean, stream);
-    case DType::kFloat64:
-      return launch<double>(args, plan, scratch, totals, is_mean, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(args.dtype, [&](auto element) {
+    return launch_with_totals<decltype(element)>(args, plan, scratch, totals, is_mean, stream);
+  });
 }
 
 cudaError_t launch_loss_backward(const LossBackwardArgs& args, const LossPlan& plan,
                                  cudaStream_t stream) {
-  if (!takes_scores(args.shape, args.dims)) return cudaErrorInvalidValue;
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return launch_loss<__half>(args, plan, stream);
-    case DType::kBFloat16:
-      return launch_loss<__nv_bfloat16>(args, plan, stream);
-    case DType::kFloat32:
-      return launch_loss<float>(args, plan, stream);
-    case DType::kFloat64:
-      return launch_loss<double>(args, plan, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch(args, plan, nullptr, stream);
+}
+
+cudaError_t launch_probability_forward(const ProbabilityForwardArgs& args, const LossPlan& plan,
+                                       void* scratch, cudaStream_t stream) {
+  return launch(args, plan, scratch, stream);
+}
+
+cudaError_t launch_probability_backward(const ProbabilityBackwardArgs& args, const LossPlan& plan,
+                                        cudaStream_t stream) {
+  return launch(args, plan, nullptr, stream);
+}
+
+cudaError_t launch_divergence_forward(const DivergenceForwardArgs& args, const LossPlan& plan,
+                                      cudaStream_t stream) {
+  return launch(args, plan, nullptr, stream);
+}
+
+cudaError_t launch_divergence_backward(const DivergenceBackwardArgs& args, const LossPlan& plan,
+                                       cudaStream_t stream) {
+  return launch(args, plan, nullptr, stream);
 }
 
 }  // namespace softmax_ext::cuda

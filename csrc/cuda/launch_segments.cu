@@ -82,18 +82,9 @@ cudaError_t launch(const Args& args, const SegmentPlan& plan, void* scratch, cud
                           args.shape.dim, plan.most, plan.block_rows, lists);
     if (error != cudaSuccess) return error;
   }
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return launch_segments<__half>(args, plan, scratch, stream);
-    case DType::kBFloat16:
-      return launch_segments<__nv_bfloat16>(args, plan, scratch, stream);
-    case DType::kFloat32:
-      return launch_segments<float>(args, plan, scratch, stream);
-    case DType::kFloat64:
-      return launch_segments<double>(args, plan, scratch, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(args.dtype, [&](auto element) {
+    return launch_segments<decltype(element)>(args, plan, scratch, stream);
+  });
 }
 
 }  // namespace

@@ -29,6 +29,10 @@ struct LossSharing {
   int width;      // neighbours that a thread has
   bool of_columns;
   bool combines;  // what is read are the states of the parts
+
+  __device__ __forceinline__ int parts_of(int64_t dim) const {
+    return static_cast<int>((dim + part - 1) / part);
+  }
 };
 
 // A row, or a part of one, as a thread has it.
@@ -116,6 +120,9 @@ struct LossScore {
 template <class A>
 constexpr int kLossForwardItems = sizeof(A) == 8 ? 8 : 16;
 constexpr int kLossBackwardItems = 8;
+// The same of each of two tensors.
+template <class A>
+constexpr int kLossPairItems = sizeof(A) == 8 ? 4 : 8;
 
 // body(first, size, width) for the batches of a row, or of a part of one: elements from `first` on, `width`
 // neighbours for each thread.
@@ -165,6 +172,19 @@ __device__ __forceinline__ void load_batch(const T* row, int64_t step, int64_t f
   }
 }
 
+// The scores of that, and -infinity for what is not there.
+template <int width, int items, class A, class T>
+__device__ __forceinline__ void load_scores(const LossScore<A>& score, const T* row, int64_t step,
+                                            int64_t first, Lanes lanes, int size, A (&z)[items]) {
+  constexpr A kLowest = -static_cast<A>(INFINITY);
+  load_batch<width>(row, step, first, lanes, size, kLowest, z);
+  score.of_batch(lanes, size, z);
+  if (score.softcap == A(0)) return;
+  for_each_item<items>(lanes, size, [&](int i) {
+    if (lanes.lane * width + place_of<width>(lanes, i) >= size) z[i] = kLowest;
+  });
+}
+
 template <int width, int items, class A, class T>
 __device__ __forceinline__ void store_batch(T* row, int64_t step, int64_t first, Lanes lanes,
                                             int size, const A (&x)[items]) {
@@ -189,6 +209,12 @@ __device__ __forceinline__ void store_batch(T* row, int64_t step, int64_t first,
 }
 
 // --- Forward -------------------------------------------------------------------------------------
+
+// x, and the least number for -infinity: times an exp that is 0, it is 0.
+template <class A>
+__device__ __forceinline__ A at_least_finite(A x) {
+  return max_of(sizeof(A) == 4 ? A(-FLT_MAX) : static_cast<A>(-DBL_MAX), x);
+}
 
 // What is known of some elements of a row. The largest ones add 1 each to the sum of exp(z - max), apart from
 // all others: where a row is sure of one class, those are what its loss and its gradient are made of.
@@ -224,6 +250,32 @@ struct LossState {
     weight = add_of(weight, other.weight);
     product = add_of(product, other.product);
   }
+  // Of `size` scores, -infinity where there is none.
+  template <int items>
+  __device__ __forceinline__ void add_exps(Lanes lanes, int size, const A (&z)[items],
+                                           bool wants_entropy) {
+    A larger = max;
+    for_each_item<items>(lanes, size, [&](int i) { larger = max_of(larger, z[i]); });
+    raise(larger);
+    const A shift = shift_by(max);
+    for_each_item<items>(lanes, size, [&](int i) {
+      const A below = z[i] - shift;
+      const A e = below == A(0) ? A(0) : exp_of(below);
+      ones = add_of(ones, below == A(0) ? A(1) : A(0));
+      others = add_of(others, e);
+      if (wants_entropy) product = fma_of(e, at_least_finite(below), product);
+    });
+  }
+  // A class that has the weight w, and a score of z.
+  __device__ __forceinline__ void add_weighted(A w, A z) {
+    score = fma_of(w, z - shift_by(max), score);
+    weight = add_of(weight, w);
+  }
+  // The states of the parts of a row.
+  __device__ __forceinline__ void add_parts(Lanes lanes, const LossState* states, int parts) {
+#pragma unroll 1
+    for (int k = lanes.lane; k < parts; k += lanes.lanes) add(states[k]);
+  }
   // Over the lanes of a warp that share a row.
   __device__ __forceinline__ void reduce(int lanes) {
     raise(warp_reduce<Max>(max, lanes));
@@ -235,29 +287,33 @@ struct LossState {
   }
 };
 
-// Over the threads that share a row, or a part of one: the result is in the first of them. By all threads.
+// Over the threads that share a row, or a part of one: the result is in all of them. By all threads, of each type
+// of state once in a kernel.
+template <class State>
+__device__ __forceinline__ void reduce_row(Lanes lanes, State& state) {
+  state.reduce(min(lanes.lanes, limits::kWarp));
+  if (lanes.lanes <= limits::kWarp) return;
+  SOFTMAX_EXT_STATIC_SHARED(State, states, limits::kLossThreads / limits::kWarp);
+  const int lane = lanes.lane % limits::kWarp;
+  if (lane == 0) states[lanes.lane / limits::kWarp] = state;
+  __syncthreads();
+  state = lane < lanes.lanes / limits::kWarp ? states[lane] : state.empty();
+  state.reduce(limits::kWarp);
+}
+
+// The same of a row or a column: the result is in the first of the threads.
 template <class A>
 __device__ __forceinline__ void reduce(const LossSharing& sharing, Lanes lanes,
                                        LossState<A>& state) {
+  if (!sharing.of_columns) return reduce_row(lanes, state);
   SOFTMAX_EXT_STATIC_SHARED(LossState<A>, states, limits::kLossThreads);
-  if (sharing.of_columns) {
-    if (lanes.lanes == 1) return;
-    LossState<A>* const column = states + threadIdx.x;
-    column[threadIdx.y * blockDim.x] = state;
-    __syncthreads();
-    if (lanes.lane != 0) return;
-#pragma unroll 1
-    for (int k = 1; k < lanes.lanes; ++k) state.add(column[k * static_cast<int>(blockDim.x)]);
-    return;
-  }
-  state.reduce(min(lanes.lanes, limits::kWarp));
-  if (lanes.lanes <= limits::kWarp) return;
-  if (lanes.lane % limits::kWarp == 0) states[lanes.lane / limits::kWarp] = state;
+  if (lanes.lanes == 1) return;
+  LossState<A>* const column = states + threadIdx.x;
+  column[threadIdx.y * blockDim.x] = state;
   __syncthreads();
-  const int warps = lanes.lanes / limits::kWarp;
-  if (lanes.lane >= limits::kWarp) return;
-  state = lanes.lane < warps ? states[lanes.lane] : LossState<A>::empty();
-  state.reduce(limits::kWarp);
+  if (lanes.lane != 0) return;
+#pragma unroll 1
+  for (int k = 1; k < lanes.lanes; ++k) state.add(column[k * static_cast<int>(blockDim.x)]);
 }
 
 // a + b, and what it is rounded off.
@@ -267,17 +323,6 @@ __device__ __forceinline__ A sum_of(A a, A b, A& rest) {
   const A of_b = sum - a;
   rest = (a - (sum - of_b)) + (b - of_b);
   return sum;
-}
-
-__device__ __forceinline__ float log1p_of(float x) { return ::log1pf(x); }
-__device__ __forceinline__ double log1p_of(double x) { return ::log1p(x); }
-__device__ __forceinline__ float expm1_of(float x) { return ::expm1f(x); }
-__device__ __forceinline__ double expm1_of(double x) { return ::expm1(x); }
-
-// x, and the least number for -infinity: times an exp that is 0, it is 0.
-template <class A>
-__device__ __forceinline__ A at_least_finite(A x) {
-  return max_of(sizeof(A) == 4 ? A(-FLT_MAX) : static_cast<A>(-DBL_MAX), x);
 }
 
 template <class A>
@@ -322,7 +367,6 @@ __device__ __forceinline__ void run_loss_forward(const LossForwardArgs& args,
                                                  const LossSharing& sharing,
                                                  LossState<computed_t<T>>* states) {
   using A = computed_t<T>;
-  constexpr A kLowest = -static_cast<A>(INFINITY);
   const int64_t dim = args.shape.dim;
   const LossPlace place(sharing);
   const Lanes lanes = place.lanes;
@@ -334,44 +378,21 @@ __device__ __forceinline__ void run_loss_forward(const LossForwardArgs& args,
   const int64_t step = args.input_strides.dim;
   LossState<A> state = LossState<A>::empty();
   if (sharing.combines) {
-    const int parts = static_cast<int>((dim + sharing.part - 1) / sharing.part);
-#pragma unroll 1
-    for (int k = lanes.lane; k < parts; k += lanes.lanes) state.add(states[place.row * parts + k]);
+    const int parts = sharing.parts_of(dim);
+    state.add_parts(lanes, states + place.row * parts, parts);
   } else if (is_read) {
     for_each_batch<kLossForwardItems<A>>(
         sharing, place, dim, [&](int64_t first, int size, auto width) {
-          constexpr int kWidth = decltype(width)::value, kItems = kLossForwardItems<A>;
-          A z[kItems];
-          load_batch<kWidth>(row, step, first, lanes, size, kLowest, z);
-          score.of_batch(lanes, size, z);
-          const auto is_there = [&](int i) {
-            return lanes.lane * kWidth + place_of<kWidth>(lanes, i) < size;
-          };
-          if (score.softcap != A(0)) {
-            for_each_item<kItems>(lanes, size, [&](int i) {
-              if (!is_there(i)) z[i] = kLowest;
-            });
-          }
-          A max = state.max;
-          for_each_item<kItems>(lanes, size, [&](int i) { max = max_of(max, z[i]); });
-          state.raise(max);
-          const A shift = shift_by(max);
-          for_each_item<kItems>(lanes, size, [&](int i) {
-            const A below = z[i] - shift;
-            const A e = below == A(0) ? A(0) : exp_of(below);
-            state.ones = add_of(state.ones, below == A(0) ? A(1) : A(0));
-            state.others = add_of(state.others, e);
-            if (wants_entropy) state.product = fma_of(e, at_least_finite(below), state.product);
-          });
+          constexpr int kWidth = decltype(width)::value;
+          A z[kLossForwardItems<A>];
+          load_scores<kWidth>(score, row, step, first, lanes, size, z);
+          state.add_exps(lanes, size, z, wants_entropy);
           if (!is_smooth) return;
           int i = 0;
           for_each_in_turns(
-              [&](A score_of_class) {
+              [&](A of_class) {
                 const int k = lanes.lane * kWidth + place_of<kWidth>(lanes, i++);
-                if (k >= size) return;
-                const A w = weight_of<A>(args.loss, first + k);
-                state.score = fma_of(w, score_of_class - shift, state.score);
-                state.weight = add_of(state.weight, w);
+                if (k < size) state.add_weighted(weight_of<A>(args.loss, first + k), of_class);
               },
               z);
         });

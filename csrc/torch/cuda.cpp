@@ -99,6 +99,14 @@ void launch_segments(const Args& args, int sums, std::initializer_list<const voi
   C10_CUDA_CHECK(launch(args, plan, scratch.get(), c10::cuda::getCurrentCUDAStream()));
 }
 
+// Of losses, what needs no scratch memory.
+template <class Args, class Launch>
+void launch_losses(const Args& args, c10::Device device, Launch launch, bool are_whole = false) {
+  const c10::cuda::CUDAGuard guard(device);
+  C10_CUDA_CHECK(launch(args, make_loss_plan(args.shape, args.dtype, are_whole),
+                        c10::cuda::getCurrentCUDAStream()));
+}
+
 }  // namespace
 
 void launch_on_cuda(const ForwardArgs& args, c10::Device device) {
@@ -136,9 +144,27 @@ void launch_on_cuda(const LossForwardArgs& args, double* weight, double* loss, b
 }
 
 void launch_on_cuda(const LossBackwardArgs& args, c10::Device device) {
+  launch_losses(args, device, cuda::launch_loss_backward);
+}
+
+void launch_on_cuda(const ProbabilityForwardArgs& args, c10::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  C10_CUDA_CHECK(cuda::launch_loss_backward(args, make_loss_plan(args.shape, args.dtype),
-                                            c10::cuda::getCurrentCUDAStream()));
+  const LossPlan plan = make_loss_plan(args.shape, args.dtype);
+  const c10::DataPtr scratch = c10::cuda::CUDACachingAllocator::get()->allocate(plan.scratch_bytes);
+  C10_CUDA_CHECK(cuda::launch_probability_forward(args, plan, scratch.get(),
+                                                  c10::cuda::getCurrentCUDAStream()));
+}
+
+void launch_on_cuda(const ProbabilityBackwardArgs& args, c10::Device device) {
+  launch_losses(args, device, cuda::launch_probability_backward);
+}
+
+void launch_on_cuda(const DivergenceForwardArgs& args, c10::Device device) {
+  launch_losses(args, device, cuda::launch_divergence_forward, /*are_whole=*/true);
+}
+
+void launch_on_cuda(const DivergenceBackwardArgs& args, c10::Device device) {
+  launch_losses(args, device, cuda::launch_divergence_backward);
 }
 
 }  // namespace softmax_ext
@@ -160,6 +186,10 @@ void launch_on_cuda(const SegmentsForwardArgs&, c10::Device) { not_built(); }
 void launch_on_cuda(const SegmentsBackwardArgs&, c10::Device) { not_built(); }
 void launch_on_cuda(const LossForwardArgs&, double*, double*, bool, c10::Device) { not_built(); }
 void launch_on_cuda(const LossBackwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const ProbabilityForwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const ProbabilityBackwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const DivergenceForwardArgs&, c10::Device) { not_built(); }
+void launch_on_cuda(const DivergenceBackwardArgs&, c10::Device) { not_built(); }
 
 }  // namespace softmax_ext
 

@@ -3,7 +3,9 @@
 
 #include <c10/core/Device.h>
 
+#include "softmax_ext/divergences.h"
 #include "softmax_ext/losses.h"
+#include "softmax_ext/probabilities.h"
 #include "softmax_ext/problem.h"
 #include "softmax_ext/scores.h"
 #include "softmax_ext/segments.h"
@@ -27,5 +29,9 @@ void launch_on_cuda(const SegmentsBackwardArgs& args, c10::Device device);
 void launch_on_cuda(const LossForwardArgs& args, double* weight, double* loss, bool is_mean,
                     c10::Device device);
 void launch_on_cuda(const LossBackwardArgs& args, c10::Device device);
+void launch_on_cuda(const ProbabilityForwardArgs& args, c10::Device device);
+void launch_on_cuda(const ProbabilityBackwardArgs& args, c10::Device device);
+void launch_on_cuda(const DivergenceForwardArgs& args, c10::Device device);
+void launch_on_cuda(const DivergenceBackwardArgs& args, c10::Device device);
 
 }  // namespace softmax_ext

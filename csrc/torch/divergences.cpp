@@ -10,7 +10,9 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda.h"
 #include "loss_tensors.h"
+#include "softmax_ext/score_plan.h"
 #include "tensors.h"
 
 namespace softmax_ext {
@@ -44,7 +46,8 @@ struct Pair {
     dims = contiguous_dims(shape);
     student_strides = teacher_strides = contiguous_strides(shape);
     return find_strides({{&student, &student_strides}, {&teacher, &teacher_strides}},
-                        student.dim() - 1, dims);
+                        student.dim() - 1, dims) &&
+           (student.is_cpu() || cuda::takes_scores(shape, dims));
   }
 };
 
@@ -53,18 +56,22 @@ at::Tensor weight_of_rows(const DivergenceTensors& tensors) {
   return tensors.weight->to(at::toOpMathType(tensors.student.scalar_type())).contiguous();
 }
 
-// What the sum of the rows' losses is divided by.
-double divisor(const at::Tensor& weight, const Shape& shape, int64_t reduction) {
-  if (reduction != kBatchMean && reduction != at::Reduction::Mean) return 1;
-  double count = static_cast<double>(shape.rows());
-  if (weight.defined()) {
-    count = of_numbers(weight, [&](const auto* of_rows) {
+Divisor divisor_of(const at::Tensor& weight, const Shape& shape, int64_t reduction) {
+  Divisor divisor;
+  if (reduction != kBatchMean && reduction != at::Reduction::Mean) return divisor;
+  if (!weight.defined()) {
+    divisor.number = static_cast<double>(shape.rows());
+  } else if (weight.is_cpu()) {
+    divisor.number = of_numbers(weight, [&](const auto* of_rows) {
       int64_t counted = 0;
       for (int64_t k = 0; k < weight.numel(); ++k) counted += of_rows[k] != 0;
       return static_cast<double>(counted);
     });
+  } else {
+    divisor.on_device = (weight != 0).sum();
   }
-  return reduction == kBatchMean ? count : count * static_cast<double>(shape.dim);
+  if (reduction == at::Reduction::Mean) divisor.number *= static_cast<double>(shape.dim);
+  return divisor;
 }
 
 DivergenceOptions options_of(const DivergenceCall& call, const at::Tensor& weight) {
@@ -120,19 +127,28 @@ DivergenceResults divergence_forward(const DivergenceTensors& tensors, const Div
     row_loss.zero_();
     results.kept.zero_();
   } else {
-    cpu::kernels().launch_divergence_forward(
-        {pair.student.const_data_ptr(), pair.teacher.const_data_ptr(),
-         to_dtype(student.scalar_type()), pair.shape, pair.dims, pair.student_strides,
-         pair.teacher_strides, options_of(call, weight), row_loss.mutable_data_ptr(),
-         results.kept.mutable_data_ptr()},
-        threads(pair.shape));
+    const DivergenceForwardArgs args{pair.student.const_data_ptr(),
+                                     pair.teacher.const_data_ptr(),
+                                     to_dtype(student.scalar_type()),
+                                     pair.shape,
+                                     pair.dims,
+                                     pair.student_strides,
+                                     pair.teacher_strides,
+                                     options_of(call, weight),
+                                     row_loss.mutable_data_ptr(),
+                                     results.kept.mutable_data_ptr()};
+    if (student.is_cuda()) {
+      launch_on_cuda(args, student.device());
+    } else {
+      cpu::kernels().launch_divergence_forward(args, threads(pair.shape));
+    }
   }
   if (call.reduction == at::Reduction::None) {
     results.loss = row_loss.to(student.scalar_type());
     return results;
   }
-  results.loss = at::scalar_tensor(sum_of(row_loss) / divisor(weight, pair.shape, call.reduction),
-                                   student.options());
+  results.loss =
+      reduced(row_loss, divisor_of(weight, pair.shape, call.reduction), student.scalar_type());
   return results;
 }
 
@@ -166,15 +182,30 @@ DivergenceGradients divergence_backward(const at::Tensor& grad_loss,
   grads.student = new_gradient(of_student);
   grads.teacher = new_gradient(of_teacher);
   if (student.numel() == 0) return grads;
-  const at::Tensor g = grad_loss.to(at::toOpMathType(student.scalar_type())).contiguous();
+  const Divisor divisor = divisor_of(weight, pair.shape, call.reduction);
+  const at::Tensor g =
+      divisor.of(grad_loss.to(at::toOpMathType(student.scalar_type()))).contiguous();
   const at::Tensor of_rows = kept.contiguous();
-  cpu::kernels().launch_divergence_backward(
-      {pair.student.const_data_ptr(), pair.teacher.const_data_ptr(), mutable_data_of(grads.student),
-       mutable_data_of(grads.teacher), to_dtype(student.scalar_type()), pair.shape, pair.dims,
-       pair.student_strides, pair.teacher_strides, are_new, options_of(call, weight),
-       of_rows.const_data_ptr(), g.const_data_ptr(), call.reduction == at::Reduction::None ? 1 : 0,
-       1 / divisor(weight, pair.shape, call.reduction)},
-      threads(pair.shape));
+  const DivergenceBackwardArgs args{pair.student.const_data_ptr(),
+                                    pair.teacher.const_data_ptr(),
+                                    mutable_data_of(grads.student),
+                                    mutable_data_of(grads.teacher),
+                                    to_dtype(student.scalar_type()),
+                                    pair.shape,
+                                    pair.dims,
+                                    pair.student_strides,
+                                    pair.teacher_strides,
+                                    are_new,
+                                    options_of(call, weight),
+                                    of_rows.const_data_ptr(),
+                                    g.const_data_ptr(),
+                                    call.reduction == at::Reduction::None ? 1 : 0,
+                                    1 / divisor.number};
+  if (student.is_cuda()) {
+    launch_on_cuda(args, student.device());
+  } else {
+    cpu::kernels().launch_divergence_backward(args, threads(pair.shape));
+  }
   return grads;
 }
 

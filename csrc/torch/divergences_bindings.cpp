@@ -15,7 +15,7 @@ py::object bind(py::handle student, py::handle teacher, py::handle weight, int64
   const at::Tensor& y = to_tensor(name, "teacher", teacher);
   std::optional<at::Tensor> w;
   if (!weight.is_none()) w = to_tensor(name, "weight", weight);
-  if (!kernels_take(x) || !kernels_take(y) || (w && !kernels_take(*w)) || !x.device().is_cpu()) {
+  if (!kernels_take(x) || !kernels_take(y) || (w && !kernels_take(*w))) {
     return py::none();
   }
   at::Tensor loss;

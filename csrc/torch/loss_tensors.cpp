@@ -1,5 +1,7 @@
 #include "loss_tensors.h"
 
+#include <ATen/ops/scalar_tensor.h>
+
 #include <array>
 #include <cstdint>
 
@@ -66,6 +68,11 @@ double sum_of(const at::Tensor& numbers) {
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) +
            ((sums[4] + sums[5]) + (sums[6] + sums[7]));
   });
+}
+
+at::Tensor reduced(const at::Tensor& row_loss, const Divisor& divisor, at::ScalarType dtype) {
+  if (!row_loss.is_cpu()) return divisor.of(row_loss.sum(at::kDouble) / divisor.number).to(dtype);
+  return at::scalar_tensor(sum_of(row_loss) / divisor.number, row_loss.options().dtype(dtype));
 }
 
 const void* data_of(const at::Tensor& tensor) {

@@ -1,6 +1,7 @@
 // The tensors of losses: what all of them check, and sums of numbers of rows.
 #pragma once
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -34,6 +35,17 @@ double of_numbers(const at::Tensor& tensor, F f) {
 
 // The sum of contiguous numbers, in an order that only their count decides.
 double sum_of(const at::Tensor& numbers);
+
+// What a sum of the rows' losses is divided by: a number, and one that only the device knows.
+struct Divisor {
+  double number = 1;
+  at::Tensor on_device;
+
+  at::Tensor of(const at::Tensor& x) const { return on_device.defined() ? x / on_device : x; }
+};
+
+// That, as a number of `dtype` on their device, which nobody waits for.
+at::Tensor reduced(const at::Tensor& row_loss, const Divisor& divisor, at::ScalarType dtype);
 
 // Null where the tensor is not defined.
 const void* data_of(const at::Tensor& tensor);

@@ -36,7 +36,7 @@ std::optional<Targets> taken(const LossTensors& tensors, const LossOptions& opti
   }
   const bool are_probabilities = target.scalar_type() == input.scalar_type() &&
                                  target.sizes() == input.sizes() && input.dim() <= 2 &&
-                                 input.numel() > 0 && input.is_cpu() && options.ignore_index < 0;
+                                 input.numel() > 0 && options.ignore_index < 0;
   return are_probabilities ? std::optional(Targets::kProbabilities) : std::nullopt;
 }
 

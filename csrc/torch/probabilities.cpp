@@ -2,10 +2,10 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/scalar_tensor.h>
 
 #include <cmath>
 
+#include "cuda.h"
 #include "loss_tensors.h"
 #include "tensors.h"
 
@@ -86,20 +86,30 @@ ProbabilityResults probabilities_forward(const LossTensors& tensors, const LossO
     results.lse.fill_(-INFINITY);
     results.kept.zero_();
   } else {
-    cpu::kernels().launch_probability_forward(
-        {rows.input.const_data_ptr(), rows.target.const_data_ptr(), to_dtype(input.scalar_type()),
-         rows.shape, rows.dims, rows.input_strides, rows.target_strides, rows.loss,
-         row_loss.mutable_data_ptr(), results.lse.mutable_data_ptr(),
-         results.kept.mutable_data_ptr()},
-        threads(rows.shape));
+    const ProbabilityForwardArgs args{rows.input.const_data_ptr(),
+                                      rows.target.const_data_ptr(),
+                                      to_dtype(input.scalar_type()),
+                                      rows.shape,
+                                      rows.dims,
+                                      rows.input_strides,
+                                      rows.target_strides,
+                                      rows.loss,
+                                      row_loss.mutable_data_ptr(),
+                                      results.lse.mutable_data_ptr(),
+                                      results.kept.mutable_data_ptr()};
+    if (input.is_cuda()) {
+      launch_on_cuda(args, input.device());
+    } else {
+      cpu::kernels().launch_probability_forward(args, threads(rows.shape));
+    }
   }
   if (options.reduction == at::Reduction::None) {
     results.loss = row_loss.to(input.scalar_type());
     return results;
   }
-  double loss = sum_of(row_loss);
-  if (options.reduction == at::Reduction::Mean) loss /= static_cast<double>(row_loss.numel());
-  results.loss = at::scalar_tensor(loss, input.options());
+  const bool is_mean = options.reduction == at::Reduction::Mean;
+  results.loss = reduced(row_loss, {is_mean ? static_cast<double>(row_loss.numel()) : 1, {}},
+                         input.scalar_type());
   return results;
 }
 
@@ -141,13 +151,28 @@ ProbabilityGradients probabilities_backward(const at::Tensor& grad_loss, const a
   const at::Tensor lse = results.lse.contiguous(), kept = results.kept.contiguous();
   const at::Tensor g_lse = grad_lse.defined() ? grad_lse.contiguous() : at::Tensor();
   const bool is_mean = options.reduction == at::Reduction::Mean;
-  cpu::kernels().launch_probability_backward(
-      {rows.input.const_data_ptr(), rows.target.const_data_ptr(), mutable_data_of(grads.input),
-       mutable_data_of(grads.target), to_dtype(input.scalar_type()), rows.shape, rows.dims,
-       rows.input_strides, rows.target_strides, are_new, rows.loss, lse.const_data_ptr(),
-       kept.const_data_ptr(), g.const_data_ptr(), options.reduction == at::Reduction::None ? 1 : 0,
-       is_mean ? 1 / static_cast<double>(rows.shape.rows()) : 1, data_of(g_lse)},
-      threads(rows.shape));
+  const ProbabilityBackwardArgs args{rows.input.const_data_ptr(),
+                                     rows.target.const_data_ptr(),
+                                     mutable_data_of(grads.input),
+                                     mutable_data_of(grads.target),
+                                     to_dtype(input.scalar_type()),
+                                     rows.shape,
+                                     rows.dims,
+                                     rows.input_strides,
+                                     rows.target_strides,
+                                     are_new,
+                                     rows.loss,
+                                     lse.const_data_ptr(),
+                                     kept.const_data_ptr(),
+                                     g.const_data_ptr(),
+                                     options.reduction == at::Reduction::None ? 1 : 0,
+                                     is_mean ? 1 / static_cast<double>(rows.shape.rows()) : 1,
+                                     data_of(g_lse)};
+  if (input.is_cuda()) {
+    launch_on_cuda(args, input.device());
+  } else {
+    cpu::kernels().launch_probability_backward(args, threads(rows.shape));
+  }
   return grads;
 }
 

@@ -15,7 +15,7 @@ py::object bind(py::handle input, py::handle target, py::handle weight, int64_t 
   const at::Tensor& y = to_tensor("cross_entropy", "target", target);
   std::optional<at::Tensor> w;
   if (!weight.is_none()) w = to_tensor("cross_entropy", "weight", weight);
-  if (!kernels_take(x) || !kernels_take(y) || (w && !kernels_take(*w)) || !x.device().is_cpu()) {
+  if (!kernels_take(x) || !kernels_take(y) || (w && !kernels_take(*w))) {
     return py::none();
   }
   ProbabilityResults results;

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "cuda.h"
 #include "node.h"
 #include "node_type.h"
 #include "probabilities.h"
@@ -236,12 +237,16 @@ TORCH_LIBRARY_FRAGMENT(softmax_ext, library) {
     library.def(torch::schema(schema, c10::AliasAnalysisKind::FROM_SCHEMA),
                 {at::Tag::pt2_compliant_tag});
   };
+  const auto implement = [&](const char* name, auto kernel) {
+    library.impl(name, torch::dispatch(c10::DispatchKey::CPU, kernel));
+    if (kBuiltWithCuda) library.impl(name, torch::dispatch(c10::DispatchKey::CUDA, kernel));
+  };
   define(kForwardSchema);
-  library.impl(kForward, torch::dispatch(c10::DispatchKey::CPU, forward_kernel));
+  implement(kForward, TORCH_FN(forward_kernel));
   library.impl(kForward, torch::dispatch(c10::DispatchKey::Meta, forward_meta));
   library.impl(kForward, torch::dispatch(c10::DispatchKey::Autograd, forward_autograd));
   define(kBackwardSchema);
-  library.impl(kBackward, torch::dispatch(c10::DispatchKey::CPU, backward_kernel));
+  implement(kBackward, TORCH_FN(backward_kernel));
   library.impl(kBackward, torch::dispatch(c10::DispatchKey::Meta, backward_meta));
   library.impl(kBackward, torch::dispatch(c10::DispatchKey::FuncTorchBatched, backward_composed));
   library.impl(kBackward, torch::dispatch(c10::DispatchKey::Batched, backward_composed));

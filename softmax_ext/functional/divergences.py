@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext._loader import load
-from softmax_ext.functional.losses import _factor, _number
+from softmax_ext.functional.losses import _DEVICES, _factor, _number
 
 _C = load()
 
@@ -129,7 +129,7 @@ def _loss(
             return _loss(student, teacher, weight, reduction, beta, factor)
     _check(student, teacher, weight)
     if is_dynamo_compiling():
-        if device == "cpu":
+        if device in _DEVICES:
             operator = torch.ops.softmax_ext.kl_div_with_logits
             loss: Tensor = operator(student, teacher, weight, reduction, beta, factor)[0]
             return loss
@@ -165,11 +165,12 @@ def kl_div_with_logits(
     as its limit: 0 of p log(p / q) for p = 0, infinity for q = 0 alone. A finite loss has finite
     gradients.
 
-    On the CPU, kernels read each logit once from memory forward and once backward, and keep seven
+    On the CPU and, where the build has them, on CUDA, kernels read each logit once from memory
+    forward (a second time from a cache, as far as a row fits one) and once backward, and keep seven
     numbers a row between them. Each term that is summed is at least 0, so that the loss of nearly
     equal distributions has its digits too. Sums are in float32 (float64 for float64), and a loss of
-    16 bits is rounded once. The result has the same bits for any batch and number of threads. Other
-    devices, and transforms of torch.func, are composed of torch's functions.
+    16 bits is rounded once. A row has the same bits in any batch and on any number of threads.
+    Other devices, and transforms of torch.func, are composed of torch's functions.
 
     Args:
         student: logits of the shape (..., C), float16, bfloat16, float32 or float64. Rows are read

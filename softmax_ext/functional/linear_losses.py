@@ -20,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from softmax_ext.functional.losses import (
+    _DEVICES,
     _FLOATING,
     _factor,
     _number,
@@ -149,10 +150,13 @@ def _rows_kernel(
     grad_lse: of linear_weight and linear_bias in the type computed in."""
     grads = (grad_loss, grad_lse)
     _check_rows(input, linear_weight, linear_bias, target, grads, wanted, chunk)
-    counts = _check_targets(target, linear_weight.size(0), options[0])
+    rows = None
+    if input.is_cpu:  # on others the kernel of the losses checks, and nothing waits to know
+        counts = _check_targets(target, linear_weight.size(0), options[0])
+        if not (wants_lse or counts.all()):
+            rows = counts.nonzero().squeeze(1)
     results = _empty_results(input, linear_weight, target, wanted)
     losses, lse, grad_input, grad_weight, grad_bias = results
-    rows = None if wants_lse or counts.all() else counts.nonzero().squeeze(1)
     count = target.numel() if rows is None else rows.numel()
     tile = input.new_empty(min(chunk, count), linear_weight.size(0))
     for begin in range(0, count, chunk):
@@ -192,7 +196,10 @@ def _rows_fake(
     return tuple(_empty_results(input, linear_weight, target, wanted))
 
 
-_library.impl("linear_cross_entropy_of_rows", _rows_kernel, "CPU")  # type: ignore[no-untyped-call]
+for _device in _DEVICES:
+    _library.impl(  # type: ignore[no-untyped-call]
+        "linear_cross_entropy_of_rows", _rows_kernel, _device.upper()
+    )
 torch.library.register_fake("softmax_ext::linear_cross_entropy_of_rows", _rows_fake, lib=_library)
 
 
@@ -413,7 +420,7 @@ def _by_kernels(
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
     if (
-        device != "cpu"
+        device not in _DEVICES
         or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
         or any(not t.is_floating_point() for t in tensors)
         or dtype not in _FLOATING
@@ -571,11 +578,12 @@ def linear_cross_entropy(
     r"""Cross-entropy of ``linear(input, linear_weight, linear_bias)``, without all logits at once.
 
     Rows are had in chunks. The products are torch's, of the inputs' dtype; losses, their sum and
-    the gradient of linear_weight are added up in float32 (float64 for float64). With class indices
-    on the CPU, forward makes the gradients as well, so that there are three products a chunk; with
-    ``reduction="none"`` or `return_lse`, backward makes the logits again, and so it does for class
-    probabilities, other devices and a callable. Rows with the target `ignore_index` cost nothing,
-    and what needs no gradient costs no product.
+    the gradient of linear_weight are added up in float32 (float64 for float64). With class indices,
+    on the CPU and, where the build has kernels, on CUDA, forward makes the gradients as well, so
+    that there are three products a chunk; with ``reduction="none"`` or `return_lse`, backward makes
+    the logits again, and so it does for class probabilities, other devices and a callable. What
+    needs no gradient costs no product, and on the CPU rows with the target `ignore_index` cost
+    nothing (on CUDA all rows are in the products: which ones count, only the device knows).
 
     Args:
         input: of the shape (in_features) or (N, in_features), floating.

@@ -122,7 +122,7 @@ def _by_kernels_of_probabilities(
             input, target, weight, *of_kernels
         )
         return result
-    if input.device.type != "cpu":
+    if input.device.type not in _DEVICES:
         return None
     operator = torch.ops.softmax_ext.cross_entropy_of_probabilities
     loss, lse, _ = operator(input, target, weight, *of_kernels)
@@ -294,13 +294,13 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Cross-entropy of logits and targets, with torch's arguments, values, gradients and errors.
 
-    Kernels compute class indices, on the CPU and, where the build has them, on CUDA, and on the CPU
-    class probabilities of the logits' dtype and (C) or (N, C): forward reads each logit once,
-    backward reads it once and writes its gradient, and nothing of the logits' size is kept between
-    them. Sums are in float32 (float64 for float64), and a loss of 16 bits is rounded once. The
-    result has the same bits for any number of threads. Rows with the target `ignore_index` are not
-    read; their gradient is 0, whatever they hold. Other class probabilities, other devices, and
-    transforms of torch.func are composed of torch's functions.
+    Kernels compute class indices, and class probabilities of the logits' dtype and (C) or (N, C),
+    on the CPU and, where the build has them, on CUDA: forward reads each logit once, backward reads
+    it once and writes its gradient, and nothing of the logits' size is kept between them. Sums are
+    in float32 (float64 for float64), and a loss of 16 bits is rounded once. The result has the same
+    bits for any number of threads. Rows with the target `ignore_index` are not read; their gradient
+    is 0, whatever they hold. Other class probabilities, other devices, and transforms of torch.func
+    are composed of torch's functions.
 
     Args:
         input: logits of the shape (C), (N, C) or (N, C, d1, ...), float16, bfloat16, float32 or

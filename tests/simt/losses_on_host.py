@@ -1,4 +1,4 @@
-"""The project's CUDA kernels of cross-entropy, run on the CPU by the host executor (losses.cpp)."""
+"""The project's CUDA kernels of losses, run on the CPU by the host executor (losses.cpp)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,20 @@ from plans import DEVICES
 
 # What the kernels of a call are asked for.
 OPTIONS = {"smoothing": 0.0, "z_loss": 0.0, "factor": 1.0, "softcap": 0.0, "ignore_index": -100}
+# Beside the input, what a call may be given.
+READS = (
+    "target",
+    "weight",
+    "grad_loss",
+    "grad_lse",
+    "lse",
+    "lse_rest",
+    "log_p",
+    "kept",
+    "grad_entropy",
+    "entropy",
+    "divisor",
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +37,16 @@ class Losses:
     total: torch.Tensor
     reduced: torch.Tensor
     plan: dict[str, int]  # threads along a row, its parts, blocks that sum losses
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Of a forward call of two tensors of logits, or of logits and probabilities."""
+
+    loss: torch.Tensor
+    lse: torch.Tensor | None  # of probabilities
+    kept: torch.Tensor
+    plan: dict[str, int]
 
 
 class LossesHost(Host):
@@ -42,8 +66,9 @@ class LossesHost(Host):
         wide = torch.promote_types(input.dtype, torch.float32)
         rows = target.numel()
         of_rows = rows * wide.itemsize
+        reads = {"target": target, "weight": weight}
         plan, body = self._call(
-            "forward", input, None, 5 * of_rows + 16, {"target": target, "weight": weight}, how
+            "cross_entropy", "forward", input, input, 5 * of_rows + 16, reads, how
         )
         numbers = [
             torch.frombuffer(bytearray(body[k * of_rows : (k + 1) * of_rows]), dtype=wide)
@@ -79,30 +104,80 @@ class LossesHost(Host):
             "entropy": None if grad_entropy is None else losses.entropy,
             "divisor": how.pop("divisor", None),
         }
-        _, body = self._call("backward", input, out, memory.nbytes, reads, how)
+        _, body = self._call("cross_entropy", "backward", input, out, memory.nbytes, reads, how)
         written = torch.frombuffer(bytearray(body), dtype=input.dtype)
         return written.as_strided(out.shape, out.stride())
 
+    def pair_forward(
+        self,
+        loss: str,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        **how: Any,
+    ) -> Pairs:
+        """loss: "probabilities", of logits and probabilities and weights of classes, or
+        "divergence", of student and teacher and weights of rows. how: OPTIONS, beta."""
+        wide = torch.promote_types(first.dtype, torch.float32)
+        numbers = {"probabilities": (1, 1, 4), "divergence": (1, 7)}[loss]
+        sizes = [count * first.size(0) for count in numbers]
+        reads = {"target": second, "weight": weight}
+        nbytes = sum(sizes) * wide.itemsize
+        plan, body = self._call(loss, "forward", first, second, nbytes, reads, how)
+        of_rows, *more = torch.frombuffer(bytearray(body), dtype=wide).split(sizes)
+        return Pairs(of_rows, more[0] if len(more) == 2 else None, more[-1], plan)
+
+    def pair_backward(
+        self,
+        loss: str,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        weight: torch.Tensor | None,
+        found: Pairs,
+        grad_loss: torch.Tensor,
+        grad_lse: torch.Tensor | None = None,
+        **how: Any,
+    ) -> list[torch.Tensor]:
+        """The gradients that are wanted: how: OPTIONS, beta, grad_factor, of_first, of_second."""
+        reads = {
+            "target": second,
+            "weight": weight,
+            "grad_loss": grad_loss,
+            "grad_lse": grad_lse,
+            "lse": found.lse,
+            "kept": found.kept,
+        }
+        wanted = how.get("of_first", 1) + how.get("of_second", 1)
+        nbytes = wanted * first.numel() * first.itemsize
+        _, body = self._call(loss, "backward", first, second, nbytes, reads, how)
+        written = torch.frombuffer(bytearray(body), dtype=first.dtype)
+        return list(written.view(wanted, *first.shape))
+
     def _call(
         self,
+        loss: str,
         direction: str,
         input: torch.Tensor,
-        out: torch.Tensor | None,
+        second: torch.Tensor,
         size: int,
         reads: dict[str, torch.Tensor | None],
         how: dict[str, Any],
     ) -> tuple[dict[str, int], bytes]:
+        """reads, in the order of losses.cpp; second: the tensor whose strides go with the
+        input's."""
         sizes, classes = input.shape, input.size(1)
-        strides = [tensor.stride()[:2] for tensor in (input, input if out is None else out)]
         request: dict[str, Any] = {
+            "loss": loss,
             "direction": direction,
             "outer": sizes[0],
             "dim": classes,
             "inner": sizes[2:].numel(),
             "sizes": (sizes[0],),
-            "strides": (*strides[0], *strides[1]),
+            "strides": (*input.stride()[:2], *second.stride()[:2]),
             "dtype": str(input.dtype).removeprefix("torch."),
             **OPTIONS,
+            "beta": 0.0,
+            "grad_factor": 1.0,
             **vars(DEVICES["4 SMs, 9.0"]),
             "seed": self.seed,
             "resident": 1,
@@ -111,21 +186,25 @@ class LossesHost(Host):
             "wants_entropy": 0,
             "is_mean": 0,
             "in_place": 0,
+            "of_first": 1,
+            "of_second": 1,
             "input": 1,
         }
         assert how.keys() <= request.keys(), how
         weight = reads["weight"]
         request |= how | {"weight_sum": classes if weight is None else float(weight.sum())}
-        numbers = ("grad_loss", "grad_lse", "lse", "lse_rest", "log_p", "grad_entropy", "entropy")
-        for name in ("weight", *numbers, "divisor"):
+        for name in READS:
             tensor = reads.get(name)
-            # A gradient of one number: 1, one of each row: 2.
             request[name] = 0 if tensor is None else 1
+            # A gradient of one number: 1, one of each row: 2.
             if name == "grad_loss" and tensor is not None:
                 request[name] = 1 if tensor.dim() == 0 else 2
-        request["target"] = 1
         line = " ".join(f"{key}={word(value)}" for key, value in request.items())
-        given = [memory_of(input), *(t.contiguous() for t in reads.values() if t is not None)]
+        given = [memory_of(input)]
+        for name, tensor in reads.items():
+            if tensor is not None:
+                as_it_lies = name == "target" and loss != "cross_entropy"
+                given.append(memory_of(tensor) if as_it_lies else tensor.contiguous())
         data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in given)
         members, body = self._answer(line, data, size)
         return {key: int(text) for key, text in members.items()}, body

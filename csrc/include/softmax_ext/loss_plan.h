@@ -1,4 +1,4 @@
-// How the CUDA kernels of cross-entropy (loss_kernels.cuh) share out a call: by its shape alone, so that the
+// How the CUDA kernels of losses (loss_kernels.cuh) share out a call: by its shape alone, so that the
 // bits of a row are the same in every batch and on every device.
 #pragma once
 
@@ -33,7 +33,8 @@ struct LossPlan {
   size_t scratch_bytes;    // of a forward call
 };
 
-inline LossPlan make_loss_plan(const Shape& shape, DType dtype) {
+// are_whole: rows are not shared by blocks.
+inline LossPlan make_loss_plan(const Shape& shape, DType dtype, bool are_whole = false) {
   using detail::ceil_div;
   LossPlan plan{};
   const int64_t dim = shape.dim, rows = shape.rows();
@@ -45,7 +46,7 @@ inline LossPlan make_loss_plan(const Shape& shape, DType dtype) {
     plan.along = dim <= limits::kShortScores ? score_lanes(dim) : limits::kWarp;
   } else {
     plan.along = limits::kLossThreads;
-    plan.parts = ceil_div(dim, limits::kLossPart);
+    if (!are_whole) plan.parts = ceil_div(dim, limits::kLossPart);
   }
   plan.rows = limits::kLossThreads / plan.along;
   plan.blocks = ceil_div(rows * plan.parts, plan.rows);

@@ -11,10 +11,28 @@ namespace softmax_ext {
 SOFTMAX_EXT_FUNCTION double exp_of(double x) { return ::exp(x); }
 SOFTMAX_EXT_FUNCTION float log_of(float x) { return ::logf(x); }
 SOFTMAX_EXT_FUNCTION double log_of(double x) { return ::log(x); }
+SOFTMAX_EXT_FUNCTION float log1p_of(float x) { return ::log1pf(x); }
+SOFTMAX_EXT_FUNCTION double log1p_of(double x) { return ::log1p(x); }
+SOFTMAX_EXT_FUNCTION float expm1_of(float x) { return ::expm1f(x); }
+SOFTMAX_EXT_FUNCTION double expm1_of(double x) { return ::expm1(x); }
 SOFTMAX_EXT_FUNCTION float tanh_of(float x) { return ::tanhf(x); }
 SOFTMAX_EXT_FUNCTION double tanh_of(double x) { return ::tanh(x); }
 SOFTMAX_EXT_FUNCTION float fma_of(float a, float b, float c) { return ::fmaf(a, b, c); }
 SOFTMAX_EXT_FUNCTION double fma_of(double a, double b, double c) { return ::fma(a, b, c); }
+
+// What is decided for each element: of a vector the answers are in its lanes.
+template <class T>
+SOFTMAX_EXT_FUNCTION bool is_less(T a, T b) {
+  return a < b;
+}
+template <class T>
+SOFTMAX_EXT_FUNCTION bool is_zero(T a) {
+  return a == T(0);
+}
+template <class T>
+SOFTMAX_EXT_FUNCTION T where(bool answer, T yes, T no) {
+  return answer ? yes : no;
+}
 
 // Rounded on their own: a compiler must not fuse them into a multiply-add, here with one neighbour
 // and there with another, or the same row would have other bits in another kernel.
