@@ -253,7 +253,9 @@ SANITIZE: list[str] = []
 if DEBUG:
     # A report names functions and lines. Checks that are called are a fraction of the code.
     OPTIMIZE = ["-O1", "-g1", "-fno-omit-frame-pointer"]
-    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    # What a null pointer does, the address sanitizer says as well.
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=null"]
+    SANITIZE += ["-fno-sanitize-recover=undefined"]
     SANITIZE += ["--param", "asan-instrumentation-with-call-threshold=0"]
 
 

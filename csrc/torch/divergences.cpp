@@ -10,7 +10,6 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda.h"
 #include "loss_tensors.h"
 #include "softmax_ext/score_plan.h"
 #include "tensors.h"
@@ -137,11 +136,7 @@ DivergenceResults divergence_forward(const DivergenceTensors& tensors, const Div
                                      options_of(call, weight),
                                      row_loss.mutable_data_ptr(),
                                      results.kept.mutable_data_ptr()};
-    if (student.is_cuda()) {
-      launch_on_cuda(args, student.device());
-    } else {
-      cpu::kernels().launch_divergence_forward(args, threads(pair.shape));
-    }
+    launch(args, student.device(), cpu::kernels().launch_divergence_forward);
   }
   if (call.reduction == at::Reduction::None) {
     results.loss = row_loss.to(student.scalar_type());
@@ -201,11 +196,7 @@ DivergenceGradients divergence_backward(const at::Tensor& grad_loss,
                                     g.const_data_ptr(),
                                     call.reduction == at::Reduction::None ? 1 : 0,
                                     1 / divisor.number};
-  if (student.is_cuda()) {
-    launch_on_cuda(args, student.device());
-  } else {
-    cpu::kernels().launch_divergence_backward(args, threads(pair.shape));
-  }
+  launch(args, student.device(), cpu::kernels().launch_divergence_backward);
   return grads;
 }
 

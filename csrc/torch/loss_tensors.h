@@ -6,6 +6,9 @@
 
 #include <optional>
 
+#include "cuda.h"
+#include "tensors.h"
+
 namespace softmax_ext {
 
 // A function and its logits, which its other tensors have to go with. The functions raise.
@@ -46,6 +49,14 @@ struct Divisor {
 
 // That, as a number of `dtype` on their device, which nobody waits for.
 at::Tensor reduced(const at::Tensor& row_loss, const Divisor& divisor, at::ScalarType dtype);
+
+// By the kernel of the device.
+template <class Args>
+void launch(const Args& args, c10::Device device,
+            void (*on_cpu)(const Args& args, const cpu::Threads& threads)) {
+  if (device.is_cuda()) return launch_on_cuda(args, device);
+  on_cpu(args, threads(args.shape));
+}
 
 // Null where the tensor is not defined.
 const void* data_of(const at::Tensor& tensor);

@@ -359,11 +359,7 @@ at::Tensor loss_backward(const LossResultGrads& grads, const LossTensors& tensor
   find_strides(
       {{&rows.tensor, &args.input_strides}, {&grad_input.tensor, &args.grad_input_strides}},
       rows.dim, args.dims);
-  if (input.is_cuda()) {
-    launch_on_cuda(args, input.device());
-  } else {
-    cpu::kernels().launch_loss_backward(args, threads(shape));
-  }
+  launch(args, input.device(), cpu::kernels().launch_loss_backward);
   return rows.moved_back(grad_input.tensor);
 }
 

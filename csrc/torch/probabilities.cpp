@@ -5,7 +5,6 @@
 
 #include <cmath>
 
-#include "cuda.h"
 #include "loss_tensors.h"
 #include "tensors.h"
 
@@ -97,11 +96,7 @@ ProbabilityResults probabilities_forward(const LossTensors& tensors, const LossO
                                       row_loss.mutable_data_ptr(),
                                       results.lse.mutable_data_ptr(),
                                       results.kept.mutable_data_ptr()};
-    if (input.is_cuda()) {
-      launch_on_cuda(args, input.device());
-    } else {
-      cpu::kernels().launch_probability_forward(args, threads(rows.shape));
-    }
+    launch(args, input.device(), cpu::kernels().launch_probability_forward);
   }
   if (options.reduction == at::Reduction::None) {
     results.loss = row_loss.to(input.scalar_type());
@@ -168,11 +163,7 @@ ProbabilityGradients probabilities_backward(const at::Tensor& grad_loss, const a
                                      options.reduction == at::Reduction::None ? 1 : 0,
                                      is_mean ? 1 / static_cast<double>(rows.shape.rows()) : 1,
                                      data_of(g_lse)};
-  if (input.is_cuda()) {
-    launch_on_cuda(args, input.device());
-  } else {
-    cpu::kernels().launch_probability_backward(args, threads(rows.shape));
-  }
+  launch(args, input.device(), cpu::kernels().launch_probability_backward);
   return grads;
 }
 

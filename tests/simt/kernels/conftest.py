@@ -7,15 +7,18 @@ that a change of the plan cannot take a kernel out of their reach; test_what_ran
 what all of them together have run.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from host import Host
 from kernel_cases import (
     SANITIZERS,
     Types,
     has_the_accesses_of_another,
     has_the_barriers_of_another,
 )
+from losses_on_host import LossesHost
 
 FOLDER = Path(__file__).parent
 # What these tests show is in the values, which are those of the o1 lane.
@@ -41,6 +44,13 @@ OF_CASTS = (
     "test_bits_do_not_depend_on_how_a_row_is_run",
     "test_bits_of_a_column_depend_on_dim_alone",
 )
+
+
+@pytest.fixture(scope="session")
+def losses(host: Host) -> Iterator[LossesHost]:
+    losses = LossesHost(host.lane, host.seed)
+    yield losses
+    losses.close()
 
 
 @pytest.fixture(autouse=True)

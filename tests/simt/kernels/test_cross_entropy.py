@@ -2,7 +2,6 @@
 gradients, against float64."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,30 +9,15 @@ import torch
 import torch.nn.functional as F
 from host import Host
 from kernel_cases import SANITIZERS
+from loss_cases import OPTIONS, ROWS, assert_close
 from losses_on_host import Losses, LossesHost
 from pairwise import all_pairs
 from tolerances import FLOATING
 
 SHAPES = {  # with the threads along a row, and its parts
-    "a class": ((3, 1), 8, 1),
-    "lanes of a warp, rows left over": ((35, 10), 8, 1),
-    "neighbours": ((3, 128), 16, 1),
-    "a warp": ((3, 257), 32, 1),
-    "a warp, neighbours, batches": ((2, 1024), 32, 1),
-    "a block": ((2, 1025), 256, 1),
-    "a block, neighbours": ((2, 8192), 256, 1),
-    "parts": ((2, 8193), 256, 2),
-    "parts, neighbours": ((1, 16400), 256, 3),
+    **ROWS,
     "columns": ((2, 19, 33), 1, 1),
     "shared columns": ((1, 40, 40), 8, 1),
-}
-OPTIONS: dict[str, dict[str, float]] = {
-    "plain": {},
-    "smoothing": {"smoothing": 0.1},
-    "z-loss": {"z_loss": 1e-2},
-    "softcap": {"softcap": 3.0},
-    "factor": {"factor": 1.5},
-    "all": {"smoothing": 0.2, "z_loss": 1e-3, "softcap": 5.0, "factor": 0.5},
 }
 GRADIENTS = (
     "of each row",
@@ -43,13 +27,6 @@ GRADIENTS = (
     "of the entropy too",
     "of the entropy alone, in place",
 )
-
-
-@pytest.fixture(scope="session")
-def losses(host: Host) -> Iterator[LossesHost]:
-    losses = LossesHost(host.lane, host.seed)
-    yield losses
-    losses.close()
 
 
 def case(
@@ -83,12 +60,6 @@ def reference(
     weights = counts.double() if w is None else w[target.where(counts, torch.tensor(0))] * counts
     loss = loss + options.get("z_loss", 0.0) * weights * lse**2
     return x, loss, lse, weights, torch.special.entr(z.softmax(1)).sum(1)
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor, ulps: float, atol: float) -> None:
-    """Within ulps of found's type, and atol."""
-    rtol = ulps * torch.finfo(found.dtype).eps
-    torch.testing.assert_close(found.double(), expected.detach(), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(

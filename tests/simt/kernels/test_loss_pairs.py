@@ -2,7 +2,6 @@
 gradients, against float64."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,29 +9,11 @@ import torch
 import torch.nn.functional as F
 from host import Host
 from kernel_cases import SANITIZERS
+from loss_cases import OPTIONS, ROWS, assert_close
 from losses_on_host import LossesHost
 from pairwise import all_pairs
 from tolerances import FLOATING
 
-SHAPES = {  # with the threads along a row, and the parts of one that has several
-    "a class": ((3, 1), 8, 1),
-    "lanes of a warp, rows left over": ((35, 10), 8, 1),
-    "neighbours": ((3, 128), 16, 1),
-    "a warp": ((3, 257), 32, 1),
-    "a warp, neighbours, batches": ((2, 1024), 32, 1),
-    "a block": ((2, 1025), 256, 1),
-    "a block, neighbours": ((2, 8192), 256, 1),
-    "parts": ((2, 8193), 256, 2),
-    "parts, neighbours": ((1, 16400), 256, 3),
-}
-OF_PROBABILITIES: dict[str, dict[str, float]] = {
-    "plain": {},
-    "smoothing": {"smoothing": 0.1},
-    "z-loss": {"z_loss": 1e-2},
-    "softcap": {"softcap": 3.0},
-    "factor": {"factor": 1.5},
-    "all": {"smoothing": 0.2, "z_loss": 1e-3, "softcap": 5.0, "factor": 0.5},
-}
 BETAS = (0.0, 0.3, 1.0)
 # Whose gradients are wanted, and of what.
 GRADIENTS = {
@@ -40,13 +21,6 @@ GRADIENTS = {
     "of the first, of a mean": {"of_second": 0, "grad_factor": 0.25},
     "of the second, of a mean": {"of_first": 0, "grad_factor": 0.25},
 }
-
-
-@pytest.fixture(scope="session")
-def losses(host: Host) -> Iterator[LossesHost]:
-    losses = LossesHost(host.lane, host.seed)
-    yield losses
-    losses.close()
 
 
 @pytest.fixture(autouse=True)
@@ -80,12 +54,6 @@ def computed(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor, ulps: float, atol: float) -> None:
-    """Within ulps of found's type, and atol."""
-    rtol = ulps * torch.finfo(found.dtype).eps
-    torch.testing.assert_close(found.double(), expected.detach(), rtol=rtol, atol=atol)
-
-
 def assert_gradients_close(
     found: list[torch.Tensor], right: list[torch.Tensor | None], how: dict[str, Any]
 ) -> None:
@@ -109,9 +77,7 @@ def gradient_of_rows(loss: torch.Tensor, how: dict[str, Any]) -> tuple[torch.Ten
 
 @pytest.mark.parametrize(
     ("shape", "options", "dtype", "gradient", "weighted"),
-    all_pairs(
-        list(itertools.product(SHAPES, OF_PROBABILITIES, FLOATING, GRADIENTS, [False, True]))
-    ),
+    all_pairs(list(itertools.product(ROWS, OPTIONS, FLOATING, GRADIENTS, [False, True]))),
 )
 def test_probabilities(
     losses: LossesHost,
@@ -121,8 +87,8 @@ def test_probabilities(
     gradient: str,
     weighted: bool,
 ) -> None:
-    sizes, along, parts = SHAPES[shape]
-    how = OF_PROBABILITIES[options]
+    sizes, along, parts = ROWS[shape]
+    how = OPTIONS[options]
     x, y = logits(sizes, dtype)
     target = y.double().softmax(1).mul(1.5).to(dtype)  # whose sum need not be 1
     weight = weights(sizes[1], dtype) if weighted else None
@@ -171,9 +137,7 @@ def reference(
 
 @pytest.mark.parametrize(
     ("shape", "beta", "factor", "dtype", "gradient", "weighted"),
-    all_pairs(
-        list(itertools.product(SHAPES, BETAS, [1.0, 0.5], FLOATING, GRADIENTS, [False, True]))
-    ),
+    all_pairs(list(itertools.product(ROWS, BETAS, [1.0, 0.5], FLOATING, GRADIENTS, [False, True]))),
 )
 def test_divergences(
     losses: LossesHost,
@@ -184,7 +148,7 @@ def test_divergences(
     gradient: str,
     weighted: bool,
 ) -> None:
-    sizes, along, _ = SHAPES[shape]
+    sizes, along, _ = ROWS[shape]
     x, y = logits(sizes, dtype)
     weight = weights(sizes[0], dtype) if weighted else None
     how = {"beta": beta, "factor": factor}
