@@ -94,8 +94,9 @@ def losses_of_pairs_are_finite(generator: torch.Generator) -> bool:
             ]
             for loss in losses:
                 both = [tensor.detach().requires_grad_() for tensor in (x, y)]
-                results = [loss(*both), *torch.autograd.grad(loss(*both), both)]
-                if not all(result.detach().cpu().isfinite().all() for result in results):
+                value = loss(*both)
+                results = [value.detach(), *torch.autograd.grad(value, both)]
+                if not all(result.cpu().isfinite().all() for result in results):
                     print(f"a loss of two tensors of {shape} {dtype} is not finite")
                     return False
     return True

@@ -38,6 +38,10 @@ OF_VALUES = (
     "test_bits_of_every_schedule",
     "test_a_band_has_the_bits_of_its_mask",
     "test_rows_of_which_nothing_takes_part",
+    "test_nearly_equal_distributions",
+    "test_classes_of_no_share",
+    "test_a_value_that_is_no_number_shows",
+    "test_bits_of_pairs",
 )
 # But where the kernels that cast run: nowhere else do all of them.
 OF_CASTS = (

@@ -23,6 +23,13 @@ OPTIONS: dict[str, dict[str, float]] = {  # of cross-entropy
 }
 
 
+def scores_of(x: torch.Tensor, options: dict[str, float]) -> torch.Tensor:
+    z = x * options.get("factor", 1.0)
+    if softcap := options.get("softcap"):
+        z = softcap * torch.tanh(z / softcap)
+    return z
+
+
 def assert_close(found: torch.Tensor, expected: torch.Tensor, ulps: float, atol: float) -> None:
     """Within ulps of found's type, and atol."""
     rtol = ulps * torch.finfo(found.dtype).eps

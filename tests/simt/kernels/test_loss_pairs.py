@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from host import Host
-from kernel_cases import SANITIZERS
-from loss_cases import OPTIONS, ROWS, assert_close
+from loss_cases import OPTIONS, ROWS, assert_close, scores_of
 from losses_on_host import LossesHost
 from pairwise import all_pairs
 from tolerances import FLOATING
@@ -21,20 +19,6 @@ GRADIENTS = {
     "of the first, of a mean": {"of_second": 0, "grad_factor": 0.25},
     "of the second, of a mean": {"of_first": 0, "grad_factor": 0.25},
 }
-
-
-@pytest.fixture(autouse=True)
-def only_accesses_under_sanitizers(request: pytest.FixtureRequest, host: Host) -> None:
-    if host.lane not in SANITIZERS:
-        return
-    if request.node.callspec.params.get("dtype") == torch.bfloat16:
-        pytest.skip("sanitizers: the same accesses as float16")
-    if request.node.originalname not in (
-        "test_probabilities",
-        "test_divergences",
-        "test_rows_without_weight_are_not_read",
-    ):
-        pytest.skip("sanitizers: a test of values, run in the o1 lane")
 
 
 def logits(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,9 +79,7 @@ def test_probabilities(
     found = losses.pair_forward("probabilities", x, target, weight, **how)
     assert (found.plan["along"], found.plan["parts"]) == (along, parts)
     x64, t64 = (tensor.double().requires_grad_() for tensor in (x, target))
-    z = x64 * how.get("factor", 1.0)
-    if softcap := how.get("softcap"):
-        z = softcap * torch.tanh(z / softcap)
+    z = scores_of(x64, how)
     w = None if weight is None else weight.double()
     lse = z.logsumexp(1)
     loss = F.cross_entropy(z, t64, w, reduction="none", label_smoothing=how.get("smoothing", 0.0))
@@ -245,7 +227,7 @@ def test_a_value_that_is_no_number_shows(
 @pytest.mark.parametrize("loss", ["probabilities", "divergence"])
 @pytest.mark.parametrize("shape", LONGEST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_bits(losses: LossesHost, loss: str, shape: str, dtype: torch.dtype) -> None:
+def test_bits_of_pairs(losses: LossesHost, loss: str, shape: str, dtype: torch.dtype) -> None:
     """A row has the same in every batch, and wherever it lies."""
     x, y = logits(LONGEST[shape], dtype)
 
