@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-digits = pytest.importorskip("digits", reason="the packages of the extra `demo`")
+
+@pytest.fixture
+def digits(monkeypatch):
+    """What it imports takes seconds, which a run of other tests does without."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    return pytest.importorskip("digits", reason="the packages of the extra `demo`")
 
 
 @pytest.mark.parametrize(("encoding", "bar"), [("ascii", "#"), ("latin-1", "#"), ("utf-8", "█")])
-def test_bars_in_the_characters_of_the_output(encoding, bar, monkeypatch):
+def test_bars_in_the_characters_of_the_output(digits, encoding, bar, monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", output)
     digits.print_probabilities(torch.eye(10), torch.arange(10))
@@ -20,15 +24,11 @@ def test_bars_in_the_characters_of_the_output(encoding, bar, monkeypatch):
     assert f"0  {bar * 40}  100.0%" in output.read()
 
 
-def timing(low, ratio, high):
-    return digits.Timing("8x64", "softmax", "forward", 2e-6, 1e-6, low, ratio, high)
-
-
-STEADY, WIDE = timing(1.9, 2.0, 2.1), timing(1.5, 2.0, 2.5)
+STEADY, WIDE = (1.9, 2.0, 2.1), (1.5, 2.0, 2.5)  # the lowest ratio, the median, the highest
 
 
 @pytest.mark.parametrize(
-    ("timings", "others", "noted"),
+    ("ratios", "others", "noted"),
     [
         ([STEADY, STEADY], 0.02, []),
         ([STEADY, STEADY], None, []),  # a system that does not tell
@@ -37,7 +37,9 @@ STEADY, WIDE = timing(1.9, 2.0, 2.1), timing(1.5, 2.0, 2.5)
         ([WIDE, WIDE], 1.5, ["other programs used 1.5", "2 of the 2 ratios"]),
     ],
 )
-def test_a_busy_machine_and_a_wide_spread_are_noted(timings, others, noted, capsys):
+def test_a_busy_machine_and_a_wide_spread_are_noted(digits, ratios, others, noted, capsys):
+    cell = ("8x64", "softmax", "forward", 2e-6, 1e-6)
+    timings = [digits.Timing(*cell, *of_cell) for of_cell in ratios]
     digits.print_speed(digits.Speed(timings, others))
     printed = capsys.readouterr().out
     for text in ("other programs used", "of the 2 ratios"):
@@ -46,7 +48,7 @@ def test_a_busy_machine_and_a_wide_spread_are_noted(timings, others, noted, caps
         assert note in printed
 
 
-def test_quartiles_are_of_the_pairs(monkeypatch):
+def test_quartiles_are_of_the_pairs(digits, monkeypatch):
     """torch takes 1 to 11 times as long in eleven pairs, after two calls that set the count."""
     ratios = iter([1, *range(1, 12)])
 

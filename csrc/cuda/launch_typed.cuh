@@ -231,14 +231,20 @@ template <class T, class Args>
 cudaError_t launch_typed(const Args& args, const Plan& plan, void* scratch, cudaStream_t stream) {
   const auto with = [&](auto other) {
     using Other = decltype(other);
-    return args.op == Op::kSoftmax
-               ? launch_op<Op::kSoftmax, T, Other>(args, plan, scratch, stream)
-               : launch_op<Op::kLogSoftmax, T, Other>(args, plan, scratch, stream);
+    if constexpr (kAllValues) {
+      if (args.op == Op::kLogSoftmax) {
+        return launch_op<Op::kLogSoftmax, T, Other>(args, plan, scratch, stream);
+      }
+    }
+    return args.op == Op::kSoftmax ? launch_op<Op::kSoftmax, T, Other>(args, plan, scratch, stream)
+                                   : cudaErrorInvalidValue;
   };
   if (other_dtype(args) == dtype_of<T>) return with(T{});
   if constexpr (std::is_same_v<T, float>) {
     if (other_dtype(args) == DType::kFloat16) return with(__half{});
-    if (other_dtype(args) == DType::kBFloat16) return with(__nv_bfloat16{});
+    if constexpr (kAllValues) {
+      if (other_dtype(args) == DType::kBFloat16) return with(__nv_bfloat16{});
+    }
   }
   return cudaErrorInvalidValue;
 }

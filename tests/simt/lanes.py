@@ -26,6 +26,10 @@ LANES = {
     "debug": ["-O0", "-g3"],
     "ucontext": ["-O2", "-g1", "-DSIMT_UCONTEXT"],
 }
+# Sanitizers look at accesses to memory and their order: those of log_softmax are softmax's, and of
+# bfloat16 float16's, so that these kernels are not compiled.
+SANITIZERS = ("asan", "tsan")
+TYPES = ["-DSOFTMAX_EXT_SIMT_TYPES=__half,float,double"]
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-omit-frame-pointer", "-DSOFTMAX_EXT_SIMT"]
 FLAGS += [f"-I{ROOT / 'tests' / 'simt' / 'cuda'}", f"-I{ROOT / 'csrc' / 'include'}"]
 # The kernels fill their arrays in unrolled loops, which g++ does not see through.
@@ -48,6 +52,11 @@ PROGRAMS = {
 }
 
 
+def sources_of(program: str, lane: str) -> list[Path]:
+    sources = EXECUTOR + PROGRAMS[program]
+    return [s for s in sources if lane not in SANITIZERS or not s.stem.endswith("bfloat16")]
+
+
 def write_rules() -> None:
     """build.ninja, for every lane."""
     lines = [
@@ -61,11 +70,13 @@ def write_rules() -> None:
         "  command = $compiler $flags -rdynamic $in -ldl -o $out",
     ]
     for lane, options in LANES.items():
-        for source in chain(EXECUTOR, *PROGRAMS.values()):
+        types = TYPES if lane in SANITIZERS else []
+        sources = {program: sources_of(program, lane) for program in PROGRAMS}
+        for source in dict.fromkeys(chain(*sources.values())):
             lines += [f"build {lane}/{source.stem}.o: compile {source}"]
-            lines += [f"  flags = {' '.join(FLAGS + options)}"]
-        for program, sources in PROGRAMS.items():
-            objects = [f"{lane}/{source.stem}.o" for source in EXECUTOR + sources]
+            lines += [f"  flags = {' '.join(FLAGS + options + types)}"]
+        for program in PROGRAMS:
+            objects = [f"{lane}/{source.stem}.o" for source in sources[program]]
             lines += [f"build {lane}/{program}: link {' '.join(objects)}"]
             lines += [f"  flags = {' '.join(options + LINK[program])}"]
     rules = FOLDER / "build.ninja"

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from host import Host
 from kernel_cases import (
-    SANITIZERS,
     Types,
     has_the_accesses_of_another,
     has_the_barriers_of_another,
 )
+from lanes import SANITIZERS
 from losses_on_host import LossesHost
 
 FOLDER = Path(__file__).parent

@@ -136,7 +136,6 @@ CASTS = [types for types in ALL if not types.native]
 FLOAT64 = [types for types in SAME if types.load == torch.float64]
 
 ops = pytest.mark.parametrize("op", OPS)
-SANITIZERS = ("asan", "tsan")
 
 
 def all_types(types: list[Types]) -> pytest.MarkDecorator:

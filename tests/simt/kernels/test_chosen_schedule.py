@@ -14,7 +14,6 @@ from kernel_cases import (
     NEW,
     OLD,
     ROW_WARPS,
-    SANITIZERS,
     SCHEDULES,
     VECTOR_BYTES,
     WARP,
@@ -29,6 +28,7 @@ from kernel_cases import (
     run,
     values,
 )
+from lanes import SANITIZERS
 from plans import DEVICES
 from tolerances import INTEGERS, OPS, SIXTEEN_BIT, largest_error, reference, ulp
 

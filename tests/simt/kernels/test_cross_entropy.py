@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from host import Host
-from kernel_cases import SANITIZERS
+from lanes import SANITIZERS
 from loss_cases import OPTIONS, ROWS, assert_close, scores_of
 from losses_on_host import Losses, LossesHost
 from pairwise import all_pairs

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from host import Host
-from kernel_cases import SANITIZERS, VECTOR_BYTES, assert_same_bits
+from kernel_cases import VECTOR_BYTES, assert_same_bits
+from lanes import SANITIZERS
 from pairwise import all_pairs
 from segment_reference import assert_close, assert_gradient_close, by_loop, pointers
 from segments_host import Result, SegmentsHost

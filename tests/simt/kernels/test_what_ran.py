@@ -14,13 +14,13 @@ from kernel_cases import (
     NATIVE,
     NEW,
     OLD,
-    SANITIZERS,
     SMS,
     VECTOR_BYTES,
     Types,
     has_the_accesses_of_another,
     has_the_barriers_of_another,
 )
+from lanes import SANITIZERS
 from scores_reference import OURS as OPS_OF_SCORES
 from tolerances import FLOATING, OPS, SIXTEEN_BIT
 
