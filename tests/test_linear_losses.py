@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pairwise import all_pairs
 from test_losses_values import OPTIONS, reference
 from tolerances import FLOATING
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import softmax_ext
 
@@ -360,6 +361,88 @@ def test_a_second_backward(reduction: str) -> None:
     second = torch.autograd.grad(3 * loss, leaves)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(3 * a, b)
+
+
+def test_gradients_that_are_changed() -> None:
+    """Those of a graph that is kept are the caller's: the next backward makes others."""
+    tensors = case(torch.float32)
+    leaves = [tensors[name] for name in LEAVES[:2]]
+    loss = softmax_ext.linear_cross_entropy(*leaves, tensors["target"])
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    for grad in first:
+        grad.zero_()
+    for a, b in zip(torch.autograd.grad(loss, leaves, retain_graph=True), kept, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(torch.autograd.grad(loss, leaves), kept, strict=True):
+        assert torch.equal(a, b)
+
+    module = softmax_ext.LinearCrossEntropyLoss(12, 21)
+    loss = module(tensors["input"].detach(), tensors["target"])
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    three = module.linear.weight.grad.clone()
+    module.linear.weight.grad.zero_()
+    loss.backward()
+    torch.testing.assert_close(3 * module.linear.weight.grad, three)
+
+
+def test_batched_gradients() -> None:
+    tensors = case(torch.float64)
+    w = tensors["linear_weight"]
+    loss = softmax_ext.linear_cross_entropy(tensors["input"], w, tensors["target"])
+    factors = torch.tensor([1.0, 2.0, 0.5]).double()
+    (found,) = torch.autograd.grad(loss, w, factors, retain_graph=True, is_grads_batched=True)
+    (one,) = torch.autograd.grad(loss, w)
+    torch.testing.assert_close(found, factors[:, None, None] * one)
+
+
+def test_fake_tensors_and_traces() -> None:
+    x, w, y = torch.randn(6, 4), torch.randn(5, 4), torch.randint(5, (6,))
+    y[2] = -100
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(t) for t in (x, w, y)]
+        for projection in (fake[1], lambda rows: rows @ fake[1].t()):
+            assert softmax_ext.linear_cross_entropy(fake[0], projection, fake[2]).shape == ()
+    traced = torch.jit.trace(lambda x, y: softmax_ext.linear_cross_entropy(x, w, y), (x, y))
+    torch.testing.assert_close(traced(x, y), softmax_ext.linear_cross_entropy(x, w, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int8, torch.int16], ids=str)
+@pytest.mark.parametrize("as_callable", [False, True])
+def test_targets_of_another_dtype_raise(as_callable: bool, dtype: torch.dtype) -> None:
+    x, w, y = torch.randn(4, 6), torch.randn(5, 6), torch.tensor([0, 1, 1, 0]).to(dtype)
+    with pytest.raises(RuntimeError) as of_torch:
+        F.cross_entropy(x @ w.t(), y)
+    with pytest.raises(RuntimeError) as of_ours:
+        softmax_ext.linear_cross_entropy(x, (lambda x: x @ w.t()) if as_callable else w, y)
+    assert str(of_ours.value) == str(of_torch.value)
+
+
+def test_float64_under_autocast() -> None:
+    """Autocast leaves it, and so the loss, as they are."""
+    x, w = torch.randn(4, 6).double().requires_grad_(), torch.randn(5, 6).double()
+    y = torch.tensor([0, 1, 4, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = softmax_ext.linear_cross_entropy(x, w, y)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, F.cross_entropy(x @ w.t(), y))
+    assert torch.autograd.grad(loss, x)[0].dtype == torch.float64
+
+
+def test_weights_of_classes_that_are_ignored() -> None:
+    """An infinite one is not in the mean, and a target out of range is named as without weights."""
+    x, w, weight = torch.randn(4, 6), torch.randn(5, 6), torch.rand(5)
+    weight[0] = torch.inf
+    y = torch.tensor([0, 1, 4, 2])
+    found = softmax_ext.linear_cross_entropy(x, w, y, weight=weight, ignore_index=0)
+    expected = F.cross_entropy(x @ w.t(), y, weight, ignore_index=0)
+    torch.testing.assert_close(found, expected)
+    for weight_or_none in (None, weight):
+        with pytest.raises(IndexError, match="Target 5 is out of bounds"):
+            softmax_ext.linear_cross_entropy(
+                x, w, torch.tensor([5, 1, 2, 3]), weight=weight_or_none
+            )
 
 
 def test_double_backward_raises() -> None:

@@ -13,6 +13,7 @@ from torch.testing._internal.common_modules import module_db
 
 import softmax_ext
 
+PROMOTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INFO = next(info for info in op_db if info.name == "nn.functional.cross_entropy")
 
 
@@ -325,6 +326,43 @@ def test_compile(backend: str, device: str) -> None:
         torch.testing.assert_close(grad, torch.autograd.grad(expected, x)[0])
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("layout", ["classes last", "channels last", "contiguous"])
+def test_compile_of_layouts(layout: str, dynamic: bool) -> None:
+    """The gradient lies as the graph expects it: inductor checks the strides."""
+    torch._dynamo.reset()  # what another layout has compiled counts here too
+
+    @torch.compile(fullgraph=True, dynamic=dynamic)
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if layout == "classes last":
+            x = x.transpose(1, 2)
+        return softmax_ext.cross_entropy(x, y)
+
+    for size in (3, 4):
+        if layout == "classes last":
+            x, y = torch.randn(2, size, 5), torch.randint(5, (2, size))
+        else:
+            x, y = torch.randn(2, 5, size, 6), torch.randint(5, (2, size, 6))
+        if layout == "channels last":
+            x = x.contiguous(memory_format=torch.channels_last)
+        x.requires_grad_()
+        (grad,) = torch.autograd.grad(function(x, y), x)
+        z = x.transpose(1, 2) if layout == "classes last" else x
+        (expected,) = torch.autograd.grad(F.cross_entropy(z, y), x)
+        torch.testing.assert_close(grad, expected)
+        if layout != "classes last":
+            x = x.detach()
+            args = (*saved_by_a_mean(x, y), 1, -100, 0.0, 0.0, 1.0, 0.0)
+            torch.library.opcheck(torch.ops.softmax_ext.cross_entropy_backward.default, args)
+
+
+def saved_by_a_mean(x: torch.Tensor, y: torch.Tensor) -> tuple[Any, ...]:
+    """What a backward call of a mean takes before its options."""
+    operator = torch.ops.softmax_ext.cross_entropy
+    loss, lse, kept, total, _ = operator(x, y, None, 1, -100, 0.0, 0.0, 1.0, 0.0, False, False)
+    return torch.ones_like(loss), None, None, x, y, None, lse, kept, total, None
+
+
 @pytest.mark.parametrize("reduction", [0, 1])
 def test_opcheck(reduction: int) -> None:
     x, y = logits(3, 5, dtype=torch.float32), torch.tensor([0, -100, 2])
@@ -352,6 +390,51 @@ def test_fake_tensors() -> None:
     with torch._subclasses.FakeTensorMode():
         loss = softmax_ext.cross_entropy(torch.randn(3, 5), torch.tensor([0, 1, 2]))
     assert loss.shape == ()
+
+
+def test_meta_tensors() -> None:
+    x, y = torch.randn(3, 5, device="meta"), torch.zeros(3, dtype=torch.long, device="meta")
+    w = torch.randn(7, 5, device="meta")
+    for loss in (
+        softmax_ext.cross_entropy(x, y),
+        softmax_ext.cross_entropy(x, x.softmax(1)),
+        softmax_ext.linear_cross_entropy(x, w, y),
+        softmax_ext.kl_div_with_logits(x, x * 2),
+    ):
+        assert loss.is_meta and loss.shape == ()
+
+
+@pytest.mark.parametrize("weight_dtype", [None, *PROMOTED], ids=str)
+@pytest.mark.parametrize("target_dtype", PROMOTED, ids=str)
+@pytest.mark.parametrize("dtype", PROMOTED, ids=str)
+def test_dtype_of_probabilities_of_another(
+    dtype: torch.dtype, target_dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> None:
+    x, y = torch.randn(4, 5).to(dtype), torch.rand(4, 5).softmax(1).to(target_dtype)
+    weight = None if weight_dtype is None else torch.rand(5).to(weight_dtype)
+    expected = F.cross_entropy(x, y, weight)
+    found = softmax_ext.cross_entropy(x, y, weight)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+def test_an_ignored_row_of_a_second_gradient() -> None:
+    """Its gradient is 0 whatever it holds, also where it can be differentiated again."""
+    x = torch.tensor([[1.0, 2.0], [torch.nan, torch.inf]], requires_grad=True)
+    for softcap in (None, 5.0):
+        loss = softmax_ext.cross_entropy(x, torch.tensor([0, -100]), softcap=softcap)
+        plain = torch.autograd.grad(loss, x, retain_graph=True)[0]
+        (again,) = torch.autograd.grad(loss, x, create_graph=True)
+        torch.testing.assert_close(again, plain)
+        assert not plain[1].any()
+
+
+@pytest.mark.parametrize("argument", ["input", "target"])
+def test_what_is_no_tensor(argument: str) -> None:
+    tensors: dict[str, Any] = {"input": torch.randn(3, 5), "target": torch.tensor([0, 1, 2])}
+    tensors[argument] = None
+    with pytest.raises(TypeError, match=f"'{argument}' must be Tensor, not NoneType"):
+        softmax_ext.cross_entropy(**tensors)
 
 
 class Logits(torch.Tensor):

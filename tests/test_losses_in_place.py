@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pairwise import all_pairs
 from test_losses_values import LAYOUTS, OPTIONS, SHAPES, case
 from test_scores_memory import allocated
@@ -37,7 +38,8 @@ def both(
 def test_it_is_the_gradient(
     shape: str, options: str, dtype: torch.dtype, reduction: str, weighted: bool
 ) -> None:
-    """With the bits of the loss without it, and of the gradient where it is not multiplied."""
+    """With the bits of the loss without it, and of the gradient where it is not multiplied but by a
+    power of two, which rounds what has few digits."""
     x, target, weight = case(SHAPES[shape], dtype, "cpu", weighted)
     (loss, grad), (found_loss, found) = both(
         lambda leaf: leaf * 1, x, target, weight, reduction=reduction, **OPTIONS[options]
@@ -45,7 +47,32 @@ def test_it_is_the_gradient(
     torch.testing.assert_close(found_loss, loss, rtol=0, atol=0, equal_nan=True)
     rounding = 0.0 if reduction != "none" else torch.finfo(dtype).eps
     largest = float(grad.abs().max()) if grad.numel() else 0.0
-    torch.testing.assert_close(found, grad, rtol=rounding, atol=rounding * largest, equal_nan=True)
+    smallest = 2.0**-24 if dtype == torch.float16 and reduction == "mean" else 0.0
+    torch.testing.assert_close(
+        found, grad, rtol=rounding, atol=rounding * largest + smallest, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scale", [2.0**15, 3000.0])
+def test_a_mean_with_a_scale_of_the_loss(scale: float, weighted: bool) -> None:
+    """In float16 a probability over the number of rows is 0 unless it has the scale already."""
+    rows, classes = 4096, 500
+    x = (torch.randn(rows, classes) * 3).half()
+    target = torch.randint(classes, (rows,))
+    target[::5] = -100
+    weight = torch.rand(classes).half() if weighted else None
+    leaf = x.clone().requires_grad_()
+    loss = softmax_ext.cross_entropy(leaf * 1, target, weight, inplace_backward=True)
+    (found,) = torch.autograd.grad(loss, leaf, torch.tensor(scale).half())
+    x64 = x.double().requires_grad_()
+    loss = F.cross_entropy(x64, target, None if weight is None else weight.double())
+    (expected,) = torch.autograd.grad(loss, x64, torch.tensor(scale).double())
+    # Rounded twice; and what lies below the smallest normal number before the scale.
+    torch.testing.assert_close(
+        found.double(), expected, rtol=2.0**-10, atol=2.0**-23 * scale / rows
+    )
+    assert (found != 0).double().mean() > 0.75
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "expanded"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pairwise import all_pairs
 from test_scores_memory import allocated
 from tolerances import FLOATING
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from softmax_ext import selective_log_softmax
 
@@ -207,6 +208,70 @@ def test_memory() -> None:
     for with_entropy in (False, True):
         assert allocated(partial(forward, with_entropy)) < numbers
         assert allocated(partial(step, with_entropy)) < x.nbytes + numbers
+
+    sliced = torch.randn(4, 128, 8000, requires_grad=True)
+
+    def of_a_slice() -> None:
+        selective_log_softmax(sliced[:, :-1], index.view(4, 128)[:, 1:])
+
+    assert allocated(of_a_slice) < numbers
+
+
+@pytest.mark.parametrize("count", [None, 2])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_slices(backend: str, count: int | None) -> None:
+    """Logits of more dims, read where they lie: tokens from the second on, eager and compiled."""
+    index = torch.randint(11, (3, 7, *([] if count is None else [count])))
+
+    def loss(function: Any) -> Any:
+        return lambda x: function(x[:, :-1], index[:, 1:]).square().sum()
+
+    x = torch.randn(3, 7, 11, requires_grad=True)
+    ours = loss(selective_log_softmax)
+    (expected,) = torch.autograd.grad(loss(lambda *args: reference(*args, 1.0)[0])(x), x)
+    for function in (ours, torch.compile(ours, fullgraph=True, backend=backend)):
+        torch.testing.assert_close(torch.autograd.grad(function(x), x)[0], expected)
+
+
+def test_several_classes_of_large_logits() -> None:
+    """No less accurate than one class a row: a difference of logits, not of one and their lse; but
+    where the first of the classes is masked."""
+    x = torch.tensor([[1e4, 1e4 + 0.25, 1e4 + 1, -torch.inf]], requires_grad=True)
+    for order in ([0, 1, 2], [2, 1, 0, 3], [1]):
+        index = torch.tensor([order])
+        (found,) = torch.autograd.grad(selective_log_softmax(x, index)[:, :3].sum(), x)
+        expected = x.detach().double().log_softmax(-1).gather(-1, index)
+        torch.testing.assert_close(
+            selective_log_softmax(x, index).double(), expected, rtol=1e-6, atol=0
+        )
+        assert found.isfinite().all()
+    masked = torch.tensor([[3, 1]])
+    found = selective_log_softmax(x, masked)
+    torch.testing.assert_close(
+        found.double(), x.detach().double().log_softmax(-1).gather(-1, masked), rtol=1e-3, atol=0
+    )
+    assert torch.autograd.grad(found[0, 1], x)[0].isfinite().all()
+
+
+def test_several_classes_under_autocast() -> None:
+    x, index = torch.randn(4, 6, dtype=torch.bfloat16), torch.randint(6, (4, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = selective_log_softmax(x, index)
+        one = selective_log_softmax(x, index[:, 0])
+    assert found.dtype == one.dtype == torch.float32
+    torch.testing.assert_close(found[:, 0], one)
+
+
+def test_vmap_and_fake_tensors() -> None:
+    """Neither has values to look at."""
+    x, index = torch.randn(2, 3, 5), torch.randint(5, (2, 3, 2))
+    found = torch.vmap(selective_log_softmax)(x, index)
+    torch.testing.assert_close(found, selective_log_softmax(x, index))
+    with FakeTensorMode() as mode:
+        fake = selective_log_softmax(mode.from_tensor(x), mode.from_tensor(index))
+    assert fake.shape == index.shape
+    meta = selective_log_softmax(x.to("meta"), index.to("meta"))
+    assert meta.shape == index.shape and meta.is_meta
 
 
 def test_transforms_and_compile(device: str) -> None:

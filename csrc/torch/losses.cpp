@@ -4,6 +4,8 @@
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/exp2.h>
+#include <ATen/ops/frexp.h>
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -35,11 +37,11 @@ struct Rows {
   int64_t dim;
   bool is_moved;  // the classes went from the class dim to the last one
 
-  explicit Rows(const at::Tensor& input) : tensor(input), dim(class_dim(input)), is_moved(false) {
-    if (input.dim() > 2 && input.stride(dim) == 1 && !input.is_contiguous()) {
+  explicit Rows(const at::Tensor& input)
+      : tensor(input), dim(class_dim(input)), is_moved(classes_are_moved(input)) {
+    if (is_moved) {
       tensor = input.movedim(dim, -1);
       dim = tensor.dim() - 1;
-      is_moved = true;
     }
     if (!is_taken()) tensor = tensor.contiguous();
   }
@@ -153,6 +155,10 @@ at::Tensor scores_of(const at::Tensor& input, const LossOptions& options) {
 
 }  // namespace
 
+bool classes_are_moved(const at::Tensor& input) {
+  return input.dim() > 2 && input.sym_stride(class_dim(input)) == 1 && !input.is_contiguous();
+}
+
 void check_loss_options(const LossOptions& options) {
   TORCH_CHECK(options.smoothing >= 0 && options.smoothing <= 1, kFunction,
               "(): label_smoothing must be between 0.0 and 1.0. Got: ", options.smoothing);
@@ -206,7 +212,8 @@ RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, Los
     return empty(sizes, wide, input.device()).tensor;
   };
   RowLosses results{empty_of(of_rows), empty_of(of_rows), empty_of(two_of(of_rows)),
-                    at::Tensor(),      at::Tensor(),      at::Tensor()};
+                    at::Tensor(),      at::Tensor(),      at::Tensor(),
+                    at::Tensor()};
   if (wants.entropy) results.entropy = empty_of(of_rows);
   const bool on_cuda = input.is_cuda(), is_mean = options.reduction == at::Reduction::Mean;
   if (on_cuda) {
@@ -244,18 +251,28 @@ RowLosses row_losses(const LossTensors& tensors, const LossOptions& options, Los
     args.grad_input = rows.tensor.mutable_data_ptr();
     args.grads.loss = data_of(grad_loss);
     args.grads.loss_step = grad_loss.defined() && grad_loss.dim() > 0;
-    if (!grad_loss.defined() && is_mean) {
-      args.grads.divisor = results.total.const_data_ptr<double>();
-    }
     args.grads.lse = data_of(grad_lse);
   }
   find_strides({{&rows.tensor, &args.input_strides}}, rows.dim, args.dims);
+  at::Tensor divisor;
+  const auto divide = [&] {
+    if (over == nullptr || grad_loss.defined() || !is_mean) return;
+    divisor = results.total;
+    if (input.scalar_type() == at::kHalf) {
+      at::Tensor exponent;
+      std::tie(divisor, exponent) = at::frexp(results.total);
+      results.scale = at::exp2(exponent.to(at::kDouble));
+    }
+    args.grads.divisor = divisor.const_data_ptr<double>();
+  };
   if (on_cuda) {
     launch_on_cuda(args, results.total.mutable_data_ptr<double>(),
                    results.reduced.mutable_data_ptr<double>(), is_mean, input.device());
     // There the gradient is a launch of its own.
+    divide();
     if (over != nullptr) launch_on_cuda(gradient_over(args), input.device());
   } else {
+    divide();
     cpu::kernels().launch_loss_forward(args, threads(shape));
   }
   if (over != nullptr && !rows.tensor.is_alias_of(input)) {
@@ -268,7 +285,7 @@ LossResults loss_forward(const LossTensors& tensors, const LossOptions& options,
                          const LossGradientOver* over) {
   const RowLosses rows = row_losses(tensors, options, wants, over);
   const at::Tensor& input = tensors.input;
-  LossResults results{at::Tensor(), rows.lse, rows.kept, rows.total, rows.entropy};
+  LossResults results{at::Tensor(), rows.lse, rows.kept, rows.total, rows.entropy, rows.scale};
   if (options.reduction == at::Reduction::None) {
     results.loss = rows.losses.to(input.scalar_type());
     return results;
@@ -396,9 +413,7 @@ at::Tensor composed_loss_gradient(const LossResultGrads& grads, const LossTensor
     share = share + g * weights * (2 * options.z_loss) * z.logsumexp(dim);
   }
   if (grad_lse.defined()) share = share + grad_lse;
-  at::Tensor of_share = share.unsqueeze(dim) * log_p.exp();
-  if (!grad_lse.defined()) of_share = at::where(counts.unsqueeze(dim), of_share, zero());
-  dz = dz + of_share;
+  dz = dz + share.unsqueeze(dim) * log_p.exp();
   if (grad_entropy.defined()) {
     // p log p is 0 at p = 0.
     const at::Tensor p = log_p.exp();
@@ -407,6 +422,10 @@ at::Tensor composed_loss_gradient(const LossResultGrads& grads, const LossTensor
   }
   if (options.softcap != 0) dz = dz * (1 - (z / options.softcap).square());
   if (options.factor != 1) dz = dz * options.factor;
+  // Whatever an ignored row holds.
+  if (!grad_lse.defined() && !grad_entropy.defined()) {
+    dz = at::where(counts.unsqueeze(dim), dz, zero());
+  }
   return dz.to(input.scalar_type());
 }
 

@@ -28,6 +28,7 @@ struct LossOptions {
 // a double, which a mean is divided by; and the entropy of the rows, if it is wanted.
 struct LossResults {
   at::Tensor loss, lse, kept, total, entropy;
+  at::Tensor scale = {};  // RowLosses::scale
 };
 
 // What a call is to give besides the loss.
@@ -48,12 +49,18 @@ struct LossGradientOver {
 };
 
 // The losses of the rows, of the type computed in, and the others. On CUDA their sum or mean as well, a double,
-// which the host has no look at.
+// which the host has no look at. If defined, scale is what the gradient over a mean's input is still to be divided
+// by, a power of two: float16 has no room for a probability divided by the number of rows before that has the scale
+// of the loss.
 struct RowLosses {
-  at::Tensor losses, lse, kept, total, reduced, entropy;
+  at::Tensor losses, lse, kept, total, reduced, entropy, scale;
 };
 
 inline int64_t class_dim(const at::Tensor& input) { return input.dim() > 1 ? 1 : 0; }
+
+// Whether the classes lie side by side and not along the class dim of a contiguous tensor: the gradient lies so
+// too.
+bool classes_are_moved(const at::Tensor& input);
 
 // Raises unless these can be the arguments of a call, by all that shows without a look at values; sizes
 // may be symbolic.

@@ -1,6 +1,7 @@
 // Cross-entropy in autograd's graph, and as the dispatcher knows it, torch.ops.softmax_ext: what a compiled
 // graph calls.
 #include <ATen/OpMathType.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -110,16 +111,16 @@ auto members(const CrossEntropyGradient& f) {
   return std::tie(f.reduction, f.ignore_index, f.label_smoothing, f.z_loss, f.factor, f.softcap);
 }
 
-// Of logits that were overwritten by their gradient.
+// Of logits that were overwritten by their gradient, which a scale, if there is one, still divides.
 struct CrossEntropyInPlaceGradient {
   static constexpr const char* kName = "SoftmaxExtCrossEntropyInPlaceBackward";
-  static constexpr std::array kSaved = {"gradient"};
+  static constexpr std::array kSaved = {"gradient", "scale"};
   static constexpr std::array kMembers = {"reduction", "dim"};
 
   int64_t reduction, dim;
 
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
-                                            const std::array<at::Tensor, 1>& saved) const {
+                                            const std::array<at::Tensor, 2>& saved) const {
     for (size_t k = 1; k < grads.size(); ++k) {
       TORCH_CHECK(!grads[k].defined(), "cross_entropy(): ", k == 1 ? "lse" : "entropy",
                   " has no gradient where inplace_backward=True has made that of the loss in "
@@ -129,8 +130,9 @@ struct CrossEntropyInPlaceGradient {
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "cross_entropy(): the gradient of inplace_backward=True cannot be differentiated "
                 "again; call backward without create_graph, or without inplace_backward");
-    const at::Tensor& gradient = saved[0];
-    const at::Tensor g = reduction == at::Reduction::None ? grads[0].unsqueeze(dim) : grads[0];
+    const auto& [gradient, scale] = saved;
+    at::Tensor g = reduction == at::Reduction::None ? grads[0].unsqueeze(dim) : grads[0];
+    if (scale.defined()) g = g.to(at::kDouble) / scale;
     if (!kernels_take(gradient) || !kernels_take(g)) return {at::mul(gradient, g)};
     if (g.dim() > 0 || !g.device().is_cpu() || g.item<double>() != 1) gradient.mul_(g);
     // A second backward finds that it was modified.
@@ -277,7 +279,9 @@ at::Tensor backward_meta(const at::Tensor& grad_loss, const Maybe& grad_lse,
   check_loss_gradient(grads_of(grad_loss, grad_lse, grad_entropy), {input, target, weight},
                       {{}, lse, kept, total, entropy.value_or(at::Tensor())},
                       {reduction, ignore_index, label_smoothing, z_loss, factor, softcap});
-  return at::empty_symint(input.sym_sizes(), input.options());
+  if (!classes_are_moved(input)) return at::empty_symint(input.sym_sizes(), input.options());
+  const int64_t dim = class_dim(input);
+  return at::empty_symint(input.movedim(dim, -1).sym_sizes(), input.options()).movedim(-1, dim);
 }
 
 std::tuple<at::Tensor, at::Tensor> rows_kernel(const at::Tensor& input, const at::Tensor& target,
@@ -328,6 +332,7 @@ LossResults cross_entropy_in_place(const LossTensors& tensors, const LossOptions
   torch::autograd::increment_version(input);
   set_history(results, wants, node);
   node->save(0, input.detach(), /*is_output=*/false);
+  if (results.scale.defined()) node->save(1, results.scale, /*is_output=*/false);
   torch::autograd::rebase_history(input, overwritten);
   return results;
 }

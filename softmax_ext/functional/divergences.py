@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext._loader import load
-from softmax_ext.functional.losses import _DEVICES, _factor, _number
+from softmax_ext.functional.losses import _DEVICES, _factor, _is_autocast, _number
 
 _C = load()
 
@@ -119,7 +119,7 @@ def _loss(
     factor: float,
 ) -> Tensor:
     device = student.device.type
-    if torch.is_autocast_enabled(device):
+    if _is_autocast(device):
         # As torch's losses: in float32.
         with torch.autocast(device, enabled=False):
             if student.dtype in (torch.float16, torch.bfloat16):

@@ -22,7 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from softmax_ext.functional.losses import (
     _DEVICES,
     _FLOATING,
+    _INDICES,
+    _check_tensor,
     _factor,
+    _has_values,
+    _is_autocast,
     _number,
     _Options,
     _softcap,
@@ -215,7 +219,8 @@ def _total(
     counts = target != ignore_index
     if weight is None:
         return counts.sum(dtype=torch.float64)
-    return (weight.double()[torch.where(counts, target, 0)] * counts).sum()
+    of_targets = weight.double()[target.clamp(0, weight.numel() - 1)]
+    return torch.where(counts, of_targets, 0.0).sum()
 
 
 def _sum_of_rows(losses: Tensor) -> Tensor:
@@ -245,7 +250,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total: Tensor | float = 1.0
         if reduction == get_enum("mean"):
             total = _total(target, weight, options.ignore_index, target_is_index=True)
-        inverse = torch.as_tensor(1.0 / total, dtype=wide, device=input.device)
+        if isinstance(total, Tensor):
+            inverse = (1.0 / total).to(wide)
+        else:
+            inverse = torch.full((), 1.0 / total, dtype=wide, device=input.device)
         one = torch.ones_like(inverse)
         # 16 bits have no room for 1 / total times a probability: they get it in backward, and what
         # is added up of no rows gets 0 there.
@@ -294,8 +302,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.made:
             assert grad is not None
             scale = grad.to(factor.dtype) * factor
-            # Nothing is multiplied where there is no need: these are large.
-            same = not is_compiling() and scale.is_cpu and float(scale) == 1.0
+            # These are large: where they are of no more use here, and need no factor, they are
+            # handed out themselves.
+            same = (
+                _has_values(scale)
+                and not torch._C._autograd._get_current_graph_task_keep_graph()
+                and scale.is_cpu
+                and float(scale) == 1.0
+            )
             grads = [g if same else g * scale for g in saved]
         else:
             target = saved[3]
@@ -338,7 +352,7 @@ def _by_checkpoints(
     options = {**options, "reduction": "none"}
     rows = input.size(0)
     kept = None
-    if target_is_index and not wants_lse and input.is_cpu and not is_compiling():
+    if target_is_index and not wants_lse and input.is_cpu and _has_values(target):
         counts = target != ignore_index
         if not counts.all():
             kept = counts.nonzero().squeeze(1)
@@ -417,7 +431,8 @@ def _by_kernels(
     """Loss and lse, or None where the operator does not take the call."""
     tensors = [t for t in (input, linear_weight, linear_bias) if t is not None]
     device = input.device.type
-    autocast = torch.is_autocast_enabled(device)
+    # Autocast leaves float64 as it is.
+    autocast = _is_autocast(device) and all(t.dtype != torch.float64 for t in tensors)
     dtype = torch.get_autocast_dtype(device) if autocast else input.dtype
     if (
         device not in _DEVICES
@@ -505,11 +520,13 @@ def _of_weight(
     def project(x: Tensor) -> Tensor:
         return F.linear(x, flat_weight, flat_bias)
 
+    is_taken = target.shape == input.shape[:-1] and target.dtype in _INDICES
     if (
         out_features
         or _is_transformed()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or input.size(0) == 0
-        or (target_is_index and target.shape != input.shape[:-1])
+        or (target_is_index and not is_taken)
     ):
         return _whole(project(input).reshape(logits_shape), target, weight, wants_lse, by_name)
     if chunk is None:
@@ -527,7 +544,7 @@ def _of_weight(
         loss, lse = _by_checkpoints(
             project, x, y, weight, target_is_index, chunk, wants_lse, by_name
         )
-        autocast = torch.is_autocast_enabled(input.device.type)
+        autocast = _is_autocast(input.device.type)
         return loss.to(_wide(input.dtype) if autocast else input.dtype), lse
 
     return _in_rows(input, target, of_rows)
@@ -545,7 +562,8 @@ def _of_callable(
     if input.dim() not in (1, 2):
         raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
     target_is_index = not target.is_floating_point()
-    if input.size(0) == 0 or _is_transformed():
+    is_taken = not target_is_index or target.dtype in _INDICES
+    if input.size(0) == 0 or _is_transformed() or not is_taken:
         return _whole(project(input), target, weight, wants_lse, by_name)
     size = _ROWS_OF_A_CALLABLE if chunk is None else chunk
 
@@ -646,11 +664,8 @@ def linear_cross_entropy(
             f"{name}(): argument 'linear_weight' must be Tensor or callable, not "
             f"{type(linear_weight).__name__}"
         )
-    for argument, value in {"input": input, "target": target}.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name}(): argument '{argument}' must be Tensor, not {type(value).__name__}"
-            )
+    _check_tensor(name, "input", input)
+    _check_tensor(name, "target", target)
     of_rows = _Options(
         get_enum(reduction),
         -100 if ignore_index is None else ignore_index,

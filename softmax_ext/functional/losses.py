@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn._reduction import get_enum, legacy_get_string
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -33,6 +34,27 @@ class _Options(NamedTuple):
     z_loss: float
     factor: float
     softcap: float
+
+
+def _is_autocast(device: str) -> bool:
+    """Whether autocast is on: never for a device that has none, such as meta."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether they can be looked at: not in a graph, under a transform or in a mode."""
+    return (
+        not is_compiling()
+        and type(tensor) is Tensor
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _check_tensor(name: str, argument: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise TypeError(f"{name}(): argument '{argument}' must be Tensor, not {kind}")
 
 
 def _number(name: str, argument: str, value: Any) -> float:
@@ -112,7 +134,7 @@ def _by_kernels_of_probabilities(
                 and not weight.requires_grad
             )
         )
-        and not torch.is_autocast_enabled(input.device.type)
+        and not _is_autocast(input.device.type)
     )
     if not is_taken:
         return None
@@ -134,6 +156,10 @@ def _composed(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss and lse by torch's functions, with what torch has of devices, transforms and errors."""
     dim = 1 if input.dim() > 1 else 0
+    dtype = input.dtype
+    if target.is_floating_point():  # as torch's, that of a product
+        of_others = [t.dtype for t in (target, weight) if t is not None]
+        dtype = functools.reduce(torch.promote_types, of_others, dtype)
     z = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
     if weight is not None and weight.dtype == input.dtype:
         weight = weight.to(z.dtype)
@@ -164,8 +190,8 @@ def _composed(
             loss = loss + of_rows
         else:
             loss = loss + of_rows.sum() / (counts.sum() if reduction == "mean" else 1)
-    if not torch.is_autocast_enabled(input.device.type):
-        loss = loss.to(input.dtype)
+    if not _is_autocast(input.device.type):
+        loss = loss.to(dtype)
     return loss, lse if wants_lse else None
 
 
@@ -194,7 +220,7 @@ def _results(
         result = _by_kernels_of_probabilities(input, target, weight, options, wants_lse)
         return _Results(*(result or _composed(input, target, weight, options, wants_lse)))
     device = input.device.type
-    if torch.is_autocast_enabled(device):
+    if _is_autocast(device):
         # As torch's: in float32.
         with torch.autocast(device, enabled=False):
             if input.dtype in (torch.float16, torch.bfloat16):
@@ -326,9 +352,9 @@ def cross_entropy(
             nothing.
 
     Returns:
-        The loss, of the input's dtype (float32 under autocast); with `return_lse` the tuple of it
-        and the logsumexp of each row, of the input's shape without C, as float32 (float64 for
-        float64).
+        The loss, of the input's dtype (float32 under autocast; with class probabilities of another
+        dtype, as torch's, of the one that holds both); with `return_lse` the tuple of it and the
+        logsumexp of each row, of the input's shape without C, as float32 (float64 for float64).
 
     Raises:
         ValueError: shapes do not go together; `reduction` is none of the three; `softcap` or
@@ -371,6 +397,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy_get_string(size_average, reduce)
     name = "cross_entropy"
+    _check_tensor(name, "input", input)
+    _check_tensor(name, "target", target)
     options = _Options(
         get_enum(reduction),
         ignore_index,

@@ -6,11 +6,20 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from softmax_ext.functional.linear_losses import _wide
-from softmax_ext.functional.losses import _FLOATING, _factor, _Options, _results
+from softmax_ext.functional.losses import (
+    _FLOATING,
+    _INDICES,
+    _check_tensor,
+    _factor,
+    _has_values,
+    _is_autocast,
+    _Options,
+    _Results,
+    _results,
+)
 from softmax_ext.functional.softmax import log_softmax
 
 __all__ = ["selective_log_softmax"]
@@ -26,6 +35,28 @@ def _composed_entropy(logits: Tensor, factor: float) -> Tensor:
         logits = logits.to(wide) * factor
     log_p = log_softmax(logits, -1, dtype=wide).clamp(min=torch.finfo(wide).min)
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def _of_one(
+    logits: Tensor, chosen: Tensor, factor: float, wants_entropy: bool, wants_lse: bool = False
+) -> _Results:
+    """Of one class a row. Rows are read where they lie, with the classes in the last dim."""
+    if logits.dim() > 2:
+        logits = logits.movedim(-1, 1)
+    options = _OF_EACH_ROW._replace(factor=factor)
+    return _results(logits, chosen, None, options, wants_lse=wants_lse, wants_entropy=wants_entropy)
+
+
+def _check_range(name: str, chosen: Tensor, logits: Tensor) -> None:
+    """What gather does not say of itself in these words; on other devices it does."""
+    if not (logits.is_cpu and chosen.numel() and _has_values(chosen)):
+        return
+    low, high = int(chosen.min()), int(chosen.max())
+    if low < 0 or high >= logits.size(-1):
+        raise IndexError(
+            f"{name}(): expected argument 'index' to be in [0, {logits.size(-1)}), but got "
+            f"{low if low < 0 else high}"
+        )
 
 
 @overload
@@ -92,13 +123,15 @@ def selective_log_softmax(
             return_entropy=return_entropy,
         )
     name = "selective_log_softmax"
+    _check_tensor(name, "logits", logits)
+    _check_tensor(name, "index", index)
     factor = _factor(name, temperature)
     if logits.dtype not in _FLOATING:
         raise NotImplementedError(
             f"{name}(): not implemented for an argument 'logits' of dtype {logits.dtype}; "
             "expected float16, bfloat16, float32 or float64"
         )
-    if index.dtype not in (torch.int64, torch.int32, torch.uint8):
+    if index.dtype not in _INDICES:
         raise TypeError(
             f"{name}(): expected argument 'index' to be int64, int32 or uint8, but got "
             f"{index.dtype}"
@@ -110,36 +143,24 @@ def selective_log_softmax(
             f"{(*rows, 'K')} for 'logits' of the shape {tuple(logits.shape)}, but got "
             f"{tuple(index.shape)}"
         )
-    is_one = index.shape == rows
-    flat = logits.reshape(-1, logits.size(-1))
-    chosen = index.long().reshape(flat.size(0), 1 if is_one else index.size(-1))
-    options = _OF_EACH_ROW._replace(factor=factor)
-    if is_one:
-        loss, _, entropy = _results(
-            flat, chosen.squeeze(1), None, options, wants_entropy=return_entropy
-        )
+    chosen = index.long()
+    if index.shape == rows:
+        loss, _, entropy = _of_one(logits, chosen, factor, return_entropy)
         log_p = -loss
     else:
-        if not is_compiling() and flat.is_cpu and chosen.numel():
-            low, high = int(chosen.min()), int(chosen.max())
-            if low < 0 or high >= flat.size(1):
-                raise IndexError(
-                    f"{name}(): expected argument 'index' to be in [0, {flat.size(1)}), but got "
-                    f"{low if low < 0 else high}"
-                )
-        _, lse, entropy = _results(
-            flat,
-            chosen.new_zeros(flat.size(0)),
-            None,
-            options,
-            wants_lse=True,
-            wants_entropy=return_entropy,
-        )
+        _check_range(name, chosen, logits)
+        first = chosen[..., 0] if index.size(-1) else chosen.new_zeros(rows)
+        loss, lse, entropy = _of_one(logits, first, factor, return_entropy, wants_lse=True)
         assert lse is not None
-        log_p = (flat.gather(1, chosen).to(lse.dtype) * factor - lse.unsqueeze(1)).to(flat.dtype)
-    log_p = log_p.reshape(index.shape)
+        z = logits.gather(-1, chosen).to(lse.dtype)
+        log_p = z * factor - lse.unsqueeze(-1)
+        if index.size(-1) and loss.dtype == lse.dtype:
+            # A difference of logits has more digits than their lse; but none of -inf.
+            of_first = z[..., :1]
+            by_first = (z - of_first) * factor - loss.unsqueeze(-1)
+            log_p = torch.where(of_first == -torch.inf, log_p, by_first)
+        if not _is_autocast(logits.device.type):
+            log_p = log_p.to(logits.dtype)
     if not return_entropy:
         return log_p
-    if entropy is None:
-        entropy = _composed_entropy(flat, factor)
-    return log_p, entropy.reshape(rows)
+    return log_p, _composed_entropy(logits, factor) if entropy is None else entropy
