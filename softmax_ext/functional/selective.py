@@ -81,9 +81,9 @@ def selective_log_softmax(
     r"""``log_softmax(logits / temperature, -1)`` at chosen classes alone, and the entropy.
 
     One class a row is had by the kernels of :func:`softmax_ext.cross_entropy`: one pass over the
-    logits forward and one backward. Several share its logsumexp. The entropy,
-    :math:`-\sum p \log p`, comes of the same passes. No tensor of the logits' size is made but
-    their gradient.
+    logits, which are read where they lie, forward and one backward. Several are had by their
+    differences from the first. The entropy, :math:`-\sum p \log p`, comes of the same passes. No
+    tensor of the logits' size is made but their gradient (of several classes, two).
 
     Args:
         logits: of the shape (..., C), float16, bfloat16, float32 or float64.
