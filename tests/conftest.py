@@ -4,6 +4,7 @@ With pytest-xdist (`-n`) they run in several processes. `make test` has them tak
 (`--dist loadfile`), in which a test may count on those before it.
 """
 
+import gc
 import os
 import random
 import re
@@ -35,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="with --cuda-code: write benchmarks/cuda_budgets.txt anew",
     )
     parser.addoption(
-        "--fuzz-calls", type=int, default=2000, help="random calls of all entries (tests/fuzz.py)"
+        "--fuzz-calls", type=int, default=1000, help="random calls of all entries (tests/fuzz.py)"
     )
     parser.addoption(
         "--simt-lanes",
@@ -102,16 +103,29 @@ def why_not_cuda() -> str | None:
     return None
 
 
+NO_CUDA = why_not_cuda()
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """Nothing that is collected becomes garbage, so that nobody need look for it, neither now..."""
+    gc.disable()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """... nor while the tests run."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out the tests that need a GPU, where there is none, and those to be asked for."""
-    no_cuda = why_not_cuda()
     not_asked_for = {mark: opt for mark, opt in ASKED_FOR.items() if not config.getoption(opt)}
 
     def why_not(item: pytest.Item) -> str | None:
         callspec = getattr(item, "callspec", None)
-        if no_cuda and callspec and callspec.params.get("device") == "cuda":
-            return f"of device cuda: {no_cuda}"
+        if NO_CUDA and callspec and callspec.params.get("device") == "cuda":
+            return "of device cuda"
         for marker, option in not_asked_for.items():
             if item.get_closest_marker(marker):
                 return f"marked {marker}: {option} runs them"
@@ -122,7 +136,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # What else is built for the host executor would wait for the kernels, which come first.
     items.sort(key=lambda item: item.path.parent.name == "simt")
     summaries = config.stash.setdefault(SUMMARIES, [])
-    for reason, number in Counter(filter(None, why.values())).items():
+    reasons = Counter(filter(None, why.values()))
+    if NO_CUDA:  # the others were never made of it
+        del reasons["of device cuda"]
+        summaries.append((f"not run: the tests of device cuda: {NO_CUDA}", ""))
+    for reason, number in reasons.items():
         summaries.append((f"not run: {number} tests {reason}", ""))
 
 
@@ -159,7 +177,7 @@ def summary(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     return lambda title, text: texts.append((title, text))
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu"] if NO_CUDA else ["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

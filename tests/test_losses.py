@@ -105,6 +105,7 @@ def wrong(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "weight of another size": ((x, y), {"weight": torch.ones(4, dtype=torch.float64)}),
         "weight of two dims": ((x, y), {"weight": torch.ones(5, 1, dtype=torch.float64)}),
         "weight of another dtype": ((x, y), {"weight": torch.ones(5)}),
+        "16 bits, weight of 32": ((x.bfloat16(), y), {"weight": torch.ones(5)}),
         "weight with a gradient": ((x, y), {"weight": logits(5)}),
         "smoothing": ((x, y), {"label_smoothing": 1.5}),
         "reduction": ((x, y), {"reduction": "max"}),

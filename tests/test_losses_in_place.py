@@ -167,6 +167,18 @@ def test_a_second_backward_raises() -> None:
         loss.backward()
 
 
+def test_a_second_backward_raises_under_saved_tensor_hooks() -> None:
+    """Which have no version to look at."""
+    x, target, _ = case((5, 7), torch.float64, "cpu")
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        loss = softmax_ext.cross_entropy(x * 1, target, inplace_backward=True)
+    (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (expected,) = torch.autograd.grad(torch.nn.functional.cross_entropy(x, target), x)
+    torch.testing.assert_close(grad, expected)
+    with pytest.raises(RuntimeError, match="given away by an earlier backward"):
+        loss.backward()
+
+
 def test_a_change_of_the_gradient_raises() -> None:
     _, logits, loss = overwritten()
     logits.detach().zero_()

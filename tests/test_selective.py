@@ -304,6 +304,7 @@ def test_transforms_and_compile(device: str) -> None:
         ((), torch.tensor(0), 1.0, ValueError, "for 'logits' of the shape"),
         ((3, 5), torch.tensor([0, 1, 5]), 1.0, IndexError, "Target 5 is out of bounds"),
         ((3, 5), torch.tensor([0, -100, 1]), 1.0, IndexError, "Target -100 is out of bounds"),
+        ((3, 5), torch.tensor([0, -(2**63), 1]), 1.0, IndexError, "is out of bounds"),
         ((3, 5), torch.tensor([[0], [-1], [1]]), 1.0, IndexError, r"in \[0, 5\), but got -1"),
         ((3, 5), torch.zeros(3), 1.0, TypeError, "int64, int32 or uint8, but got torch.float32"),
         ((3, 5), torch.zeros(3).long(), 0.0, ValueError, "'temperature' to be above 0"),

@@ -118,6 +118,7 @@ struct CrossEntropyInPlaceGradient {
   static constexpr std::array kMembers = {"reduction", "dim"};
 
   int64_t reduction, dim;
+  mutable bool is_spent = false;  // what versions do not say of a tensor of saved-tensor hooks
 
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& grads,
                                             const std::array<at::Tensor, 2>& saved) const {
@@ -130,6 +131,10 @@ struct CrossEntropyInPlaceGradient {
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "cross_entropy(): the gradient of inplace_backward=True cannot be differentiated "
                 "again; call backward without create_graph, or without inplace_backward");
+    TORCH_CHECK(
+        !is_spent,
+        "cross_entropy(): the gradient of inplace_backward=True was given away by an earlier "
+        "backward");
     const auto& [gradient, scale] = saved;
     at::Tensor g = reduction == at::Reduction::None ? grads[0].unsqueeze(dim) : grads[0];
     if (scale.defined()) g = g.to(at::kDouble) / scale;
@@ -137,6 +142,7 @@ struct CrossEntropyInPlaceGradient {
     if (g.dim() > 0 || !g.device().is_cpu() || g.item<double>() != 1) gradient.mul_(g);
     // A second backward finds that it was modified.
     torch::autograd::increment_version(gradient);
+    is_spent = true;
     return {gradient};
   }
 };

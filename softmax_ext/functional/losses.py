@@ -160,9 +160,14 @@ def _composed(
     if target.is_floating_point():  # as torch's, that of a product
         of_others = [t.dtype for t in (target, weight) if t is not None]
         dtype = functools.reduce(torch.promote_types, of_others, dtype)
-    z = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-    if weight is not None and weight.dtype == input.dtype:
-        weight = weight.to(z.dtype)
+    autocast = _is_autocast(input.device.type)
+    is_of_another = weight is not None and weight.dtype != input.dtype
+    z = input
+    # torch refuses indices with a weight of another dtype, and does so of the tensors as they are.
+    is_refused = is_of_another and not target.is_floating_point() and not autocast
+    if input.dtype in (torch.float16, torch.bfloat16) and not is_refused:
+        z = input.float()
+        weight = weight if weight is None or is_of_another else weight.float()
     if options.factor != 1.0:
         z = z * options.factor
     if options.softcap:
@@ -190,7 +195,7 @@ def _composed(
             loss = loss + of_rows
         else:
             loss = loss + of_rows.sum() / (counts.sum() if reduction == "mean" else 1)
-    if not _is_autocast(input.device.type):
+    if not autocast:
         loss = loss.to(dtype)
     return loss, lse if wants_lse else None
 

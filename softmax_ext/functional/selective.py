@@ -24,7 +24,7 @@ from softmax_ext.functional.softmax import log_softmax
 
 __all__ = ["selective_log_softmax"]
 
-# No class is ignored: -1 is out of range as any other.
+# No class is ignored: all below 0 are out of range, and the one that would pass is made another.
 _OF_EACH_ROW = _Options(0, -(2**63), 0.0, 0.0, 1.0, 0.0)
 
 
@@ -143,7 +143,7 @@ def selective_log_softmax(
             f"{(*rows, 'K')} for 'logits' of the shape {tuple(logits.shape)}, but got "
             f"{tuple(index.shape)}"
         )
-    chosen = index.long()
+    chosen = index.long().clamp(min=_OF_EACH_ROW.ignore_index + 1)
     if index.shape == rows:
         loss, _, entropy = _of_one(logits, chosen, factor, return_entropy)
         log_p = -loss
