@@ -497,4 +497,7 @@ def test_torchs_samples_of_modules(name: str, dtype: torch.dtype, device: str) -
         leaves = [args[0], *theirs.parameters()], [args[0], *ours.parameters()]
         by_torch = torch.autograd.grad(theirs(*args, **kwargs).sum(), leaves[0])
         grads = torch.autograd.grad(found.sum(), leaves[1])
-        torch.testing.assert_close(grads, by_torch, equal_nan=True)
+        for grad, of_torch in zip(grads, by_torch, strict=True):
+            # Small elements of a large gradient are what is left of sums of large ones.
+            atol = 1e-5 + 1e-6 * float(of_torch.nan_to_num().norm())
+            torch.testing.assert_close(grad, of_torch, rtol=1e-5, atol=atol, equal_nan=True)

@@ -256,7 +256,11 @@ def test_logsumexp_refuses_what_torch_does(args: Any) -> None:
         with pytest.raises(Exception) as caught:  # noqa: PT011  the types are compared
             function(x, *args)
         errors.append(caught.value)
-    assert type(errors[0]) is type(errors[1]), errors
+    names = args in ((None,), ("a",)) and hasattr(torch.Tensor, "refine_names")
+    if names:  # of dims, which torch still has in 2.11
+        assert type(errors[0]) is TypeError
+    else:
+        assert type(errors[0]) is type(errors[1]), errors
 
 
 @pytest.mark.parametrize("name", ["softmax_", "log_softmax_"])

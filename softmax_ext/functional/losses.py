@@ -38,7 +38,9 @@ class _Options(NamedTuple):
 
 def _is_autocast(device: str) -> bool:
     """Whether autocast is on: never for a device that has none, such as meta."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Which devices have it, Dynamo cannot trace in torch 2.11.
+    has_it = device != "meta" and (is_dynamo_compiling() or torch.amp.is_autocast_available(device))
+    return has_it and torch.is_autocast_enabled(device)
 
 
 def _has_values(tensor: Tensor) -> bool:
