@@ -1,7 +1,7 @@
 """Linear cross-entropy: values and gradients against float64, what it costs, what it refuses."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -412,11 +412,19 @@ def test_fake_tensors_and_traces() -> None:
 @pytest.mark.parametrize("as_callable", [False, True])
 def test_targets_of_another_dtype_raise(as_callable: bool, dtype: torch.dtype) -> None:
     x, w, y = torch.randn(4, 6), torch.randn(5, 6), torch.tensor([0, 1, 1, 0]).to(dtype)
-    with pytest.raises(RuntimeError) as of_torch:
-        F.cross_entropy(x @ w.t(), y)
-    with pytest.raises(RuntimeError) as of_ours:
-        softmax_ext.linear_cross_entropy(x, (lambda x: x @ w.t()) if as_callable else w, y)
-    assert str(of_ours.value) == str(of_torch.value)
+
+    def error_of(function: Callable[[], object]) -> str:
+        """In torch 2.11 checkpoint keeps its hooks in place as long as a traceback is kept."""
+        try:
+            function()
+        except RuntimeError as error:
+            return str(error)
+        return "none"
+
+    projection = (lambda x: x @ w.t()) if as_callable else w
+    expected = error_of(lambda: F.cross_entropy(x @ w.t(), y))
+    assert expected != "none"
+    assert error_of(lambda: softmax_ext.linear_cross_entropy(x, projection, y)) == expected
 
 
 def test_float64_under_autocast() -> None:
