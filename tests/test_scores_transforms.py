@@ -395,6 +395,9 @@ def test_a_wrong_temperature_in_a_graph_and_under_transforms(value: float, devic
     def mapped(temperature: torch.Tensor) -> torch.Tensor:
         return torch.vmap(function)(torch.stack([torch.tensor(1.0), temperature]))
 
+    words = "temperature above 0"
+    if torch.__version__.startswith("2.11."):  # which hides whatever a compiled vmap raises
+        words += "|dynamicLayerStack"
     for each in (
         mapped,
         torch.func.grad(lambda temperature: function(temperature).sum()),
@@ -405,8 +408,7 @@ def test_a_wrong_temperature_in_a_graph_and_under_transforms(value: float, devic
         ),
     ):
         assert each(torch.tensor(2.0)).isfinite().all()
-        # Behind dynamicLayerStack torch 2.11 hides whatever a compiled vmap raises.
-        with pytest.raises((ValueError, RuntimeError), match=r"temperature above 0|dynamicLayerS"):
+        with pytest.raises((ValueError, RuntimeError), match=words):
             each(torch.tensor(value))
 
 
