@@ -36,12 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="with --cuda-code: write benchmarks/cuda_budgets.txt anew",
     )
     parser.addoption(
-        "--fuzz-calls", type=int, default=2000, help="random calls of all entries (tests/fuzz.py)"
+        "--fuzz-calls", type=int, default=1000, help="random calls of all entries (tests/fuzz.py)"
     )
     parser.addoption(
         "--simt-lanes",
         default="o1",
-        help="builds of the host executor to run the CUDA kernels in: o1,asan,tsan,debug",
+        help="builds of the host executor to run the CUDA kernels in: o1,gcov,asan,tsan,debug",
     )
     parser.addoption(
         "--simt-seed",

@@ -20,7 +20,8 @@ FOLDER = ROOT / "build" / "simt"
 # of the time that the lane takes to compile.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize=null", "-fno-sanitize-recover=all"]
 LANES = {
-    "o1": ["-O1", "-g1", "--coverage"],
+    "o1": ["-O1", "-g1"],
+    "gcov": ["-O1", "-g1", "--coverage"],
     "asan": ["-O1", "-g1", *SANITIZE],
     "tsan": ["-O1", "-g1", "-fsanitize=thread"],
     "debug": ["-O0", "-g3"],

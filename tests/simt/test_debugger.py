@@ -15,6 +15,13 @@ GDB = shutil.which("gdb")
 KERNELS = ROOT / "csrc" / "cuda" / "row_kernels.cuh"
 
 
+@pytest.fixture(autouse=True)
+def debug_lane(request: pytest.FixtureRequest) -> None:
+    """Half a minute to compile, and a quarter for gdb to read."""
+    if "debug" not in request.config.getoption("--simt-lanes").split(","):
+        pytest.skip("runs with --simt-lanes=debug")
+
+
 @pytest.mark.skipif(GDB is None, reason="no gdb on PATH")
 def test_gdb_stops_in_the_thread_that_a_condition_names(tmp_path: Path) -> None:
     host = Host("debug", seed=0)

@@ -5,11 +5,9 @@ the source line. Without its defect each kernel gives the right result everywher
 """
 
 import functools
-import os
 import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +36,6 @@ def program(lane: str) -> Path:
 
 
 @functools.cache
-def counts() -> tempfile.TemporaryDirectory[str]:
-    """Where the o1 lane's counts of lines go, which nobody reads."""
-    return tempfile.TemporaryDirectory()
-
-
-@functools.cache
 def line_of(marker: str) -> int:
     """Of toys.cpp, that ends with `// planted: marker`."""
     lines = SOURCE.read_text().splitlines()
@@ -58,7 +50,6 @@ def run(lane: str, *arguments: str, **options: object) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         timeout=SECONDS,
-        env={**os.environ, "GCOV_PREFIX": counts().name},
     )
 
 
@@ -539,7 +530,6 @@ def test_half_types_convert_as_cuda_does(dtype: torch.dtype) -> None:
         capture_output=True,
         check=True,
         timeout=SECONDS,
-        env={**os.environ, "GCOV_PREFIX": counts().name},
     ).stdout
     wide = torch.frombuffer(bytearray(output[: 4 * 2**16]), dtype=torch.float32)
     narrow = torch.frombuffer(bytearray(output[4 * 2**16 :]), dtype=dtype).view(2, -1)

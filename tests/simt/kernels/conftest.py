@@ -1,7 +1,7 @@
 """Every schedule of the CUDA kernels, forward and backward, run on the host executor.
 
 `host` is the executor as built in one lane. It takes each case through the project's own plan and
-launchers, for the device that the case names, and in the o1 lane in four thread orders that have to
+launchers, for the device that the case names, and without sanitizers in four thread orders that have to
 give the same bits. Most tests name the schedule that is to run, and all say what its plan is, so
 that a change of the plan cannot take a kernel out of their reach; test_what_ran.py looks back at
 what all of them together have run.
@@ -21,7 +21,7 @@ from lanes import SANITIZERS
 from losses_on_host import LossesHost
 
 FOLDER = Path(__file__).parent
-# What these tests show is in the values, which are those of the o1 lane.
+# What these tests show is in the values, which are those of the other lanes.
 OF_VALUES = (
     "test_bits_do_not_depend_on_how_a_row_is_run",
     "test_bits_of_long_rows",
@@ -71,7 +71,7 @@ def only_what_moves_memory_under_sanitizers(request: pytest.FixtureRequest) -> N
     name = request.node.originalname
     casts = name in OF_CASTS and types.load != types.store
     if name in OF_VALUES and not casts:
-        pytest.skip("sanitizers: a test of values, run in the o1 lane")
+        pytest.skip("sanitizers: a test of values, run without them")
     way, is_tsan = parameters.get("way"), request.getfixturevalue("host").lane == "tsan"
     if is_tsan and has_the_barriers_of_another(types):
         pytest.skip("tsan: the barriers of float32; asan sees the accesses")

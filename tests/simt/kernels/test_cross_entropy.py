@@ -133,7 +133,7 @@ def test_ignored_rows_are_not_read(losses: LossesHost, shape: str) -> None:
 def test_special_values(losses: LossesHost, shape: str, value: float, where: str) -> None:
     """As torch's."""
     if losses.lane in SANITIZERS:
-        pytest.skip("sanitizers: a test of values, run in the o1 lane")
+        pytest.skip("sanitizers: a test of values, run without them")
     x, target, _ = case(LONGEST[shape], torch.float32)
     target = torch.ones_like(target)
     x[1, {"target": slice(1, 2), "other": slice(2, 3), "all": slice(None)}[where]] = value
@@ -147,7 +147,7 @@ def test_special_values(losses: LossesHost, shape: str, value: float, where: str
 def test_a_sure_target(losses: LossesHost, shape: str, dtype: torch.dtype) -> None:
     """Where its probability rounds to 1, the loss and the gradient p - 1 are as exact as any."""
     if losses.lane in SANITIZERS:
-        pytest.skip("sanitizers: a test of values, run in the o1 lane")
+        pytest.skip("sanitizers: a test of values, run without them")
     x = torch.zeros(LONGEST[shape], dtype=dtype)
     x[:, 0] = 20.0
     target = torch.zeros(x.select(1, 0).shape, dtype=torch.int64)

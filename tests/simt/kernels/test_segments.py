@@ -130,7 +130,7 @@ def test_bits_of_a_segment(
     segments, which change what a warp takes, on where it lies, and on the device: of these every
     two together."""
     if segments.lane in SANITIZERS:
-        pytest.skip("sanitizers: a test of values, run in the o1 lane")
+        pytest.skip("sanitizers: a test of values, run without them")
     width = VECTOR_BYTES // dtype.itemsize
     order = segments.orders[-1:]
     ways = [
@@ -236,7 +236,7 @@ def test_infinities_and_nan(
 ) -> None:
     """Segment by segment as torch's function of a row."""
     if segments.lane in SANITIZERS:
-        pytest.skip("sanitizers: a test of values, run in the o1 lane")
+        pytest.skip("sanitizers: a test of values, run without them")
     inf, nan = math.inf, math.nan
     rows = [
         [-inf],
