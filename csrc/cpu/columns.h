@@ -51,6 +51,13 @@ SOFTMAX_EXT_INLINE void for_each_steps(int64_t begin, int64_t end, bool together
   for (; d < end; ++d) step(d, std::integral_constant<int, 1>{});
 }
 
+// Whether the next step, so many elements on, lies in another page: the processor does not foresee its first
+// lines.
+template <class T>
+constexpr bool is_far(int64_t step) {
+  return step * static_cast<int64_t>(sizeof(T)) >= 4096;
+}
+
 // Adds the sum of a block that begins at step `begin`.
 template <class V>
 SOFTMAX_EXT_INLINE void add_block(ExactSum<V>& sum, V block_sum, int64_t begin) {
@@ -173,8 +180,7 @@ void backward_columns(const BackwardArgs& args, const Threads& threads, bool str
   const int64_t grad_input_step = tensors.grad_inputs.step;
   const bool ahead =
       is_ahead<op>(streamed) && dim * kTile<A> * static_cast<int64_t>(sizeof(T)) <= kKeptRow;
-  // The processor does not foresee the first lines of a step that lies in another page.
-  const bool far = y_step * static_cast<int64_t>(sizeof(T)) >= 4096;
+  const bool far = is_far<T>(y_step);
   // What is in the first caches waits for instructions; elsewhere memory is walked step by step.
   const bool together = dim <= kShortDim && !far;
   for_each_tile<A>(args.shape, threads, [&](int64_t slice, int64_t column, int64_t width) {

@@ -2,11 +2,10 @@
 // are the columns of several slices, or of several steps.
 //
 //   short columns    dims of up to 64 steps (of a backward that is gathered up to 32): by registers of
-//                    columns, of several slices where a step has less.
+//                    columns, of several slices where a step has less. Of a backward also steps of less
+//                    than 4096 bytes, where they are registers and slices enough for all threads.
 //   packed columns   longer ones: by chunks of up to 16 rows of several steps each, which threads share
 //                    if slices are few.
-//
-// A backward of 17 to 64 steps that are whole registers goes by the tiles of columns.h.
 #pragma once
 
 #include <algorithm>
@@ -165,26 +164,42 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
 }
 
 template <Op op, int count, class T>
-void backward_registers(const T* grad, int64_t grad_step, const T* y, int64_t y_step, T* grad_input,
-                        int64_t grad_input_step, int64_t dim) {
+SOFTMAX_EXT_INLINE void backward_registers(const T* grad, int64_t grad_step, const T* y,
+                                           int64_t y_step, T* grad_input, int64_t grad_input_step,
+                                           int64_t dim) {
   using A = compute_t<T>;
   using V = Vec<A>;
   const auto at = [](const T* p, int k)
                       SOFTMAX_EXT_LAMBDA { return load(p + k * V::kSize, All{}, A(0)); };
-  ExactSum<V> sums[count];
-  for_each_block(dim, [&](int64_t begin, int64_t end) SOFTMAX_EXT_LAMBDA {
-    V block_sums[count];
-    std::fill_n(block_sums, count, V(A(0)));
-    for (int64_t d = begin; d < end; ++d) {
+  ColumnBackward<op, V> formulas[count];
+  // The processor does not foresee the next slice, which is most often in another page.
+  constexpr int kOfLine = std::max<int>(64 / sizeof(T) / V::kSize, 1);  // registers
+  const auto sum_of_block = [&](int64_t begin, V* sums) SOFTMAX_EXT_LAMBDA {
+    std::fill_n(sums, count, V(A(0)));
+    for (int64_t d = begin; d < std::min(begin + kBlock, dim); ++d) {
+      for (int k = 0; k < count; k += kOfLine) {
+        __builtin_prefetch(grad + (dim + d) * grad_step + k * V::kSize);
+        __builtin_prefetch(y + (dim + d) * y_step + k * V::kSize);
+      }
       for (int k = 0; k < count; ++k) {
-        block_sums[k] = ColumnBackward<op, V>::add(block_sums[k], at(grad + d * grad_step, k),
-                                                   at(y + d * y_step, k));
+        sums[k] =
+            ColumnBackward<op, V>::add(sums[k], at(grad + d * grad_step, k), at(y + d * y_step, k));
       }
     }
-    for (int k = 0; k < count; ++k) add_block(sums[k], block_sums[k], begin);
-  });
-  ColumnBackward<op, V> formulas[count];
-  for (int k = 0; k < count; ++k) formulas[k].sum = sums[k].rounded();
+  };
+  V first[count];
+  sum_of_block(0, first);
+  for (int k = 0; k < count; ++k) formulas[k].sum = first[k];
+  if (dim > kBlock) {
+    ExactSum<V> sums[count];
+    for (int k = 0; k < count; ++k) sums[k] = ExactSum<V>(first[k]);
+    for (int64_t begin = kBlock; begin < dim; begin += kBlock) {
+      V more[count];
+      sum_of_block(begin, more);
+      for (int k = 0; k < count; ++k) sums[k].add(more[k]);
+    }
+    for (int k = 0; k < count; ++k) formulas[k].sum = sums[k].rounded();
+  }
   for (int64_t d = 0; d < dim; ++d) {
     for (int k = 0; k < count; ++k) {
       store(grad_input + d * grad_input_step + k * V::kSize, All{},
