@@ -45,7 +45,8 @@ def test_alone_and_in_a_batch(size: int, op: str, dtype: torch.dtype, device: st
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("inner", [2, 9, 49, 64])  # less than a vector, or whole ones, or a rest
+# Less than a vector, whole ones, a rest; wide: by registers of many slices, by tiles of one.
+@pytest.mark.parametrize("inner", [2, 9, 49, 64, 250])
 @pytest.mark.parametrize("size", [2, 33, 64, 65, 1000])
 def test_columns_alone_and_in_a_batch(
     size: int, inner: int, op: str, dtype: torch.dtype, device: str

@@ -58,11 +58,14 @@ int64_t gathered_slices(const Shape& shape) {
 }
 
 // Whether slices are worked on where they are: in whole registers, of which the last may repeat columns
-// of the one before, unless these have been overwritten.
-template <class T>
+// of the one before, unless these have been overwritten. A forward does not repeat exps where these
+// would be a third of all.
+enum class Pass { kForward, kBackward };
+template <class T, Pass pass>
 bool is_in_registers(int64_t inner, bool in_place) {
   constexpr int64_t kSize = Vec<compute_t<T>>::kSize;
-  return inner % kSize == 0 || (inner > 3 * kSize && !in_place);
+  constexpr int64_t kFew = pass == Pass::kForward ? 3 : 1;
+  return inner % kSize == 0 || (inner > kFew * kSize && !in_place);
 }
 
 // step(c, count) for each register of `width` columns: for `kTogether` at a time, from c on, for two, or for
@@ -144,7 +147,7 @@ void forward_short_columns(const ForwardArgs& args, const Threads& threads) {
   for_each_group<A>(
       args.shape, args.dims, input, count, count, threads,
       [&](int64_t size, Few<const T> x, Few<T> y) {
-        if (is_in_registers<T>(inner, in_place)) {
+        if (is_in_registers<T, Pass::kForward>(inner, in_place)) {
           for (int64_t s = 0; s < size; ++s) {
             for_each_register<A, 2>(inner, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
               forward_registers<op, count()>(x[s] + c, x_step, y[s] + c, y_step, dim);
@@ -221,7 +224,7 @@ void backward_short_columns(const BackwardArgs& args, const Threads& threads) {
   for_each_group<A>(
       args.shape, args.dims, tensors.grads, count, count, threads,
       [&](int64_t size, Few<const T> grad, Few<const T> y, Few<T> grad_input) {
-        if (is_in_registers<T>(inner, in_place)) {
+        if (is_in_registers<T, Pass::kBackward>(inner, in_place)) {
           for (int64_t s = 0; s < size; ++s) {
             for_each_register<A, 4>(inner, [&](int64_t c, auto count) SOFTMAX_EXT_LAMBDA {
               backward_registers<op, count()>(grad[s] + c, grad_step, y[s] + c, y_step,

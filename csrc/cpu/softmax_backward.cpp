@@ -14,7 +14,8 @@ void launch_backward(const BackwardArgs& args, const Threads& threads, bool stre
   if (args.shape.inner == 1) return backward_rows<op, T, G>(args, threads, streamed);
   if constexpr (std::is_same_v<T, G>) {
     const int64_t dim = args.shape.dim, inner = args.shape.inner;
-    const bool is_short = dim <= kShortDim, gathered = !is_in_registers<T>(inner, false);
+    const bool is_short = dim <= kShortDim,
+               gathered = !is_in_registers<T, Pass::kBackward>(inner, false);
     const bool narrow = is_narrow(args.shape, args.output_dtype);
     if (narrow && dim > (gathered ? kGatheredDim : kShortDim)) {
       return backward_packed_columns<op, T>(args, threads);
@@ -23,7 +24,8 @@ void launch_backward(const BackwardArgs& args, const Threads& threads, bool stre
     const bool in_place =
         args.grad_input == args.grad_output || args.grad_input == args.output || is_placed(args);
     if (narrow || (is_short && !streamed && !is_far<T>(args.output_strides.dim) &&
-                   args.shape.outer >= threads.count && is_in_registers<T>(inner, in_place))) {
+                   args.shape.outer >= threads.count &&
+                   is_in_registers<T, Pass::kBackward>(inner, in_place))) {
       return backward_short_columns<op, T>(args, threads);
     }
   }
