@@ -42,6 +42,12 @@ SOFTMAX_EXT_INLINE void for_each_vector(int64_t n, Step step) {
   if (i < n) step(i, First{n - i});
 }
 
+// Fetches what will be read soon. Where a register has few bytes, its instructions take longer than they.
+template <class T>
+SOFTMAX_EXT_INLINE void fetch(const T* x) {
+  if constexpr (Vec<compute_t<T>>::kSize * sizeof(T) >= 32) __builtin_prefetch(x);
+}
+
 // Folds [0, n) into one vector: step(accumulator, i, lanes) returns the accumulator's new value.
 // Four accumulators hide the latency of a step.
 template <class V, class Step, class Merge>

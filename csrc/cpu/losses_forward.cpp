@@ -94,10 +94,11 @@ SOFTMAX_EXT_INLINE LossState combine(LossState a, LossState b) {
           a.of_target + b.of_target};
 }
 
-// The sums of n scores from z on, which are those of classes from `first` on.
-template <bool kGeneral, class E, class A = compute_t<E>>
+// The sums of n scores from z on, which are those of classes from `first` on. ahead(i), at element i, fetches
+// what is read next.
+template <bool kGeneral, class E, class Ahead, class A = compute_t<E>>
 SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, bool wants_entropy, const E* z,
-                                            int64_t first, int64_t n, A max) {
+                                            int64_t first, int64_t n, A max, Ahead ahead) {
   using V = Vec<A>;
   const V shift = shift_of(V(max)), zero(A(0));
   const LossSums<V> none{{zero, zero}, zero, zero, zero};
@@ -108,6 +109,7 @@ SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, bool wants_entropy
       return fold(
           n, none,
           [=](LossSums<V> sums, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+            ahead(i);
             const V below = load(z + i, lanes, kLowest<A>) - shift;
             const ExpSum<V> e = exp_sum_of(below);
             sums.exp = sums.exp + e;
@@ -126,6 +128,7 @@ SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, bool wants_entropy
       return fold(
           n, none,
           [=](LossSums<V> sums, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+            ahead(i);
             const V w = weights_of<A>(loss, first + i, lanes);
             return sums + LossSums<V>{exp_sum_of(load(z + i, lanes, kLowest<A>) - shift),
                                       w * (load(z + i, lanes, fill) - shift), w, zero};
@@ -136,6 +139,7 @@ SOFTMAX_EXT_INLINE LossSums<Vec<A>> sums_of(const Loss& loss, bool wants_entropy
   return fold(
       n, none,
       [=](LossSums<V> sums, int64_t i, auto lanes) SOFTMAX_EXT_LAMBDA {
+        ahead(i);
         sums.exp = sums.exp + exp_sum_of(load(z + i, lanes, kLowest<A>) - shift);
         return sums;
       },
@@ -265,7 +269,8 @@ LossNumbers<Vec<A>> loss_of_short_rows(const LossForwardArgs& args, const Few<co
   }
   max_over_lanes(lanes, count, maxes);
   for (int64_t r = 0; r < count; ++r) {
-    const auto sums = sums_of<kGeneral>(args.loss, wants_entropy, scores_of(r), 0, dim, maxes[r]);
+    const auto sums = sums_of<kGeneral>(args.loss, wants_entropy, scores_of(r), 0, dim, maxes[r],
+                                        [](int64_t) SOFTMAX_EXT_LAMBDA {});
     lanes[r] = sums.exp.others;
     ones_of_lanes[r] = sums.exp.ones;
     if (kGeneral && args.loss.smoothing != 0) scores[r] = sum_over_lanes(sums.score);
@@ -320,7 +325,9 @@ void loss_of_rows(const LossForwardArgs& args, const Threads& threads) {
         const int64_t place = *target == args.loss.ignore_index ? -1 : *target - i;
         const auto state_of = [&](const auto* z) {
           const A max = max_over_lanes(lane_max(z, n));
-          const auto sums = sums_of<kGeneral>(args.loss, args.entropy != nullptr, z, i, n, max);
+          const auto sums =
+              sums_of<kGeneral>(args.loss, args.entropy != nullptr, z, i, n, max,
+                                [=](int64_t k) SOFTMAX_EXT_LAMBDA { fetch(x + n + k); });
           const double shift = shift_by(static_cast<double>(max));
           return LossState{max,
                            {sum_over_lanes(sums.exp.ones), exact_sum_over_lanes(sums.exp.others)},

@@ -1,10 +1,10 @@
 """Every schedule of the CUDA kernels, forward and backward, run on the host executor.
 
 `host` is the executor as built in one lane. It takes each case through the project's own plan and
-launchers, for the device that the case names, and without sanitizers in four thread orders that have to
-give the same bits. Most tests name the schedule that is to run, and all say what its plan is, so
-that a change of the plan cannot take a kernel out of their reach; test_what_ran.py looks back at
-what all of them together have run.
+launchers, for the device that the case names, and without sanitizers in four thread orders that
+have to give the same bits. Most tests name the schedule that is to run, and all say what its plan
+is, so that a change of the plan cannot take a kernel out of their reach; test_what_ran.py looks
+back at what all of them together have run.
 """
 
 from collections.abc import Iterator
